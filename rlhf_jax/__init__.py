@@ -1,0 +1,1 @@
+"""The alignment of language models as pure JAX functions."""

@@ -1,0 +1,72 @@
+"""What flows between the parts: NamedTuples of arrays, batch first.
+
+The shift happens once, in `data/`: index t is about emitting `targets[:, t]` after reading `inputs[:, :t+1]`.
+Every sequence ends in at least one padding column, so its last token is always found in `inputs` too: the
+input at (last True of `mask`) + 1, which is where a reward model reads.
+"""
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Tokens(NamedTuple):
+    """Token sequences, shifted: `targets[:, t]` follows `inputs[:, t]`."""
+
+    inputs: Int[Array, "B T"]
+    targets: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    """True where `targets` is part of a response (its EOS included)."""
+    positions: Int[Array, "B T"]
+    """Position of each input in its document, from 0."""
+    segment_ids: Int[Array, "B T"]
+    """Document of each input, from 1; 0 is padding. Attention stays inside a document."""
+
+
+class Preferences(NamedTuple):
+    """Pairs of responses to the same prompts."""
+
+    chosen: Tokens
+    rejected: Tokens
+    margin: Float[Array, " B"]
+
+
+class Rankings(NamedTuple):
+    """K responses to each of P prompts, prompt-major: row p·K + k of `responses` is response k of prompt p."""
+
+    responses: Tokens
+    ranks: Int[Array, "P K"]
+    """0 is best; equal ranks form no pair."""
+    mask: Bool[Array, "P K"]
+    """False where a prompt has fewer than K responses."""
+
+
+class Prompts(NamedTuple):
+    """Left-padded prompts, for rollouts."""
+
+    tokens: Int[Array, "B P"]
+    mask: Bool[Array, "B P"]
+    row: Int[Array, " B"]
+    """Where the prompt came from: the row's number in its source."""
+
+
+class Completions(NamedTuple):
+    """What was sampled after `Prompts`: N columns, the first right after the prompt."""
+
+    tokens: Int[Array, "B N"]
+    mask: Bool[Array, "B N"]
+    """True for every sampled token, the EOS included."""
+    logprobs: Float[Array, "B N"]
+    """Log-probability of each token under the distribution it was sampled from."""
+
+
+class Experience(NamedTuple):
+    """What PPO learns from; everything is [B, T] and aligned with `tokens.targets`."""
+
+    tokens: Tokens
+    old_logprobs: Float[Array, "B T"]
+    ref_logprobs: Float[Array, "B T"]
+    old_values: Float[Array, "B T"]
+    rewards: Float[Array, "B T"]
+    advantages: Float[Array, "B T"]
+    returns: Float[Array, "B T"]
