@@ -1,0 +1,144 @@
+"""A Bradley-Terry reward model from human comparisons, started from the SFT weights.
+
+Ouyang et al. 2022, eq. 1 (https://arxiv.org/abs/2203.02155): all K(K−1)/2 pairs of a prompt's K ranked answers are
+one batch element; K = 2 is the plain pair. Afterwards the head's bias is moved so that demonstrations score 0 on
+average. The new head is initialised with std 1/√(d+1) (Huang et al. 2024, https://arxiv.org/abs/2403.17031).
+    python experiments/reward_model.py
+About 3 minutes on 2 CPU cores (it runs SFT first). In the controlled world it agrees with held-out annotators about
+75% of the time, where their own noise allows 80%; "pick the longer" gets 53%.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import sft
+from experiments.setting import Comparisons, Setting, Source, load_setting
+from rlhf_jax import checkpoint
+from rlhf_jax.batches import Rankings, Tokens
+from rlhf_jax.data.tokens import take
+from rlhf_jax.evaluate import calibration, length_baseline, preference_accuracy
+from rlhf_jax.log import Run, run_main
+from rlhf_jax.losses import ranking_loss
+from rlhf_jax.models import ScalarModel, from_language_model
+from rlhf_jax.train import cosine_decay, make_optimizer, make_state, make_train_step, response_rewards
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """What reward-model training can be told."""
+
+    epochs: int = 2
+    prompts_per_step: int = 16
+    """Each with all of its K answers."""
+    learning_rate: float = 2.5e-3
+    weight_decay: float = 0.1
+
+
+@dataclass(frozen=True)
+class Config(RewardModel, Source):
+    """A reward model from comparisons; runs SFT first."""
+
+    sft: sft.SFT = sft.SFT()
+
+
+def pick(rankings: Rankings, prompts: np.ndarray) -> Rankings:
+    """The rankings of some prompts, with their K answers each."""
+    k = rankings.ranks.shape[1]
+    rows = (prompts[:, None] * k + np.arange(k)).reshape(-1)
+    return Rankings(take(rankings.responses, rows), rankings.ranks[prompts], rankings.mask[prompts])
+
+
+def make_scorer(setting: Setting, batch_size: int = 1024):
+    """score(params, tokens) -> numpy [B], in batches of one shape."""
+    model = ScalarModel(setting.model)
+    rewards = jax.jit(lambda params, tokens: response_rewards(model, params, tokens))
+
+    def score(params: Any, tokens: Tokens) -> np.ndarray:
+        count = len(tokens.mask)
+        size = min(batch_size, count)
+        starts = range(0, count, size)
+        parts = [rewards(params, take(tokens, np.arange(s, s + size) % count)) for s in starts]
+        return np.concatenate(parts)[:count]
+
+    return score
+
+
+def evaluate(score, params: Any, heldout: Rankings) -> dict[str, Any]:
+    """Agreement with held-out annotators on pairs, with "pick the longer" beside it, and calibration."""
+    scores = score(params, heldout.responses).reshape(heldout.ranks.shape)
+    lengths = np.asarray(heldout.responses.mask).sum(axis=1).reshape(heldout.ranks.shape)
+    rows = np.arange(len(scores))
+    best, worst = heldout.ranks.argmin(axis=1), heldout.ranks.argmax(axis=1)
+    accuracy, low, high = preference_accuracy(scores[rows, best], scores[rows, worst])
+    # Half of the pairs turned round, so that outcomes are not all 1.
+    signs = np.where(rows % 2, -1.0, 1.0)
+    table = calibration(signs * (scores[rows, best] - scores[rows, worst]), signs > 0, bins=10)
+    return {
+        "val_accuracy": accuracy,
+        "val_accuracy_low": low,
+        "val_accuracy_high": high,
+        "length_baseline": length_baseline(lengths[rows, best], lengths[rows, worst])[0],
+        "calibration_error": table.error,
+    }
+
+
+def train(
+    cfg: RewardModel, setting: Setting, comparisons: Comparisons, sft_params: Any, run: Run, seed: int
+) -> tuple[Any, dict[str, float]]:
+    """Trains; returns the shifted parameters and the final metrics."""
+    model = ScalarModel(setting.model)
+    params = from_language_model(sft_params, jax.random.key(seed + 1), setting.model)
+    prompts = len(comparisons.train.ranks)
+    steps_an_epoch = max(1, prompts // cfg.prompts_per_step)
+    steps = cfg.epochs * steps_an_epoch
+    optimizer = make_optimizer(cosine_decay(cfg.learning_rate, steps), weight_decay=cfg.weight_decay)
+    state = make_state(model, params, optimizer)
+
+    def loss_fn(params, batch: Rankings):
+        rewards = response_rewards(model, params, batch.responses).reshape(batch.ranks.shape)
+        return ranking_loss(rewards, batch.ranks, batch.mask)
+
+    train_step = make_train_step(loss_fn)
+    score = make_scorer(setting)
+    order = np.random.default_rng([seed, 2])
+    for step in run.progress("reward_model", range(steps), show=("loss", "accuracy", "val_accuracy")):
+        if step % steps_an_epoch == 0:
+            permutation = order.permutation(prompts)
+        start = step % steps_an_epoch * cfg.prompts_per_step
+        state, metrics = train_step(
+            state, pick(comparisons.train, permutation[start : start + cfg.prompts_per_step])
+        )
+        last = step + 1 == steps
+        if (step + 1) % max(1, steps // 8) == 0 or last:
+            metrics |= evaluate(score, state.params, comparisons.heldout)
+        if step % 20 == 0 or "val_accuracy" in metrics:
+            run.log("reward_model", step + 1, metrics)
+
+    # Ouyang et al. 2022, §3.5: a bias so that demonstrations score 0 on average.
+    params = jax.tree.map(jnp.copy, state.params)
+    params["head"]["bias"] -= score(params, setting.validation).mean()
+    checkpoint.save(run.dir, "reward_model", steps, state.replace(params=params))
+    metrics = evaluate(score, params, comparisons.heldout) | comparisons.facts
+    metrics["demonstrations_score"] = float(score(params, setting.validation).mean())
+    if "ceiling" in metrics:
+        metrics["share_of_ceiling"] = metrics["val_accuracy"] / metrics["ceiling"]
+    return params, {f"reward_model_{k}": float(v) for k, v in metrics.items()}
+
+
+def main(cfg: Config) -> dict[str, float]:
+    """SFT, comparisons of its answers, reward model; returns the final metrics."""
+    setting = load_setting(cfg)
+    with Run(cfg.run_dir, cfg, name="reward_model", resume=cfg.resume) as run:
+        sft_params = sft.train(cfg.sft, setting, run, cfg.seed)[-1]
+        comparisons = setting.compare(sft.make_sampler(setting, sft_params, cfg.seed))
+        _, metrics = train(cfg, setting, comparisons, sft_params, run, cfg.seed)
+        run.summary(metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    run_main(main, Config)

@@ -1,0 +1,197 @@
+"""Where the stages get their text: the controlled world by default, real files with --model and two data files.
+
+Both give the same `Setting`; only the world has a `judge` that knows the true utility.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rlhf_jax.batches import Completions, Prompts, Rankings, Tokens
+from rlhf_jax.data.text import (
+    encode_comparisons,
+    encode_demonstrations,
+    read_comparisons,
+    read_demonstrations,
+)
+from rlhf_jax.data.tokens import join, pad_prompts, pad_sequences, take
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import ModelConfig, load_hf
+from rlhf_jax.simulation import Annotators, Demonstrators, agreement_rate, calibrate_noise, ceiling
+from rlhf_jax.simulation.world import Problem, draw_problems, make_tokenizer, utilities
+
+Sampler = Callable[[Prompts, int], Completions]
+"""sampler(prompts, seed) -> numpy Completions of the model after SFT."""
+
+
+class Comparisons(NamedTuple):
+    """What people said of the SFT model's answers (or of those in a file)."""
+
+    train: Rankings
+    heldout: Rankings
+    facts: dict[str, float]
+    """What the world knows of its annotators: their agreement, and the ceiling that their noise sets."""
+
+
+class Setting(NamedTuple):
+    """Everything the three stages need, before any training."""
+
+    model: ModelConfig
+    params: Any
+    """Pretrained weights, or None to start from an initialisation."""
+    tokenizer: PreTrainedTokenizerBase
+    demonstrations: Tokens
+    validation: Tokens
+    prompts: Prompts
+    heldout: Prompts
+    shifted: Prompts | None
+    """Held-out prompts of another distribution."""
+    max_new_tokens: int
+    compare: Callable[[Sampler], Comparisons]
+    judge: Callable[[Prompts, Completions], Float[np.ndarray, " B"]] | None
+    """True utility of completions; only for measuring."""
+    facts: dict[str, float]
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_id
+
+    @property
+    def eos_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    def read(self, prompts: Prompts) -> list[str]:
+        """Prompts as text, for people."""
+        rows = (
+            ids[mask] for ids, mask in zip(np.asarray(prompts.tokens), np.asarray(prompts.mask), strict=True)
+        )
+        return self.tokenizer.batch_decode([list(map(int, ids)) for ids in rows])
+
+    def answers(self, completions: Completions) -> tuple[list[str], np.ndarray]:
+        """Completions as text without special tokens, and whether each ended by itself."""
+        tokens, mask = np.asarray(completions.tokens), np.asarray(completions.mask)
+        ended = ((tokens == self.eos_id) & mask).any(axis=1)
+        rows = [list(map(int, ids[real])) for ids, real in zip(tokens, mask, strict=True)]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True), ended
+
+
+@dataclass(frozen=True)
+class Source:
+    """The flags that every experiment shares."""
+
+    run_dir: str | None = None
+    """Where the run is written; by default the next free runs/<experiment>-<n>."""
+    seed: int = 0
+    resume: bool = False
+    """Go on from the last whole checkpoint in run-dir."""
+    model: str | None = None
+    """A Hugging Face folder (Llama, safetensors) to start from, with its tokenizer; by default a small new model."""
+    demonstrations: str | None = None
+    """jsonl[.gz] of instruction/input/output or prompt/completion; by default the world's demonstrators write."""
+    comparisons: str | None = None
+    """jsonl[.gz] of chosen/rejected; by default the world's annotators rank the SFT model's answers."""
+    max_length: int = 256
+    """Real text: tokens of prompt and response together. Longer prompts lose their beginning."""
+    max_new_tokens: int = 32
+    """Real text: the longest answer that is sampled."""
+
+
+def load_setting(source: Source) -> Setting:
+    """The world, or the real text that the flags name. Raises UserError when only some of them are given."""
+    given = [source.model, source.demonstrations, source.comparisons]
+    if not any(given):
+        return world_setting(source.seed)
+    if not all(given):
+        raise UserError("real text needs all three of --model, --demonstrations and --comparisons")
+    return text_setting(source)
+
+
+# The controlled world. Sizes as in `simulation`: a prompt has at most 14 tokens (16 shifted), an answer 20.
+DEMONSTRATIONS, COMPARED, RANKED, HELDOUT = 32_000, 7_000, 8, 512
+AGREEMENT = 0.73
+PROMPT_LENGTH, ANSWER_LENGTH = 16, 20
+
+
+def world_setting(seed: int) -> Setting:
+    """The controlled world: demonstrators with a ceiling, annotators who agree 73% of the time."""
+    rng = np.random.default_rng([seed, 0])
+    tokenizer = make_tokenizer()
+    pad_id = tokenizer.pad_token_id
+
+    def encode(problems: list[Problem]) -> Prompts:
+        messages = [[{"role": "user", "content": p.prompt}] for p in problems]
+        texts = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return pad_prompts(ids, length=PROMPT_LENGTH, pad_id=pad_id)
+
+    people = Demonstrators()
+
+    def demonstrate(problems: list[Problem]) -> tuple[Tokens, np.ndarray]:
+        prompts = encode(problems)
+        texts = [people.write(rng, p) for p in problems]
+        answers = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        pairs = [
+            (list(ids[mask]), [*answer, tokenizer.eos_token_id])
+            for ids, mask, answer in zip(prompts.tokens, prompts.mask, answers, strict=True)
+        ]
+        tokens = pad_sequences(pairs, length=PROMPT_LENGTH + ANSWER_LENGTH, pad_id=pad_id)
+        return tokens, utilities(problems, texts, [True] * len(texts))
+
+    demonstrations, written = demonstrate(draw_problems(rng, DEMONSTRATIONS))
+    validation, _ = demonstrate(draw_problems(rng, 1024))
+    problems = draw_problems(rng, COMPARED + 1024 + 8192 + HELDOUT)
+    problems += draw_problems(rng, HELDOUT, shifted=True)
+    everything = encode(problems)
+    cuts = np.cumsum([COMPARED, 1024, 8192, HELDOUT])
+    compared, compared_heldout, prompts, heldout, shifted = (
+        take(everything, rows) for rows in np.split(np.arange(len(problems)), cuts)
+    )
+
+    def judge(prompts: Prompts, completions: Completions) -> np.ndarray:
+        texts, ended = setting.answers(completions)
+        return utilities([problems[row] for row in np.asarray(prompts.row)], texts, ended)
+
+    def compare(sample: Sampler) -> Comparisons:
+        rankings, noise, facts = [], None, {}
+        for number, (some, count) in enumerate([(compared, RANKED), (compared_heldout, 2)]):
+            repeated = take(some, np.repeat(np.arange(len(some.row)), count))
+            answers = sample(repeated, number)
+            texts, _ = setting.answers(answers)
+            blind = Annotators(noise=0.0)
+            perceived = blind.perceive(judge(repeated, answers), texts).reshape(-1, count)
+            differences = perceived[:, 0] - perceived[:, 1]
+            if noise is None:
+                noise = calibrate_noise(differences, AGREEMENT)
+            annotators = Annotators(noise=noise)
+            ranks = annotators.rank(rng, perceived)
+            again = annotators.rank(rng, perceived)
+            facts = {
+                "annotator_noise": noise,
+                "annotator_agreement_expected": agreement_rate(differences, noise),
+                "annotator_agreement": float(
+                    np.mean((ranks[:, 0] < ranks[:, 1]) == (again[:, 0] < again[:, 1]))
+                ),
+                "ceiling": ceiling(differences, noise),
+            }
+            tokens = jax.tree.map(np.asarray, join(repeated, answers, pad_id=pad_id))
+            rankings.append(Rankings(tokens, ranks, np.ones(ranks.shape, bool)))
+        return Comparisons(rankings[0], rankings[1], facts)
+
+    model = ModelConfig(
+        vocab_size=len(tokenizer), d_model=64, n_layers=3, n_heads=4, n_kv_heads=4, head_dim=16, d_ff=128,
+        rope_theta=10_000.0, norm_eps=1e-5, tie_embeddings=True, max_length=PROMPT_LENGTH + ANSWER_LENGTH,
+    )  # fmt: skip
+    facts = {
+        "demonstrators_utility": float(written.mean()),
+        "demonstrators_utility_se": float(written.std() / np.sqrt(len(written))),
+        "demonstrators_utility_std": float(written.std()),
+    }
+    setting = Setting(
+        model, None, tokenizer, demonstrations, validation, prompts, heldout, shifted, ANSWER_LENGTH, compare, judge, facts
+    )  # fmt: skip
+    return setting

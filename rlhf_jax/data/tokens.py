@@ -1,0 +1,80 @@
+"""Token ids -> batches. The one place where the shift between inputs and targets happens."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from rlhf_jax.batches import Completions, Prompts, Tokens
+
+Ids = Sequence[int]
+Batch = TypeVar("Batch")
+
+
+def shift(tokens: Int[Array, "B L"], real: Bool[Array, "B L"], response: Bool[Array, "B L"]) -> Tokens:
+    """Inputs and targets of [B, L] token ids, L = T + 1, the last column being padding.
+
+    `real` is False on padding, `response` True on what a model is to emit. Traceable.
+    """
+    positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+    return Tokens(
+        inputs=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        mask=response[:, 1:],
+        positions=positions[:, :-1].astype(jnp.int32),
+        segment_ids=real[:, :-1].astype(jnp.int32),
+    )
+
+
+def join(prompts: Prompts, completions: Completions, *, pad_id: int) -> Tokens:
+    """Prompts and what was sampled after them, as sequences of T = P + N. Traceable; sampled ids are kept."""
+    column = jnp.zeros_like(prompts.mask[:, :1])
+    return shift(
+        jnp.concatenate(
+            [prompts.tokens, completions.tokens, jnp.full_like(prompts.tokens[:, :1], pad_id)], 1
+        ),
+        jnp.concatenate([prompts.mask, completions.mask, column], 1),
+        jnp.concatenate([jnp.zeros_like(prompts.mask), completions.mask, column], 1),
+    )
+
+
+def pad_sequences(pairs: Sequence[tuple[Ids, Ids]], *, length: int, pad_id: int) -> Tokens:
+    """(prompt, response) ids -> right-padded numpy `Tokens` of T = `length`.
+
+    Masks come from lengths, so an EOS is learned also where it is the padding token.
+    Raises ValueError when a pair is longer than `length`.
+    """
+    tokens = np.full((len(pairs), length + 1), pad_id, np.int32)
+    real = np.zeros(tokens.shape, bool)
+    response = np.zeros(tokens.shape, bool)
+    for row, (prompt, answer) in enumerate(pairs):
+        end = len(prompt) + len(answer)
+        if end > length:
+            raise ValueError(f"sequence {row} has {end} tokens, more than the batch's length of {length}")
+        tokens[row, :end] = [*prompt, *answer]
+        real[row, :end] = True
+        response[row, len(prompt) : end] = True
+    positions = np.maximum(np.cumsum(real, axis=1, dtype=np.int32) - 1, 0)
+    return Tokens(
+        tokens[:, :-1], tokens[:, 1:], response[:, 1:], positions[:, :-1], real[:, :-1].astype(np.int32)
+    )
+
+
+def pad_prompts(prompts: Sequence[Ids], *, length: int, pad_id: int) -> Prompts:
+    """Prompt ids -> left-padded numpy `Prompts` [B, length]. Raises ValueError when one is longer."""
+    tokens = np.full((len(prompts), length), pad_id, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, ids in enumerate(prompts):
+        if len(ids) > length:
+            raise ValueError(f"prompt {row} has {len(ids)} tokens, more than the batch's length of {length}")
+        tokens[row, length - len(ids) :] = ids
+        mask[row, length - len(ids) :] = True
+    return Prompts(tokens, mask, np.arange(len(prompts), dtype=np.int32))
+
+
+def take(batch: Batch, rows) -> Batch:
+    """The given rows (indices or a slice) of every array in a pytree."""
+    return jax.tree.map(lambda x: x[rows], batch)

@@ -1,0 +1,59 @@
+"""Token ids to batches: the shift, the masks, the padding."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.batches import Completions, Prompts
+from rlhf_jax.data.tokens import join, pad_prompts, pad_sequences, take
+
+PAD, EOS = 0, 2
+
+
+def test_pad_sequences_by_hand():
+    tokens = pad_sequences([([5, 6], [7, EOS]), ([8], [EOS])], length=5, pad_id=PAD)
+    np.testing.assert_array_equal(tokens.inputs, [[5, 6, 7, EOS, PAD], [8, EOS, PAD, PAD, PAD]])
+    np.testing.assert_array_equal(tokens.targets, [[6, 7, EOS, PAD, PAD], [EOS, PAD, PAD, PAD, PAD]])
+    np.testing.assert_array_equal(tokens.mask, [[0, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(tokens.positions[0, :4], [0, 1, 2, 3])
+    np.testing.assert_array_equal(tokens.segment_ids, [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
+
+
+def test_eos_is_learned_where_it_is_the_padding_token_too():
+    tokens = pad_sequences([([5], [7, EOS])], length=5, pad_id=EOS)
+    np.testing.assert_array_equal(tokens.targets[tokens.mask], [7, EOS])
+
+
+def test_join_equals_padding_the_same_sequences():
+    prompts = pad_prompts([[5, 6], [8]], length=3, pad_id=PAD)
+    np.testing.assert_array_equal(prompts.tokens, [[PAD, 5, 6], [PAD, PAD, 8]])
+    completions = Completions(
+        jnp.array([[7, EOS], [EOS, PAD]]), jnp.array([[True, True], [True, False]]), jnp.zeros((2, 2))
+    )
+    joined = join(Prompts(*map(jnp.asarray, prompts)), completions, pad_id=PAD)
+    padded = pad_sequences([([5, 6], [7, EOS]), ([8], [EOS])], length=5, pad_id=PAD)
+    for row in range(2):
+        np.testing.assert_array_equal(
+            np.asarray(joined.targets[row])[np.asarray(joined.mask[row])],
+            padded.targets[row][padded.mask[row]],
+        )
+        real, same = np.asarray(joined.segment_ids[row]) > 0, padded.segment_ids[row] > 0
+        np.testing.assert_array_equal(joined.inputs[row][real], padded.inputs[row][same])
+        np.testing.assert_array_equal(joined.positions[row][real], padded.positions[row][same])
+
+
+def test_the_last_response_token_is_an_input_even_in_a_full_row():
+    tokens = pad_sequences([([5], [7, EOS])], length=3, pad_id=PAD)
+    assert tokens.inputs[0, np.flatnonzero(tokens.mask[0])[-1] + 1] == EOS
+
+
+def test_too_long_is_an_error_that_names_the_row():
+    with pytest.raises(ValueError, match="sequence 1 has 4 tokens"):
+        pad_sequences([([5], [7]), ([5, 5], [7, EOS])], length=3, pad_id=PAD)
+    with pytest.raises(ValueError, match="prompt 0 has 2 tokens"):
+        pad_prompts([[5, 6]], length=1, pad_id=PAD)
+
+
+def test_take_reaches_into_nested_batches():
+    tokens = pad_sequences([([5, 6], [7, EOS]), ([8], [EOS])], length=5, pad_id=PAD)
+    np.testing.assert_array_equal(take((tokens, tokens.mask), [1])[0].inputs, tokens.inputs[[1]])
