@@ -1,0 +1,155 @@
+"""Preference losses without a reward model: DPO and its kin. Log-probabilities are of whole responses, summed."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from rlhf_jax.kl import ScalarLike
+from rlhf_jax.losses.sft import Metrics
+
+stop = jax.lax.stop_gradient
+
+
+def dpo_loss(
+    chosen_logprobs: Float[Array, " B"],
+    rejected_logprobs: Float[Array, " B"],
+    ref_chosen_logprobs: Float[Array, " B"],
+    ref_rejected_logprobs: Float[Array, " B"],
+    *,
+    beta: ScalarLike,
+    label_smoothing: ScalarLike = 0.0,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Direct preference optimisation.
+
+        L = −E[(1−ε) log σ(βΔ) + ε log σ(−βΔ)],   Δ = log(π/π_ref)(y_w) − log(π/π_ref)(y_l)
+
+    ε = `label_smoothing` is the chance that a label is flipped (conservative DPO).
+    Reference: Rafailov et al. 2023, eq. 7, https://arxiv.org/abs/2305.18290; Mitchell 2023, eq. 3,
+    https://ericmitchell.ai/cdpo.pdf.
+    """
+    chosen, rejected = (
+        chosen_logprobs - stop(ref_chosen_logprobs),
+        rejected_logprobs - stop(ref_rejected_logprobs),
+    )
+    logits = beta * (chosen - rejected)
+    losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(
+        -logits
+    )
+    return losses.mean(), _metrics(beta * chosen, beta * rejected)
+
+
+def ipo_loss(
+    chosen_logprobs: Float[Array, " B"],
+    rejected_logprobs: Float[Array, " B"],
+    ref_chosen_logprobs: Float[Array, " B"],
+    ref_rejected_logprobs: Float[Array, " B"],
+    *,
+    beta: ScalarLike,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Identity preference optimisation; `beta` is the paper's τ.
+
+        L = E[(Δ − 1/(2β))²],   Δ = log(π/π_ref)(y_w) − log(π/π_ref)(y_l)
+
+    Reference: Azar et al. 2023, eq. 17, https://arxiv.org/abs/2310.12036.
+    Deviation: none; libraries that average log-probabilities over tokens optimise another objective.
+    """
+    chosen, rejected = (
+        chosen_logprobs - stop(ref_chosen_logprobs),
+        rejected_logprobs - stop(ref_rejected_logprobs),
+    )
+    return jnp.square(chosen - rejected - 1.0 / (2.0 * beta)).mean(), _metrics(beta * chosen, beta * rejected)
+
+
+def simpo_loss(
+    chosen_logprobs: Float[Array, " B"],
+    rejected_logprobs: Float[Array, " B"],
+    chosen_lengths: Float[Array, " B"],
+    rejected_lengths: Float[Array, " B"],
+    *,
+    beta: ScalarLike,
+    gamma: ScalarLike,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Simple preference optimisation: no reference, log-probabilities a token, a target margin γ.
+
+        L = −E[log σ(β log π(y_w)/|y_w| − β log π(y_l)/|y_l| − γ)]
+
+    Lengths are in tokens, as floats; a length of 0 counts as 1.
+    Reference: Meng et al. 2024, eq. 6, https://arxiv.org/abs/2405.14734.
+    """
+    chosen = beta * _average(chosen_logprobs, chosen_lengths)
+    rejected = beta * _average(rejected_logprobs, rejected_lengths)
+    return -jax.nn.log_sigmoid(chosen - rejected - gamma).mean(), _metrics(chosen, rejected)
+
+
+def orpo_loss(
+    chosen_logprobs: Float[Array, " B"],
+    rejected_logprobs: Float[Array, " B"],
+    chosen_lengths: Float[Array, " B"],
+    rejected_lengths: Float[Array, " B"],
+    *,
+    beta: ScalarLike,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Odds-ratio preference optimisation; `beta` is the paper's λ.
+
+        L = E[−log p_w − β log σ(log odds(y_w) − log odds(y_l))],   p = exp(log π(y)/|y|),  odds = p / (1 − p)
+
+    Reference: Hong et al. 2024, eq. 6 and 7, https://arxiv.org/abs/2403.07691.
+    Deviation: p is kept below 1 − 1e-6, where its odds would be infinite.
+    """
+    chosen = _average(chosen_logprobs, chosen_lengths)
+    rejected = _average(rejected_logprobs, rejected_lengths)
+
+    def log_odds(logp: Array) -> Array:
+        logp = jnp.minimum(logp, -1e-6)
+        return logp - jnp.log(-jnp.expm1(logp))
+
+    ratio = jax.nn.log_sigmoid(log_odds(chosen) - log_odds(rejected))
+    metrics = _metrics(beta * chosen, beta * rejected) | {
+        "nll": -chosen.mean(),
+        "log_odds_ratio": ratio.mean(),
+    }
+    return (-chosen - beta * ratio).mean(), metrics
+
+
+def kto_loss(
+    logprobs: Float[Array, " B"],
+    ref_logprobs: Float[Array, " B"],
+    desirable: Bool[Array, " B"],
+    kl: Float[Array, ""],
+    *,
+    beta: ScalarLike,
+    desirable_weight: ScalarLike,
+    undesirable_weight: ScalarLike,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Kahneman-Tversky optimisation, from single responses marked desirable or not.
+
+        L = E[λ_D (1 − σ(β(r − z₀)))] over desirable, E[λ_U (1 − σ(β(z₀ − r)))] over undesirable,   r = log(π/π_ref)(y)
+
+    z₀ = max(`kl`, 0) is an estimate of KL(π‖π_ref) over the batch (the mean of r over mismatched prompts and
+    responses); no gradient flows through it. The mean is over the whole batch.
+    Reference: Ethayarajh et al. 2024, eq. 8, https://arxiv.org/abs/2402.01306.
+    """
+    rewards = logprobs - stop(ref_logprobs)
+    baseline = stop(jnp.maximum(kl, 0.0))
+    margin = jnp.where(desirable, rewards - baseline, baseline - rewards)
+    weight = jnp.where(desirable, desirable_weight, undesirable_weight)
+    # 1 - σ(x) = σ(-x), which does not cancel.
+    loss = (weight * jax.nn.sigmoid(-beta * margin)).mean()
+    return loss, {"kl": baseline, "reward": (beta * rewards).mean()}
+
+
+def _average(logprobs: Array, lengths: Array) -> Array:
+    return logprobs / jnp.maximum(lengths, 1.0)
+
+
+def _metrics(chosen: Array, rejected: Array) -> Metrics:
+    """Implicit rewards; a tie counts half."""
+    margins = chosen - rejected
+    accuracy = (margins > 0).astype(jnp.float32) + 0.5 * (margins == 0)
+    return {
+        "accuracy": accuracy.mean(),
+        "margin": margins.mean(),
+        "chosen_reward": chosen.mean(),
+        "rejected_reward": rejected.mean(),
+    }

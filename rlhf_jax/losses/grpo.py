@@ -1,0 +1,45 @@
+"""Group relative policy optimisation."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from rlhf_jax.kl import ScalarLike, kl_k3
+from rlhf_jax.losses.sft import Metrics
+from rlhf_jax.masking import masked_mean
+
+
+def grpo_loss(
+    logprobs: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    ref_logprobs: Float[Array, "B T"],
+    advantages: Float[Array, " B"],
+    mask: Bool[Array, "B T"],
+    *,
+    clip_eps_low: ScalarLike,
+    clip_eps_high: ScalarLike,
+    beta: ScalarLike,
+) -> tuple[Float[Array, ""], Metrics]:
+    """PPO's clipped surrogate with one advantage a response, and the KL in the loss.
+
+        L = E_t[max(−ρₜÂ, −clip(ρₜ, 1−ε_low, 1+ε_high)Â) + β k₃(t)],   k₃ = r − 1 − log r,  r = π_ref/π
+
+    Reference: Shao et al. 2024, eq. 3 and 4, https://arxiv.org/abs/2402.03300; the two ε are those of Yu et al. 2025
+    (DAPO), eq. 8, https://arxiv.org/abs/2503.14476.
+    Deviation: E_t is the mean over unmasked tokens of the whole batch, as in DAPO, where Shao et al. average within
+    each response first.
+    """
+    stop = jax.lax.stop_gradient
+    advantages = stop(advantages)[:, None]
+    log_ratio = jnp.where(mask, logprobs - stop(old_logprobs), 0.0)
+    ratio = jnp.exp(log_ratio)
+    clipped_ratio = jnp.clip(ratio, 1.0 - clip_eps_low, 1.0 + clip_eps_high)
+    surrogate = jnp.maximum(-advantages * ratio, -advantages * clipped_ratio)
+    kl = kl_k3(jnp.where(mask, logprobs, 0.0), stop(jnp.where(mask, ref_logprobs, 0.0)))
+    clipped = (ratio < 1.0 - clip_eps_low) | (ratio > 1.0 + clip_eps_high)
+    return masked_mean(surrogate + beta * kl, mask), {
+        "approx_kl": masked_mean(ratio - 1.0 - log_ratio, mask),
+        "clip_fraction": masked_mean(clipped.astype(jnp.float32), mask),
+        "kl": masked_mean(kl, mask),
+    }

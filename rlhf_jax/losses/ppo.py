@@ -1,0 +1,66 @@
+"""Proximal policy optimisation: the clipped policy and value losses."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from rlhf_jax.kl import ScalarLike
+from rlhf_jax.losses.sft import Metrics
+from rlhf_jax.masking import masked_mean
+
+
+def ppo_clip_loss(
+    logprobs: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    clip_eps: ScalarLike,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Clipped surrogate policy loss.
+
+        L = E_t[max(−ρₜÂₜ, −clip(ρₜ, 1−ε, 1+ε)Âₜ)],   ρₜ = π(aₜ|sₜ) / π_old(aₜ|sₜ)
+
+    "approx_kl" is Schulman's k₃ of KL(π_old‖π), "clip_fraction" the share of tokens with ρ outside 1 ± ε.
+    Reference: Schulman et al. 2017, eq. 7, https://arxiv.org/abs/1707.06347.
+    Deviation: E_t is the mean over unmasked tokens of the whole batch.
+    """
+    advantages = jax.lax.stop_gradient(jnp.where(mask, advantages, 0.0))
+    # Mask before exp: padding may overflow, and 0 * inf is nan in the backward pass.
+    log_ratio = jnp.where(mask, logprobs - jax.lax.stop_gradient(old_logprobs), 0.0)
+    ratio = jnp.exp(log_ratio)
+    clipped_ratio = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
+    loss = masked_mean(jnp.maximum(-advantages * ratio, -advantages * clipped_ratio), mask)
+    return loss, {
+        "approx_kl": masked_mean(ratio - 1.0 - log_ratio, mask),
+        "clip_fraction": masked_mean((jnp.abs(ratio - 1.0) > clip_eps).astype(jnp.float32), mask),
+        "ratio": masked_mean(ratio, mask),
+    }
+
+
+def value_clip_loss(
+    values: Float[Array, "B T"],
+    old_values: Float[Array, "B T"],
+    returns: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    clip_eps: ScalarLike,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Clipped value loss: a new value gains nothing from leaving the old one by more than ε.
+
+        L = ½ E_t[max((Vₜ − Rₜ)², (V_old,ₜ + clip(Vₜ − V_old,ₜ, −ε, ε) − Rₜ)²)]
+
+    Reference: the code of Schulman et al. 2017, as described in Huang et al. 2022, "The 37 implementation details of
+    PPO", detail 9, https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/.
+    """
+    values = jnp.where(mask, values, 0.0)
+    old_values = jax.lax.stop_gradient(jnp.where(mask, old_values, 0.0))
+    returns = jax.lax.stop_gradient(jnp.where(mask, returns, 0.0))
+    clipped = old_values + jnp.clip(values - old_values, -clip_eps, clip_eps)
+    squares, clipped_squares = jnp.square(values - returns), jnp.square(clipped - returns)
+    loss = 0.5 * masked_mean(jnp.maximum(squares, clipped_squares), mask)
+    return loss, {
+        "clip_fraction": masked_mean((clipped_squares > squares).astype(jnp.float32), mask),
+        "error": masked_mean(jnp.square(values - returns), mask),
+    }

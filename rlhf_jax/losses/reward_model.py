@@ -1,0 +1,81 @@
+"""Reward models from human comparisons: pairs and rankings."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from rlhf_jax.kl import ScalarLike
+from rlhf_jax.losses.sft import Metrics
+from rlhf_jax.masking import masked_mean, masked_sum
+
+
+def bradley_terry_loss(
+    chosen_rewards: Float[Array, " B"],
+    rejected_rewards: Float[Array, " B"],
+    *,
+    margin: ScalarLike | Array = 0.0,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Negative log-likelihood of the preferences under Bradley-Terry.
+
+        L = −E[log σ(r(x, y_w) − r(x, y_l) − m)]
+
+    `margin` m is a number or one a pair [B]. A tie counts half in the accuracy.
+    Reference: Ouyang et al. 2022, eq. 1 with K = 2, https://arxiv.org/abs/2203.02155; the margin is that of Touvron
+    et al. 2023 (Llama 2), eq. 2, https://arxiv.org/abs/2307.09288.
+    """
+    difference = chosen_rewards - rejected_rewards
+    loss = -jax.nn.log_sigmoid(difference - margin).mean()
+    return loss, {"accuracy": _correct(difference).mean(), "reward_difference": difference.mean()}
+
+
+def ranking_loss(
+    rewards: Float[Array, "B K"], ranks: Int[Array, "B K"], mask: Bool[Array, "B K"]
+) -> tuple[Float[Array, ""], Metrics]:
+    """Bradley-Terry over all pairs of a prompt's K ranked responses, as one batch element.
+
+        L = −E_x[ (1 / C(K,2)) Σ_{w ≻ l} log σ(r(x, y_w) − r(x, y_l)) ]
+
+    Rank 0 is best; equal ranks form no pair. The mean is over a prompt's pairs, then over prompts that have any.
+    Reference: Ouyang et al. 2022, eq. 1, https://arxiv.org/abs/2203.02155.
+    """
+    rewards = jnp.where(mask, rewards, 0.0)
+    difference = rewards[:, :, None] - rewards[:, None, :]
+    pairs = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    has_pairs = pairs.any(axis=(1, 2))
+    loss = -masked_mean(jax.nn.log_sigmoid(difference), pairs, axis=(1, 2))
+    accuracy = masked_mean(_correct(difference), pairs, axis=(1, 2))
+    return masked_mean(loss, has_pairs), {
+        "accuracy": masked_mean(accuracy, has_pairs),
+        "reward_difference": masked_mean(difference, pairs),
+    }
+
+
+def plackett_luce_loss(
+    rewards: Float[Array, "B K"], ranks: Int[Array, "B K"], mask: Bool[Array, "B K"]
+) -> tuple[Float[Array, ""], Metrics]:
+    """Negative log-likelihood of whole rankings: the best is chosen among all, the next among the rest, …
+
+        L = −E_x[ Σ_k log( exp r_(k) / Σ_{j ≥ k} exp r_(j) ) ],   (k) the response of rank k
+
+    With K = 2 it is Bradley-Terry. Responses of equal rank do not compete with each other: each is chosen among
+    itself and those ranked below it. The mean is over prompts with at least one response.
+    Reference: Plackett 1975; as a loss for reward models Rafailov et al. 2023, eq. 18 (appendix A.3),
+    https://arxiv.org/abs/2305.18290.
+    """
+    rewards = jnp.where(mask, rewards, 0.0)
+    below = (ranks[:, :, None] < ranks[:, None, :]) | jnp.eye(rewards.shape[1], dtype=bool)
+    below = below & mask[:, None, :]
+    # A masked row of `below` may be empty; 0 keeps its log-sum-exp, and so its gradient, finite.
+    rivals = jnp.where(below | ~below.any(axis=2, keepdims=True), rewards[:, None, :], -jnp.inf)
+    logprobs = rewards - jax.nn.logsumexp(rivals, axis=2)
+    loss = -masked_sum(logprobs, mask, axis=1)
+    has_any = mask.any(axis=1)
+    difference = rewards[:, :, None] - rewards[:, None, :]
+    pairs = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    accuracy = masked_mean(_correct(difference), pairs, axis=(1, 2))
+    return masked_mean(loss, has_any), {"accuracy": masked_mean(accuracy, pairs.any(axis=(1, 2)))}
+
+
+def _correct(difference: Array) -> Array:
+    return (difference > 0).astype(jnp.float32) + 0.5 * (difference == 0)

@@ -1,0 +1,37 @@
+"""Sums, means and whitening over the True entries of a mask. Whatever stands elsewhere, NaN included, is ignored."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+Axis = int | Sequence[int] | None
+
+
+def masked_sum(
+    x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], axis: Axis = None
+) -> Float[Array, "*rest"]:
+    """Sum of `x` where `mask`; 0 where nothing is unmasked."""
+    return jnp.where(mask, x, 0.0).sum(axis=axis)
+
+
+def masked_mean(
+    x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], axis: Axis = None
+) -> Float[Array, "*rest"]:
+    """Mean of `x` where `mask`; 0 where nothing is unmasked."""
+    count = mask.sum(axis=axis)
+    return masked_sum(x, mask, axis) / jnp.maximum(count, 1).astype(x.dtype)
+
+
+def masked_whiten(
+    x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], *, shift_mean: bool = True
+) -> Float[Array, "*shape"]:
+    """`x` with unit variance, and zero mean if `shift_mean`, over the True entries; 0 elsewhere.
+
+    The variance is the population's (divided by the count), with 1e-8 added to it.
+    """
+    mean = masked_mean(x, mask)
+    centred = jnp.where(mask, x - mean, 0.0)
+    whitened = centred / jnp.sqrt(masked_mean(centred**2, mask) + 1e-8)
+    return whitened if shift_mean else jnp.where(mask, whitened + mean, 0.0)
