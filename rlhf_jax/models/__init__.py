@@ -1,0 +1,16 @@
+"""One decoder, its heads, and Hugging Face checkpoints in and out."""
+
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.heads import ScalarModel, from_language_model, last_token_rewards
+from rlhf_jax.models.transformer import KVCache, Transformer, head_kernel, init_cache
+
+__all__ = [
+    "KVCache",
+    "ModelConfig",
+    "ScalarModel",
+    "Transformer",
+    "from_language_model",
+    "head_kernel",
+    "init_cache",
+    "last_token_rewards",
+]

@@ -1,0 +1,144 @@
+"""Rollouts: prefill, then one token a step over a KV cache, in one compiled program."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Int, PRNGKeyArray
+
+from rlhf_jax.batches import Completions
+from rlhf_jax.kl import ScalarLike
+from rlhf_jax.models import Transformer, init_cache
+from rlhf_jax.sampling.draw import draw, truncate
+
+
+@partial(jax.jit, static_argnames=("model", "max_new_tokens", "greedy", "top_k", "eos_id", "pad_id"))
+def _generate(
+    model: Transformer,
+    params: Any,
+    prompts: Array,
+    prompt_mask: Array,
+    key: PRNGKeyArray,
+    temperature: Array,
+    top_p: Array | None,
+    *,
+    max_new_tokens: int,
+    greedy: bool,
+    top_k: int | None,
+    eos_id: int | None,
+    pad_id: int,
+) -> tuple[Completions, Array]:
+    """Completions, and how many decoding steps were run."""
+    batch, width = prompts.shape
+    lengths = prompt_mask.sum(axis=1).astype(jnp.int32)
+
+    def next_token(hidden: Array, step: Array) -> tuple[Array, Array]:
+        logits = model.apply({"params": params}, hidden, method="logits")[:, -1]
+        if greedy:
+            tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            logits = truncate(logits, top_k=top_k, top_p=top_p)
+            chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+            return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+        logits = truncate(logits / temperature, top_k=top_k, top_p=top_p)
+        return draw(logits, jax.random.uniform(jax.random.fold_in(key, step), (batch,)))
+
+    def read(tokens: Array, positions: Array, segment_ids: Array, cache: Any) -> tuple[Array, Any]:
+        hidden, cache = model.apply(
+            {"params": params}, tokens, positions, segment_ids, cache, method="decode"
+        )
+        return hidden[:, -1:], cache
+
+    def emit(state: tuple, hidden: Array, cache: Any) -> tuple:
+        step, ended, completions, _, _ = state
+        token, logprob = next_token(hidden, step)
+        token = jnp.where(ended, pad_id, token)
+        column = (jnp.zeros_like(step), step)
+        completions = Completions(
+            jax.lax.dynamic_update_slice(completions.tokens, token[:, None], column),
+            jax.lax.dynamic_update_slice(completions.mask, ~ended[:, None], column),
+            jax.lax.dynamic_update_slice(
+                completions.logprobs, jnp.where(ended, 0.0, logprob)[:, None], column
+            ),
+        )
+        if eos_id is not None:
+            ended = ended | (token == eos_id)
+        return step + 1, ended, completions, token, cache
+
+    def decode_step(state: tuple) -> tuple:
+        step, _, _, token, cache = state
+        hidden, cache = read(
+            token[:, None], (lengths + step - 1)[:, None], jnp.ones((batch, 1), jnp.int32), cache
+        )
+        return emit(state, hidden, cache)
+
+    shape = (batch, max_new_tokens)
+    empty = Completions(
+        jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32)
+    )
+    cache = init_cache(model.config, batch, width + max_new_tokens - 1)
+    positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=1) - 1, 0)
+    hidden, cache = read(prompts, positions, prompt_mask.astype(jnp.int32), cache)
+    start = (
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((batch,), bool),
+        empty,
+        jnp.zeros((batch,), jnp.int32),
+        cache,
+    )
+    state = emit(start, hidden, cache)
+    state = jax.lax.while_loop(lambda s: (s[0] < max_new_tokens) & ~s[1].all(), decode_step, state)
+    return state[2], state[0]
+
+
+def generate(
+    model: Transformer,
+    params: Any,
+    prompts: Int[Array, "B P"],
+    prompt_mask: Bool[Array, "B P"],
+    key: PRNGKeyArray,
+    *,
+    max_new_tokens: int,
+    temperature: ScalarLike,
+    top_k: int | None = None,
+    top_p: ScalarLike | None = None,
+    eos_id: int | None,
+    pad_id: int,
+) -> Completions:
+    """Samples completions [B, max_new_tokens] of left-padded prompts; 0 is greedy.
+
+    Ends as soon as every row has emitted `eos_id`, which is part of its row; then `pad_id`, masked. Log-probabilities
+    are of the distribution sampled from: at `temperature` (at 1 when greedy), after top_k and top_p. `temperature`
+    and `top_p` may change without recompilation. Raises ValueError for prompts that are empty or not left-padded,
+    where their values are known, and for options that mean nothing.
+    """
+    _check(prompt_mask, max_new_tokens, temperature, top_k, top_p)
+    greedy = not isinstance(temperature, jax.core.Tracer) and float(temperature) == 0.0
+    completions, _ = _generate(
+        model, params, prompts, prompt_mask, key, jnp.asarray(temperature, jnp.float32),
+        None if top_p is None else jnp.asarray(top_p, jnp.float32),
+        max_new_tokens=max_new_tokens, greedy=greedy, top_k=top_k, eos_id=eos_id, pad_id=pad_id,
+    )  # fmt: skip
+    return completions
+
+
+def _check(prompt_mask: Any, max_new_tokens: int, temperature: Any, top_k: int | None, top_p: Any) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    for name, value, least, most in [
+        ("temperature", temperature, 0.0, float("inf")),
+        ("top_p", top_p, 1e-6, 1.0),
+    ]:
+        known = value is not None and not isinstance(value, jax.core.Tracer)
+        if known and not least <= float(value) <= most:
+            raise ValueError(f"{name} must lie between {least:g} and {most:g}, not {float(value):g}")
+    if not isinstance(prompt_mask, jax.Array) or not isinstance(prompt_mask, jax.core.Tracer):
+        import numpy as np
+
+        mask = np.asarray(prompt_mask)
+        bad = np.flatnonzero(~mask[:, -1] | (np.diff(mask.astype(np.int8), axis=1) < 0).any(axis=1))
+        if len(bad):
+            raise ValueError(f"prompt {bad[0]} is empty or not left-padded: its mask must end in True")
