@@ -1,0 +1,288 @@
+"""A run's folder (config, metrics, TensorBoard events, status), its progress on screen, how a program ends.
+
+with Run(cfg.run_dir, cfg, name="sft", resume=cfg.resume) as run:
+    for step in run.progress("sft", range(cfg.steps), show=("loss",)):
+        ...
+        run.log("sft", step + 1, metrics)
+
+if __name__ == "__main__":
+    run_main(main, Config)
+"""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from tensorboardX import SummaryWriter
+
+from rlhf_jax.errors import UserError
+
+Item = TypeVar("Item")
+ConfigT = TypeVar("ConfigT")
+
+PLAIN_LINES = 10
+"""Lines that a stage prints where there is no terminal to draw a bar on."""
+NOT_A_BUG = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
+INTERRUPTED = 130
+"""What a shell expects of a program that Ctrl-C ended: 128 + SIGINT."""
+
+
+class Run:
+    """A folder that one run writes: config.json, metrics.jsonl, tensorboard/, summary.json, status.json.
+
+    `run_dir` None takes the next free runs/<name>-<n>. A folder that already holds something is refused with
+    a UserError unless `resume`, which goes on appending to it. Metrics are flushed line by line, so a run
+    that was killed can be read up to its last step.
+    """
+
+    def __init__(self, run_dir: str | Path | None, cfg: Any, *, name: str = "run", resume: bool = False):
+        self.dir = _open_folder(run_dir, name, resume)
+        self._console = Console(stderr=False, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._shown: dict[tuple[str, str], float] = {}
+        config = json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
+        if resume:
+            self._compare(config)
+        _write_json(self.dir / "config.json", config)
+        _write_json(self.dir / "status.json", {"status": "running"})
+        _end_torn_line(self.dir / "metrics.jsonl")
+        self._metrics = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")
+        self._events = SummaryWriter(str(self.dir / "tensorboard"), flush_secs=5)
+
+    def __enter__(self) -> "Run":
+        self.say(f"run: {self.dir}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        status = "finished" if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
+        with _deaf_to_ctrl_c():
+            if self._bar is not None:
+                self._bar.stop()
+            self._metrics.close()
+            self._events.close()
+            _write_json(self.dir / "status.json", {"status": status})
+            self.say(f"{status}: the run is in {self.dir}")
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes scalars (Python, numpy or jax) of one step; NaN and infinities become null in the JSON."""
+        scalars = {name: _scalar(name, value) for name, value in metrics.items()}
+        line = {"stage": stage, "step": int(step), "time": round(time.time(), 3), **_finite(scalars)}
+        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+        self._metrics.flush()
+        for name, value in scalars.items():
+            self._shown[stage, name] = value
+            if math.isfinite(value):
+                self._events.add_scalar(f"{stage}/{name}", value, step)
+
+    def summary(self, metrics: Mapping[str, Any]) -> None:
+        """Writes summary.json, the final numbers."""
+        _write_json(
+            self.dir / "summary.json",
+            _finite({name: _scalar(name, value) for name, value in metrics.items()}),
+        )
+
+    def say(self, text: str) -> None:
+        """One line for the user, above the progress bar if there is one."""
+        self._console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """One line that the user should not miss."""
+        self._console.print(f"warning: {text}", style="yellow", markup=False)
+
+    def progress(
+        self, stage: str, items: Iterable[Item], *, show: Sequence[str] = (), total: int | None = None
+    ) -> Iterator[Item]:
+        """Goes through `items` under a bar that shows the last logged value of each metric in `show`."""
+        total = len(items) if total is None else total  # type: ignore[arg-type]
+        if self._console.is_terminal:
+            yield from self._drawn(stage, items, show, total)
+        else:
+            yield from self._printed(stage, items, show, total)
+
+    def _drawn(self, stage: str, items: Iterable[Item], show: Sequence[str], total: int) -> Iterator[Item]:
+        columns = (
+            TextColumn("{task.description:<12}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        self._bar = Progress(
+            *columns, TextColumn("{task.fields[numbers]}"), console=self._console, refresh_per_second=4
+        )
+        task = self._bar.add_task(stage, total=total, numbers="")
+        with self._bar:
+            for item in items:
+                yield item
+                self._bar.update(task, advance=1, numbers=self._numbers(stage, show))
+
+    def _printed(self, stage: str, items: Iterable[Item], show: Sequence[str], total: int) -> Iterator[Item]:
+        began = time.perf_counter()
+        for done, item in enumerate(items, 1):
+            yield item
+            if done == total or done * PLAIN_LINES // total > (done - 1) * PLAIN_LINES // total:
+                seconds = time.perf_counter() - began
+                self.say(f"{stage:<12} {done}/{total} {seconds:6.1f} s  {self._numbers(stage, show)}")
+
+    def _numbers(self, stage: str, show: Sequence[str]) -> str:
+        return "  ".join(f"{n} {self._shown[stage, n]:.4g}" for n in show if (stage, n) in self._shown)
+
+    def _compare(self, config: dict[str, Any]) -> None:
+        try:
+            before = json.loads((self.dir / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self.warn(f"{self.dir / 'config.json'} cannot be read; going on with the flags given now")
+            return
+        old, new = _flat(before), _flat(config)
+        for name in sorted((old.keys() | new.keys()) - {"resume", "run_dir"}):
+            if old.get(name) != new.get(name):
+                self.warn(f"resumed with {name} = {new.get(name)}, it was {old.get(name)}")
+
+
+def read_metrics(run_dir: str | Path) -> dict[str, list[dict[str, Any]]]:
+    """metrics.jsonl by stage, in order of steps.
+
+    The last line counts where a resumed run wrote a step again; a line torn by a kill is passed over.
+    """
+    stages: dict[str, dict[int, dict[str, Any]]] = {}
+    path = Path(run_dir) / "metrics.jsonl"
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+                stages.setdefault(row["stage"], {})[row["step"]] = row
+            except (ValueError, KeyError, TypeError):
+                continue
+    return {stage: [rows[step] for step in sorted(rows)] for stage, rows in stages.items()}
+
+
+@contextmanager
+def count_compilations() -> Iterator[Callable[[], int]]:
+    """Yields a function: how many programs JAX has compiled (or read from its cache) so far."""
+    count = 0
+
+    def listener(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        nonlocal count
+        count += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        yield lambda: count
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def run_main(main: Callable[[ConfigT], Any], config: type[ConfigT]) -> None:
+    """The entry point of an experiment: flags from the command line, then `main(cfg)`.
+
+    What the user can put right ends in one line and exit code 2, Ctrl-C in exit code 130, without traceback.
+    """
+    cfg = tyro.cli(config)
+    try:
+        main(cfg)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        if error.errno not in NOT_A_BUG:
+            raise
+        message = f"{error.strerror}: {error.filename or 'while writing'}"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """A second Ctrl-C (launchers pass theirs on, too) must not cut the closing of the files short."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _open_folder(run_dir: str | Path | None, name: str, resume: bool) -> Path:
+    if run_dir is None:
+        if resume:
+            raise UserError("--resume needs --run-dir: which run is to go on?")
+        return _fresh_folder(name)
+    folder = Path(run_dir)
+    used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if used and not folder.is_dir():
+        raise UserError(f"{folder} is a file; --run-dir wants a folder")
+    if used and not resume:
+        raise UserError(f"{folder} already holds something: take another --run-dir, or --resume that run")
+    if resume and not (folder / "config.json").exists():
+        raise UserError(f"there is no run to resume in {folder} (it has no config.json)")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the run's folder {folder} cannot be made: {error.strerror}") from None
+    return folder
+
+
+def _fresh_folder(name: str) -> Path:
+    number = 1
+    while True:
+        folder = Path("runs") / f"{name}-{number}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # also when another run took it this very moment
+            number += 1
+
+
+def _end_torn_line(path: Path) -> None:
+    if path.exists() and path.stat().st_size:
+        with open(path, "rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+
+def _scalar(name: str, value: Any) -> float | int:
+    array = np.asarray(value)
+    if array.size != 1:
+        raise ValueError(f"metric {name!r} has shape {array.shape}; only scalars are logged")
+    return array.item()
+
+
+def _finite(scalars: Mapping[str, float | int]) -> dict[str, float | int | None]:
+    return {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return leaves
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Whole or not at all, so that a kill leaves the older file."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
