@@ -12,25 +12,27 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
+from rlhf_jax.evaluate import win_rate
+from rlhf_jax.report import write_report
 
 from experiments import ppo, reward_model, sft
+from experiments.ppo import PPO
+from experiments.reward_model import RewardModel
 from experiments.setting import Setting, Source, load_setting
+from experiments.sft import SFT
 from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.data.tokens import join
-from rlhf_jax.evaluate import win_rate
 from rlhf_jax.log import Run, run_main
-from rlhf_jax.report import write_report
 
 
 @dataclass(frozen=True)
 class Config(Source):
     """SFT, reward model and PPO, then the evaluation."""
 
-    sft: sft.SFT = sft.SFT()
-    reward_model: reward_model.RewardModel = reward_model.RewardModel()
-    ppo: ppo.PPO = ppo.PPO()
+    sft: SFT = SFT()
+    reward_model: RewardModel = RewardModel()
+    ppo: PPO = PPO()
 
 
 def choose_epoch(setting: Setting, epochs: list[Any], reward_params: Any, run: Run, seed: int) -> int:

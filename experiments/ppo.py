@@ -14,7 +14,6 @@ the reward model says of it; its tokens count like any others.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,14 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
 from jaxtyping import Array, Float, PRNGKeyArray
+from rlhf_jax.diagnostics import explained_variance
 
 from experiments import reward_model, sft
+from experiments.reward_model import RewardModel
 from experiments.setting import Setting, Source, load_setting
+from experiments.sft import SFT
 from rlhf_jax import checkpoint
 from rlhf_jax.advantages import gae
 from rlhf_jax.batches import Completions, Experience, Prompts, Tokens
 from rlhf_jax.data.tokens import join, take
-from rlhf_jax.diagnostics import explained_variance
 from rlhf_jax.kl import adaptive_beta, kl_k1, kl_k2, kl_k3, kl_shaped_rewards
 from rlhf_jax.log import Run, count_compilations, run_main
 from rlhf_jax.losses import ppo_clip_loss, sft_loss, value_clip_loss
@@ -82,8 +83,8 @@ class PPO:
 class Config(PPO, Source):
     """PPO; runs SFT and the reward model first."""
 
-    sft: sft.SFT = sft.SFT()
-    reward_model: reward_model.RewardModel = reward_model.RewardModel()
+    sft: SFT = SFT()
+    reward_model: RewardModel = RewardModel()
 
 
 class State(NamedTuple):

@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rlhf_jax.evaluate import calibration, length_baseline, preference_accuracy
 
 from experiments import sft
 from experiments.setting import Comparisons, Setting, Source, load_setting
+from experiments.sft import SFT
 from rlhf_jax import checkpoint
 from rlhf_jax.batches import Rankings, Tokens
 from rlhf_jax.data.tokens import take
-from rlhf_jax.evaluate import calibration, length_baseline, preference_accuracy
 from rlhf_jax.log import Run, run_main
 from rlhf_jax.losses import ranking_loss
 from rlhf_jax.models import ScalarModel, from_language_model
@@ -42,7 +43,7 @@ class RewardModel:
 class Config(RewardModel, Source):
     """A reward model from comparisons; runs SFT first."""
 
-    sft: sft.SFT = sft.SFT()
+    sft: SFT = SFT()
 
 
 def pick(rankings: Rankings, prompts: np.ndarray) -> Rankings:

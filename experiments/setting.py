@@ -9,19 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from jaxtyping import Float
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.batches import Completions, Prompts, Rankings, Tokens
-from rlhf_jax.data.text import (
-    encode_comparisons,
-    encode_demonstrations,
-    read_comparisons,
-    read_demonstrations,
-)
 from rlhf_jax.data.tokens import join, pad_prompts, pad_sequences, take
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import ModelConfig, load_hf
+from rlhf_jax.models import ModelConfig
 from rlhf_jax.simulation import Annotators, Demonstrators, agreement_rate, calibrate_noise, ceiling
 from rlhf_jax.simulation.world import Problem, draw_problems, make_tokenizer, utilities
 

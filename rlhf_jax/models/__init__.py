@@ -2,6 +2,7 @@
 
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import ScalarModel, from_language_model, last_token_rewards
+from rlhf_jax.models.hf import load_hf, save_hf
 from rlhf_jax.models.transformer import KVCache, Transformer, head_kernel, init_cache
 
 __all__ = [
@@ -13,4 +14,6 @@ __all__ = [
     "head_kernel",
     "init_cache",
     "last_token_rewards",
+    "load_hf",
+    "save_hf",
 ]
