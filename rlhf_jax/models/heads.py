@@ -1,5 +1,6 @@
 """A scalar head on the decoder: a value at each token, or a reward at a response's last one."""
 
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -36,7 +37,8 @@ class ScalarModel(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
-        self.trunk = Transformer(self.config)
+        # Tied, so that no language head is asked for.
+        self.trunk = Transformer(replace(self.config, tie_embeddings=True))
         self.head = ScalarHead()
 
     def __call__(
