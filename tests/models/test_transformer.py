@@ -1,0 +1,185 @@
+from dataclasses import replace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from rlhf_jax.models import ModelConfig, Transformer, head_kernel, init_cache
+
+CONFIG = ModelConfig(
+    vocab_size=13,
+    d_model=12,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=6,
+    d_ff=16,
+    rope_theta=10_000.0,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+    max_length=32,
+)
+TOKENS = jnp.asarray([[3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8, 2, 8, 1]])
+
+
+def new_params(config, seed=0):
+    return jax.jit(Transformer(config).init)(jax.random.key(seed), TOKENS)["params"]
+
+
+def forward(config, params, *args):
+    return jax.jit(Transformer(config).apply)({"params": params}, *args)
+
+
+def stacked(params, n_layers):
+    """The parameters of loop layers, as those of scanned ones."""
+    rest = {name: value for name, value in params.items() if not name.startswith("layer_")}
+    layers = [params[f"layer_{i}"] for i in range(n_layers)]
+    return rest | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return new_params(CONFIG)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"vocab_size": 0}, "vocab_size must be at least 1, not 0"),
+        ({"n_layers": -1}, "n_layers must be at least 1"),
+        ({"n_kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
+        ({"head_dim": 5}, "head_dim must be even"),
+        ({"max_length": 0}, "max_length must be at least 1"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_an_error(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **change)
+
+
+def test_shapes_and_dtypes(params):
+    logits = forward(CONFIG, params, TOKENS)
+    assert logits.shape == (2, 7, 13) and logits.dtype == jnp.float32
+    assert head_kernel(params).shape == (12, 13)
+
+    low = replace(CONFIG, dtype=jnp.bfloat16, tie_embeddings=False)
+    low_params = new_params(low)
+    assert {leaf.dtype for leaf in jax.tree.leaves(low_params)} == {jnp.dtype("float32")}
+    assert forward(low, low_params, TOKENS).dtype == jnp.float32
+    assert head_kernel(low_params) is low_params["head"]
+
+
+def test_bfloat16_is_close_to_float32(params):
+    low = forward(replace(CONFIG, dtype=jnp.bfloat16), params, TOKENS)
+    assert_allclose(low, forward(CONFIG, params, TOKENS), atol=0.1)
+
+
+def test_no_token_depends_on_a_later_one(params):
+    """The gradient of hidden state t with respect to embedding row s is 0 exactly where s comes after t."""
+    tokens = jnp.arange(7)[None]  # each token once, so that an embedding row stands for one place
+
+    def hidden(embedding):
+        variables = {"params": params | {"embedding": embedding}}
+        return Transformer(CONFIG).apply(variables, tokens, method="hidden_states")[0]
+
+    jacobian = jax.jit(jax.jacrev(hidden))(params["embedding"])[:, :, :7]
+    reached = np.abs(jacobian).max(axis=(1, 3)) > 0
+    assert_array_equal(reached, np.tri(7, dtype=bool))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_left_padding_equals_separate_runs(params, scan):
+    config = replace(CONFIG, scan_layers=scan)
+    params = stacked(params, 2) if scan else params
+    lengths = np.array([2, 5, 7])
+    mask = np.arange(7)[None] >= 7 - lengths[:, None]
+    rows = np.random.default_rng(0).integers(1, 13, (3, 7))
+    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    logits = forward(
+        config, params, jnp.asarray(rows), jnp.asarray(positions), jnp.asarray(mask.astype(np.int32))
+    )
+    assert np.isfinite(logits).all()
+    for row, n, ours in zip(rows, lengths, logits, strict=True):
+        alone = forward(config, params, jnp.asarray(row[None, -n:]))[0]
+        assert_allclose(ours[-n:], alone, atol=1e-5)
+
+
+def test_packed_documents_equal_separate_runs(params):
+    lengths = [3, 1, 4]
+    row = np.random.default_rng(1).integers(0, 13, (1, 10))
+    segments = np.array([[1, 1, 1, 2, 3, 3, 3, 3, 0, 0]])
+    positions = np.array([[0, 1, 2, 0, 0, 1, 2, 3, 0, 0]])
+    row, segments, positions = map(jnp.asarray, (row, segments, positions))
+    packed = forward(CONFIG, params, row, positions, segments)[0]
+    assert np.isfinite(packed).all()
+    start = 0
+    for n in lengths:
+        alone = forward(CONFIG, params, row[:, start : start + n])[0]
+        assert_allclose(packed[start : start + n], alone, atol=1e-5)
+        start += n
+
+
+def test_scanned_layers_equal_loop_layers(params):
+    scanned = replace(CONFIG, scan_layers=True)
+    assert_allclose(
+        forward(scanned, stacked(params, 2), TOKENS), forward(CONFIG, params, TOKENS), rtol=1e-5, atol=1e-5
+    )
+    chex.assert_trees_all_equal_shapes(new_params(scanned), stacked(params, 2))
+
+
+def test_scanned_layers_start_differently():
+    kernels = new_params(replace(CONFIG, scan_layers=True))["layers"]["query"]["kernel"]
+    assert np.abs(kernels[0] - kernels[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_remat_changes_neither_values_nor_gradients(params, scan):
+    params = stacked(params, 2) if scan else params
+
+    def loss_and_gradient(remat):
+        model = Transformer(replace(CONFIG, scan_layers=scan, remat=remat))
+
+        def loss(params):
+            return jnp.square(model.apply({"params": params}, TOKENS)).mean()
+
+        text = str(jax.make_jaxpr(jax.grad(loss))(params))
+        assert ("remat" in text or "checkpoint" in text) == remat
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    chex.assert_trees_all_close(loss_and_gradient(True), loss_and_gradient(False), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 0.1)])
+def test_decoding_with_a_cache_equals_one_full_pass(params, scan, dtype, tolerance):
+    """Ragged, left-padded prompts are read at once, then 4 tokens one by one."""
+    config = replace(CONFIG, scan_layers=scan, dtype=dtype)
+    params = stacked(params, 2) if scan else params
+    model = Transformer(config)
+    width, new = 5, 4
+    tokens = jnp.asarray(np.random.default_rng(2).integers(0, 13, (3, width + new)))
+    lengths = jnp.asarray([1, 3, 5])
+    mask = jnp.arange(width + new)[None, :] >= width - lengths[:, None]
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    segments = mask.astype(jnp.int32)
+    full = forward(config, params, tokens, positions, segments)
+
+    @jax.jit
+    def read(cache, *inputs):
+        hidden, cache = model.apply({"params": params}, *inputs, cache, method="decode")
+        return model.apply({"params": params}, hidden, method="logits"), cache
+
+    logits, cache = read(
+        init_cache(config, 3, width + new), tokens[:, :width], positions[:, :width], segments[:, :width]
+    )
+    parts = [logits]
+    for t in range(width, width + new):
+        at = slice(t, t + 1)
+        logits, cache = read(cache, tokens[:, at], positions[:, at], segments[:, at])
+        parts.append(logits)
+    assert int(cache.used) == width + new
+    decoded = np.concatenate(parts, axis=1)
+    assert_allclose(decoded[mask], full[mask], atol=tolerance)
