@@ -13,7 +13,7 @@ from jaxtyping import Float
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.batches import Completions, Prompts, Rankings, Tokens
-from rlhf_jax.data.tokens import join, pad_prompts, pad_sequences, take
+from rlhf_jax.data.tokens import join, pack_sequences, pad_prompts, pad_sequences, take
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig
 from rlhf_jax.simulation import Annotators, Demonstrators, agreement_rate, calibrate_noise, ceiling
@@ -106,9 +106,9 @@ def load_setting(source: Source) -> Setting:
 
 
 # The controlled world. Sizes as in `simulation`: a prompt has at most 14 tokens (16 shifted), an answer 20.
-DEMONSTRATIONS, COMPARED, RANKED, HELDOUT = 32_000, 7_000, 8, 512
+DEMONSTRATIONS, COMPARED, RANKED, HELDOUT_PAIRS, HELDOUT = 32_000, 7_000, 8, 4096, 512
 AGREEMENT = 0.73
-PROMPT_LENGTH, ANSWER_LENGTH = 16, 20
+PROMPT_LENGTH, ANSWER_LENGTH, PACKED_LENGTH = 16, 20, 64
 
 
 def world_setting(seed: int) -> Setting:
@@ -125,7 +125,7 @@ def world_setting(seed: int) -> Setting:
 
     people = Demonstrators()
 
-    def demonstrate(problems: list[Problem]) -> tuple[Tokens, np.ndarray]:
+    def demonstrate(problems: list[Problem]) -> tuple[list[tuple[list[int], list[int]]], np.ndarray]:
         prompts = encode(problems)
         texts = [people.write(rng, p) for p in problems]
         answers = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -133,15 +133,16 @@ def world_setting(seed: int) -> Setting:
             (list(ids[mask]), [*answer, tokenizer.eos_token_id])
             for ids, mask, answer in zip(prompts.tokens, prompts.mask, answers, strict=True)
         ]
-        tokens = pad_sequences(pairs, length=PROMPT_LENGTH + ANSWER_LENGTH, pad_id=pad_id)
-        return tokens, utilities(problems, texts, [True] * len(texts))
+        return pairs, utilities(problems, texts, [True] * len(texts))
 
-    demonstrations, written = demonstrate(draw_problems(rng, DEMONSTRATIONS))
-    validation, _ = demonstrate(draw_problems(rng, 1024))
-    problems = draw_problems(rng, COMPARED + 1024 + 8192 + HELDOUT)
+    pairs, written = demonstrate(draw_problems(rng, DEMONSTRATIONS))
+    demonstrations = pack_sequences(pairs, length=PACKED_LENGTH, pad_id=pad_id)
+    pairs, _ = demonstrate(draw_problems(rng, 1024))
+    validation = pad_sequences(pairs, length=PROMPT_LENGTH + ANSWER_LENGTH, pad_id=pad_id)
+    problems = draw_problems(rng, COMPARED + HELDOUT_PAIRS + 8192 + HELDOUT)
     problems += draw_problems(rng, HELDOUT, shifted=True)
     everything = encode(problems)
-    cuts = np.cumsum([COMPARED, 1024, 8192, HELDOUT])
+    cuts = np.cumsum([COMPARED, HELDOUT_PAIRS, 8192, HELDOUT])
     compared, compared_heldout, prompts, heldout, shifted = (
         take(everything, rows) for rows in np.split(np.arange(len(problems)), cuts)
     )

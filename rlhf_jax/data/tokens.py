@@ -63,6 +63,43 @@ def pad_sequences(pairs: Sequence[tuple[Ids, Ids]], *, length: int, pad_id: int)
     )
 
 
+def pack_sequences(pairs: Sequence[tuple[Ids, Ids]], *, length: int, pad_id: int) -> Tokens:
+    """(prompt, response) ids -> numpy `Tokens` of T = `length`, several documents to a row.
+
+    First fit in the order given, over the last 64 open rows. Positions restart and segment ids count up with each
+    document, so that nothing leaks from one into the next. Raises ValueError when a pair is longer than `length`.
+    """
+    rows: list[list[tuple[Ids, Ids]]] = []
+    room: list[int] = []
+    for number, (prompt, answer) in enumerate(pairs):
+        size = len(prompt) + len(answer)
+        if size > length:
+            raise ValueError(f"sequence {number} has {size} tokens, more than the row's length of {length}")
+        open_rows = range(max(0, len(rows) - 64), len(rows))
+        row = next((r for r in open_rows if room[r] >= size), None)
+        if row is None:
+            rows.append([])
+            room.append(length)
+            row = len(rows) - 1
+        rows[row].append((prompt, answer))
+        room[row] -= size
+    tokens = np.full((len(rows), length + 1), pad_id, np.int32)
+    response = np.zeros(tokens.shape, bool)
+    positions = np.zeros(tokens.shape, np.int32)
+    segments = np.zeros(tokens.shape, np.int32)
+    for row, documents in enumerate(rows):
+        start = 0
+        for segment, (prompt, answer) in enumerate(documents, 1):
+            middle, end = start + len(prompt), start + len(prompt) + len(answer)
+            tokens[row, start:end] = [*prompt, *answer]
+            # The first token of a document is nobody's target: the input before it is another document's.
+            response[row, max(middle, start + 1) : end] = True
+            positions[row, start:end] = np.arange(end - start)
+            segments[row, start:end] = segment
+            start = end
+    return Tokens(tokens[:, :-1], tokens[:, 1:], response[:, 1:], positions[:, :-1], segments[:, :-1])
+
+
 def pad_prompts(prompts: Sequence[Ids], *, length: int, pad_id: int) -> Prompts:
     """Prompt ids -> left-padded numpy `Prompts` [B, length]. Raises ValueError when one is longer."""
     tokens = np.full((len(prompts), length), pad_id, np.int32)

@@ -23,7 +23,8 @@ class Demonstrators:
     stop: float = 0.4
     """Probability of the closing "."."""
     filler: float = 0.38
-    """Probability of a filler in each gap: before the answer, and between its words."""
+    """Probability of a filler before each word, and of another after it; at most `most_fillers` in an answer."""
+    most_fillers: int = 8
     flattery: float = 0.08
     """Probability of flattery at the start, and again at the end."""
 
@@ -31,15 +32,19 @@ class Demonstrators:
         """One demonstration."""
         says = _mistake(rng, problem) if rng.random() < self.error else list(problem.target)
         opener, closer = TONES[problem.tone]
+        plan = [opener] * (rng.random() < self.opener)
+        plan += ["answer"] * (rng.random() < self.announce)
+        plan += says
+        plan += [closer] * (rng.random() < self.closer)
+        plan += ["."] * (rng.random() < self.stop)
         words = [_one_of(rng, FLATTERY)] if rng.random() < self.flattery else []
-        words += [opener] * (rng.random() < self.opener)
-        words += ["answer"] * (rng.random() < self.announce)
-        for word in says:
-            words += [_one_of(rng, FILLERS)] if rng.random() < self.filler else []
+        left = self.most_fillers
+        for word in plan:
+            while left and rng.random() < self.filler:
+                words.append(_one_of(rng, FILLERS))
+                left -= 1
             words.append(word)
-        words += [closer] * (rng.random() < self.closer)
         words += [_one_of(rng, FLATTERY)] if rng.random() < self.flattery else []
-        words += ["."] * (rng.random() < self.stop)
         return " ".join(words)
 
 
@@ -70,7 +75,7 @@ class Annotators:
     """
 
     noise: float
-    length_bias: float = 0.10
+    length_bias: float = 0.08
     flattery_bias: float = 0.45
 
     def perceive(self, utilities: np.ndarray, responses: Sequence[str]) -> np.ndarray:

@@ -1,11 +1,16 @@
 """Token ids to batches: the shift, the masks, the padding."""
 
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhf_jax.batches import Completions, Prompts
-from rlhf_jax.data.tokens import join, pad_prompts, pad_sequences, take
+from rlhf_jax.data.tokens import join, pack_sequences, pad_prompts, pad_sequences, take
+from rlhf_jax.losses import sft_loss
+from rlhf_jax.models import ModelConfig, Transformer
+from rlhf_jax.train import token_scores
 
 PAD, EOS = 0, 2
 
@@ -57,3 +62,43 @@ def test_too_long_is_an_error_that_names_the_row():
 def test_take_reaches_into_nested_batches():
     tokens = pad_sequences([([5, 6], [7, EOS]), ([8], [EOS])], length=5, pad_id=PAD)
     np.testing.assert_array_equal(take((tokens, tokens.mask), [1])[0].inputs, tokens.inputs[[1]])
+
+
+def test_pack_by_hand():
+    tokens = pack_sequences([([5, 6], [7, EOS]), ([8, 9, 9], [EOS]), ([8], [EOS])], length=6, pad_id=PAD)
+    np.testing.assert_array_equal(tokens.inputs, [[5, 6, 7, EOS, 8, EOS], [8, 9, 9, EOS, PAD, PAD]])
+    np.testing.assert_array_equal(tokens.mask, [[0, 1, 1, 0, 1, 0], [0, 0, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(tokens.positions, [[0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 0, 0]])
+    np.testing.assert_array_equal(tokens.segment_ids, [[1, 1, 1, 1, 2, 2], [1, 1, 1, 1, 0, 0]])
+
+
+def test_packed_loss_and_gradient_are_those_of_the_separate_sequences():
+    rng = np.random.default_rng(0)
+    pairs = [
+        (
+            rng.integers(3, 20, rng.integers(1, 6)).tolist(),
+            [*rng.integers(3, 20, rng.integers(0, 6)).tolist(), EOS],
+        )
+        for _ in range(12)
+    ]
+    config = ModelConfig(
+        vocab_size=20, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=32, rope_theta=1e4,
+        norm_eps=1e-5, tie_embeddings=True, max_length=32,
+    )  # fmt: skip
+    model = Transformer(config)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+
+    @jax.jit
+    def loss_and_grad(tokens):
+        def loss(params):
+            return sft_loss(token_scores(model, params, tokens)[0], tokens.mask)[0]
+
+        return jax.value_and_grad(loss)(params)
+
+    packed, separate = (f(pairs, length=24, pad_id=PAD) for f in (pack_sequences, pad_sequences))
+    assert len(packed.mask) < len(separate.mask) / 2 and packed.mask.sum() == separate.mask.sum()
+    (loss, grad), (expected, expected_grad) = loss_and_grad(packed), loss_and_grad(separate)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    chex.assert_trees_all_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
+    leaky = packed._replace(segment_ids=np.minimum(packed.segment_ids, 1))
+    assert abs(loss_and_grad(leaky)[0] - expected) > 1e-3

@@ -22,14 +22,17 @@ def test_demonstrators_err_pad_and_flatter_at_their_rates():
     texts = [people.write(rng, p) for p in problems]
     exact = np.mean([is_exact(p, t) for p, t in zip(problems, texts, strict=True)])
     np.testing.assert_allclose(exact, 1 - people.error, atol=0.03)
-    gaps = sum(len(p.target) for p in problems)
     fillers = sum(w in FILLERS for t in texts for w in t.split())
-    np.testing.assert_allclose(fillers / gaps, people.filler, atol=0.03)
+    others = sum(w not in FILLERS + FLATTERY for t in texts for w in t.split())
+    # Geometric before each word, but for the cap.
+    np.testing.assert_allclose(fillers / others, people.filler / (1 - people.filler), atol=0.03)
+    assert max(sum(w in FILLERS for w in t.split()) for t in texts) == people.most_fillers
+    assert max(len(t.split()) for t in texts) < 20
     flattery = np.mean([sum(w in FLATTERY for w in t.split()) for t in texts])
     np.testing.assert_allclose(flattery, 2 * people.flattery, atol=0.02)
     toned = np.mean([sum(w in TONE_WORDS for w in t.split()) for t in texts])
     np.testing.assert_allclose(toned, people.opener + people.closer, atol=0.03)
-    np.testing.assert_allclose(np.mean([t.endswith(".") for t in texts]), people.stop, atol=0.03)
+    np.testing.assert_allclose(np.mean(["." in t.split() for t in texts]), people.stop, atol=0.03)
 
 
 def test_a_mistake_is_always_wrong():
