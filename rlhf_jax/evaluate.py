@@ -1,0 +1,87 @@
+"""How good a reward model or a policy is, each rate with an interval. Host code on numpy arrays."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import ArrayLike
+
+Z95 = 1.959963984540054
+
+
+class Rate(NamedTuple):
+    """A share and its 95% interval."""
+
+    rate: float
+    low: float
+    high: float
+
+
+def wilson_interval(successes: float | int, trials: int) -> Rate:
+    """The 95% score interval of a binomial proportion, with z = 1.96:
+
+        (p̂ + z²/2n ± z √(p̂(1−p̂)/n + z²/4n²)) / (1 + z²/n)
+
+    It stays inside [0, 1] and has a width also at p̂ = 0 and 1. Halves are allowed (a tie is half a success).
+    Raises ValueError without trials.
+    Reference: Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953.
+    """
+    if trials <= 0:
+        raise ValueError("a rate needs at least one trial")
+    p, z2 = successes / trials, Z95**2
+    centre = (p + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = Z95 * np.sqrt(p * (1 - p) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
+    return Rate(float(p), max(0.0, float(centre - half)), min(1.0, float(centre + half)))
+
+
+def win_rate(a: ArrayLike, b: ArrayLike) -> Rate:
+    """Share of rows where a > b, ties counting half, with its Wilson interval. Raises ValueError on NaN."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"the two sides have shapes {a.shape} and {b.shape}")
+    if np.isnan(a).any() or np.isnan(b).any():
+        raise ValueError("NaN is neither a win nor a loss")
+    return wilson_interval(float(np.sum(a > b) + 0.5 * np.sum(a == b)), a.size)
+
+
+def preference_accuracy(chosen_rewards: ArrayLike, rejected_rewards: ArrayLike) -> Rate:
+    """Share of pairs whose chosen response has the higher reward, ties counting half."""
+    return win_rate(chosen_rewards, rejected_rewards)
+
+
+def length_baseline(chosen_lengths: ArrayLike, rejected_lengths: ArrayLike) -> Rate:
+    """What "pick the longer" would reach: a reward model that is no better has learned length."""
+    return win_rate(chosen_lengths, rejected_lengths)
+
+
+class Calibration(NamedTuple):
+    """A reliability table, one row a bin that is not empty, and its expected calibration error."""
+
+    predicted: Float[np.ndarray, " N"]
+    """Mean predicted probability."""
+    observed: Float[np.ndarray, " N"]
+    """Share of outcomes that came true."""
+    counts: Float[np.ndarray, " N"]
+    error: float
+    """Σ (count / total) · |observed − predicted|."""
+
+
+def calibration(margins: ArrayLike, outcomes: ArrayLike, *, bins: int) -> Calibration:
+    """Compares σ(margin), what Bradley-Terry predicts, with how often it was so, in bins of equal width.
+
+    `margins` are reward differences of the first response over the second, `outcomes` whether it won.
+    If margins are always taken as chosen − rejected, every outcome is true and the table says nothing: turn a
+    half of the pairs round. Raises ValueError without pairs.
+    Reference: Guo et al. 2017, eq. 3, https://arxiv.org/abs/1706.04599.
+    """
+    margins, outcomes = np.asarray(margins, np.float64), np.asarray(outcomes, np.float64)
+    if not margins.size:
+        raise ValueError("calibration needs at least one pair")
+    predicted = 0.5 * (1 + np.tanh(margins / 2))  # σ without overflow
+    index = np.minimum((predicted * bins).astype(int), bins - 1)
+    counts = np.bincount(index, minlength=bins).astype(np.float64)
+    used = counts > 0
+    mean_predicted = np.bincount(index, predicted, bins)[used] / counts[used]
+    mean_observed = np.bincount(index, outcomes, bins)[used] / counts[used]
+    error = np.sum(counts[used] / margins.size * np.abs(mean_observed - mean_predicted))
+    return Calibration(mean_predicted, mean_observed, counts[used], float(error))
