@@ -9,11 +9,10 @@ capped by its demonstrators) to about 2.6. The same stages on real text, where n
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from rlhf_jax.evaluate import win_rate
 from rlhf_jax.report import write_report
 
 from experiments import ppo, reward_model, sft
@@ -23,6 +22,7 @@ from experiments.setting import Setting, Source, load_setting
 from experiments.sft import SFT
 from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.data.tokens import join
+from rlhf_jax.evaluate import win_rate
 from rlhf_jax.log import Run, run_main
 
 
@@ -30,9 +30,9 @@ from rlhf_jax.log import Run, run_main
 class Config(Source):
     """SFT, reward model and PPO, then the evaluation."""
 
-    sft: SFT = SFT()
-    reward_model: RewardModel = RewardModel()
-    ppo: PPO = PPO()
+    sft: SFT = field(default_factory=SFT)
+    reward_model: RewardModel = field(default_factory=RewardModel)
+    ppo: PPO = field(default_factory=PPO)
 
 
 def choose_epoch(setting: Setting, epochs: list[Any], reward_params: Any, run: Run, seed: int) -> int:
@@ -47,15 +47,11 @@ def choose_epoch(setting: Setting, epochs: list[Any], reward_params: Any, run: R
         run.log("choice", epoch + 1, rows[-1])
     by_score = int(np.argmax([row["score"] for row in rows]))
     by_loss = int(np.argmin([row["val_loss"] for row in rows]))
-    run.say(
-        f"PPO starts from SFT epoch {by_score + 1} (reward model); validation loss would choose {by_loss + 1}"
-    )
+    run.say(f"PPO starts from SFT epoch {by_score + 1} (reward model); validation loss would choose {by_loss + 1}")
     return by_score
 
 
-def evaluate(
-    setting: Setting, start: Any, final: Any, reward_params: Any, run: Run, seed: int
-) -> dict[str, float]:
+def evaluate(setting: Setting, start: Any, final: Any, reward_params: Any, run: Run, seed: int) -> dict[str, float]:
     """Policy against SFT on held-out prompts, one sample each at temperature 1."""
     score = reward_model.make_scorer(setting)
     metrics: dict[str, float] = {}

@@ -13,7 +13,7 @@ the reward model says of it; its tokens count like any others.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
 from jaxtyping import Array, Float, PRNGKeyArray
-from rlhf_jax.diagnostics import explained_variance
 
 from experiments import reward_model, sft
 from experiments.reward_model import RewardModel
@@ -31,6 +30,7 @@ from rlhf_jax import checkpoint
 from rlhf_jax.advantages import gae
 from rlhf_jax.batches import Completions, Experience, Prompts, Tokens
 from rlhf_jax.data.tokens import join, take
+from rlhf_jax.diagnostics import explained_variance
 from rlhf_jax.kl import adaptive_beta, kl_k1, kl_k2, kl_k3, kl_shaped_rewards
 from rlhf_jax.log import Run, count_compilations, run_main
 from rlhf_jax.losses import ppo_clip_loss, sft_loss, value_clip_loss
@@ -83,8 +83,8 @@ class PPO:
 class Config(PPO, Source):
     """PPO; runs SFT and the reward model first."""
 
-    sft: SFT = SFT()
-    reward_model: RewardModel = RewardModel()
+    sft: SFT = field(default_factory=SFT)
+    reward_model: RewardModel = field(default_factory=RewardModel)
 
 
 class State(NamedTuple):
@@ -113,9 +113,7 @@ class Iteration(NamedTuple):
     whole: Callable[[State, Frozen, PRNGKeyArray], tuple[State, Metrics, Prompts, Completions]]
 
 
-def init_state(
-    cfg: PPO, model: ModelConfig, policy: Params, reward_params: Params, *, beta: Any = None
-) -> State:
+def init_state(cfg: PPO, model: ModelConfig, policy: Params, reward_params: Params, *, beta: Any = None) -> State:
     """The policy starts from SFT, the critic from the reward model."""
     optimizer = make_optimizer(cfg.learning_rate)
     return State(
@@ -125,9 +123,7 @@ def init_state(
     )
 
 
-def make_iteration(
-    cfg: PPO, config: ModelConfig, *, max_new_tokens: int, eos_id: int, pad_id: int
-) -> Iteration:
+def make_iteration(cfg: PPO, config: ModelConfig, *, max_new_tokens: int, eos_id: int, pad_id: int) -> Iteration:
     """One iteration of PPO for models of the shape `config`."""
     model, scalar_model = Transformer(config), ScalarModel(config)
 
@@ -141,9 +137,7 @@ def make_iteration(
         )  # fmt: skip
         return prompts, completions
 
-    def score(
-        state: State, frozen: Frozen, prompts: Prompts, completions: Completions
-    ) -> tuple[Experience, Metrics]:
+    def score(state: State, frozen: Frozen, prompts: Prompts, completions: Completions) -> tuple[Experience, Metrics]:
         tokens = join(prompts, completions, pad_id=pad_id)
         mask = tokens.mask
         ended = ((completions.tokens == eos_id) & completions.mask).any(axis=1)
@@ -213,9 +207,7 @@ def make_iteration(
         metrics = {"value_" + name: value for name, value in critic_metrics.items()}
         return (policy, critic), policy_metrics | metrics
 
-    def update(
-        state: State, frozen: Frozen, experience: Experience, key: PRNGKeyArray
-    ) -> tuple[State, Metrics]:
+    def update(state: State, frozen: Frozen, experience: Experience, key: PRNGKeyArray) -> tuple[State, Metrics]:
         shuffle_key, ptx_key = jax.random.split(key)
         demonstrations = None
         if cfg.ptx_coef:
@@ -286,9 +278,7 @@ def main(cfg: Config) -> dict[str, float]:
     with Run(cfg.run_dir, cfg, name="ppo", resume=cfg.resume) as run:
         sft_params = sft.train(cfg.sft, setting, run, cfg.seed)[-1]
         comparisons = setting.compare(sft.make_sampler(setting, sft_params, cfg.seed))
-        reward_params, metrics = reward_model.train(
-            cfg.reward_model, setting, comparisons, sft_params, run, cfg.seed
-        )
+        reward_params, metrics = reward_model.train(cfg.reward_model, setting, comparisons, sft_params, run, cfg.seed)
         metrics |= train(cfg, setting, sft_params, reward_params, run, cfg.seed)[1]
         run.summary(metrics)
     return metrics

@@ -8,13 +8,12 @@ About 3 minutes on 2 CPU cores (it runs SFT first). In the controlled world it a
 75% of the time, where their own noise allows 80%; "pick the longer" gets 53%.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rlhf_jax.evaluate import calibration, length_baseline, preference_accuracy
 
 from experiments import sft
 from experiments.setting import Comparisons, Setting, Source, load_setting
@@ -22,6 +21,7 @@ from experiments.sft import SFT
 from rlhf_jax import checkpoint
 from rlhf_jax.batches import Rankings, Tokens
 from rlhf_jax.data.tokens import take
+from rlhf_jax.evaluate import calibration, length_baseline, preference_accuracy
 from rlhf_jax.log import Run, run_main
 from rlhf_jax.losses import ranking_loss
 from rlhf_jax.models import ScalarModel, from_language_model
@@ -43,7 +43,7 @@ class RewardModel:
 class Config(RewardModel, Source):
     """A reward model from comparisons; runs SFT first."""
 
-    sft: SFT = SFT()
+    sft: SFT = field(default_factory=SFT)
 
 
 def pick(rankings: Rankings, prompts: np.ndarray) -> Rankings:
@@ -110,9 +110,7 @@ def train(
         if step % steps_an_epoch == 0:
             permutation = order.permutation(prompts)
         start = step % steps_an_epoch * cfg.prompts_per_step
-        state, metrics = train_step(
-            state, pick(comparisons.train, permutation[start : start + cfg.prompts_per_step])
-        )
+        state, metrics = train_step(state, pick(comparisons.train, permutation[start : start + cfg.prompts_per_step]))
         last = step + 1 == steps
         if (step + 1) % max(1, steps // 8) == 0 or last:
             metrics |= evaluate(score, state.params, comparisons.heldout)

@@ -61,9 +61,7 @@ class Setting(NamedTuple):
 
     def read(self, prompts: Prompts) -> list[str]:
         """Prompts as text, for people."""
-        rows = (
-            ids[mask] for ids, mask in zip(np.asarray(prompts.tokens), np.asarray(prompts.mask), strict=True)
-        )
+        rows = (ids[mask] for ids, mask in zip(np.asarray(prompts.tokens), np.asarray(prompts.mask), strict=True))
         return self.tokenizer.batch_decode([list(map(int, ids)) for ids in rows])
 
     def answers(self, completions: Completions) -> tuple[list[str], np.ndarray]:
@@ -168,9 +166,7 @@ def world_setting(seed: int) -> Setting:
             facts = {
                 "annotator_noise": noise,
                 "annotator_agreement_expected": agreement_rate(differences, noise),
-                "annotator_agreement": float(
-                    np.mean((ranks[:, 0] < ranks[:, 1]) == (again[:, 0] < again[:, 1]))
-                ),
+                "annotator_agreement": float(np.mean((ranks[:, 0] < ranks[:, 1]) == (again[:, 0] < again[:, 1]))),
                 "ceiling": ceiling(differences, noise),
             }
             tokens = jax.tree.map(np.asarray, join(repeated, answers, pad_id=pad_id))

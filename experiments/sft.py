@@ -101,9 +101,7 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
         if step % steps_an_epoch == 0:
             permutation = order.permutation(rows)
         start = step % steps_an_epoch * cfg.batch_size
-        state, metrics = train_step(
-            state, take(setting.demonstrations, permutation[start : start + cfg.batch_size])
-        )
+        state, metrics = train_step(state, take(setting.demonstrations, permutation[start : start + cfg.batch_size]))
         last = step + 1 == cfg.steps
         if (step + 1) % steps_an_epoch == 0 or last:
             epochs.append(jax.tree.map(np.asarray, state.params))

@@ -33,9 +33,7 @@ def join(prompts: Prompts, completions: Completions, *, pad_id: int) -> Tokens:
     """Prompts and what was sampled after them, as sequences of T = P + N. Traceable; sampled ids are kept."""
     column = jnp.zeros_like(prompts.mask[:, :1])
     return shift(
-        jnp.concatenate(
-            [prompts.tokens, completions.tokens, jnp.full_like(prompts.tokens[:, :1], pad_id)], 1
-        ),
+        jnp.concatenate([prompts.tokens, completions.tokens, jnp.full_like(prompts.tokens[:, :1], pad_id)], 1),
         jnp.concatenate([prompts.mask, completions.mask, column], 1),
         jnp.concatenate([jnp.zeros_like(prompts.mask), completions.mask, column], 1),
     )
@@ -58,9 +56,7 @@ def pad_sequences(pairs: Sequence[tuple[Ids, Ids]], *, length: int, pad_id: int)
         real[row, :end] = True
         response[row, len(prompt) : end] = True
     positions = np.maximum(np.cumsum(real, axis=1, dtype=np.int32) - 1, 0)
-    return Tokens(
-        tokens[:, :-1], tokens[:, 1:], response[:, 1:], positions[:, :-1], real[:, :-1].astype(np.int32)
-    )
+    return Tokens(tokens[:, :-1], tokens[:, 1:], response[:, 1:], positions[:, :-1], real[:, :-1].astype(np.int32))
 
 
 def pack_sequences(pairs: Sequence[tuple[Ids, Ids]], *, length: int, pad_id: int) -> Tokens:

@@ -84,10 +84,7 @@ def test_tokenizer_is_a_round_trip_through_the_chat_template():
     whole = tokenizer.apply_chat_template([message, answer], tokenize=False)
     assert whole == text + " ant dog fox <eos>"
     # No word of the world falls to the unknown token.
-    assert (
-        tokenizer.pad_token_id
-        not in tokenizer(" ".join(VOCABULARY[1:]), add_special_tokens=False)["input_ids"]
-    )
+    assert tokenizer.pad_token_id not in tokenizer(" ".join(VOCABULARY[1:]), add_special_tokens=False)["input_ids"]
 
 
 def test_every_prompt_fits_and_the_same_seed_gives_the_same_world():

@@ -1,0 +1,101 @@
+"""The training step, PPO's minibatches, and scoring of tokens."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.training.train_state import TrainState
+
+from rlhf_jax.batches import Experience
+from rlhf_jax.data.tokens import pad_sequences
+from rlhf_jax.logprobs import token_entropy, token_logprobs
+from rlhf_jax.models import ModelConfig, Transformer
+from rlhf_jax.train import cosine_decay, make_optimizer, make_state, make_train_step, ppo_update, token_scores
+
+CONFIG = ModelConfig(
+    vocab_size=20, d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=32, rope_theta=1e4,
+    norm_eps=1e-5, tie_embeddings=True, max_length=32,
+)  # fmt: skip
+
+
+def experience(rows: int) -> Experience:
+    tokens = pad_sequences([([3], [r + 4, 2]) for r in range(rows)], length=4, pad_id=0)
+    zeros = jnp.zeros(tokens.mask.shape)
+    return Experience(jax.tree.map(jnp.asarray, tokens), *[zeros] * 6)
+
+
+def collect(seen, batch):
+    """A step that learns nothing and reports which rows it saw."""
+    some, extra = batch
+    rows = some.tokens.inputs[:, 1] - 4
+    return seen.at[rows].add(1), {"rows": rows, "extra": extra}
+
+
+def test_each_epoch_sees_every_row_once_in_an_order_of_its_own():
+    update = jax.jit(lambda key: ppo_update(
+        collect, jnp.zeros(8, jnp.int32), experience(8), jnp.arange(6), key, epochs=3, minibatches=2
+    ))  # fmt: skip
+    seen, metrics = update(jax.random.key(0))
+    np.testing.assert_array_equal(seen, 3)
+    epochs = np.asarray(metrics["rows"]).reshape(3, 8)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(8), (3, 1)))
+    assert len({tuple(order) for order in epochs}) == 3
+    np.testing.assert_array_equal(metrics["extra"], np.arange(6))
+    assert (update(jax.random.key(1))[1]["rows"] != metrics["rows"]).any()
+
+
+def test_rows_that_do_not_divide_are_an_error():
+    with pytest.raises(ValueError, match="8 responses cannot be cut into 3"):
+        ppo_update(collect, jnp.zeros(8), experience(8), None, jax.random.key(0), epochs=1, minibatches=3)
+
+
+def test_a_step_follows_the_gradient_and_is_compiled_once():
+    state = TrainState.create(apply_fn=None, params={"w": jnp.array([3.0])}, tx=make_optimizer(0.1))
+    step = make_train_step(chex.assert_max_traces(lambda p, x: (jnp.sum(p["w"] ** 2) * x, {"x": x}), n=1))
+    for _ in range(3):
+        state, metrics = step(state, jnp.float32(1.0))
+    np.testing.assert_allclose(state.params["w"], [3.0 - 3 * 0.1], atol=1e-3)  # Adam moves by its learning rate
+    assert set(metrics) == {"loss", "grad_norm", "x"} and int(state.step) == 3
+
+
+def test_weight_decay_spares_vectors():
+    params = {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}
+    optimizer = make_optimizer(0.1, weight_decay=0.5)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.05)
+    np.testing.assert_array_equal(updates["scale"], 0.0)
+
+
+def test_the_gradient_is_clipped_before_adam_sees_it():
+    optimizer = make_optimizer(0.1, max_grad_norm=1.0)
+    state = optimizer.init(jnp.zeros((2, 1)))
+    _, state = optimizer.update(jnp.array([[30.0], [40.0]]), state, jnp.zeros((2, 1)))
+    first_moment = state[1][0].mu
+    np.testing.assert_allclose(first_moment, 0.1 * np.array([[0.6], [0.8]]), rtol=1e-5)
+
+
+def test_cosine_warms_up_and_ends_at_zero():
+    schedule = cosine_decay(2.0, 100)
+    values = np.array([schedule(i) for i in (0, 2, 51, 100)])
+    np.testing.assert_allclose(values, [0.0, 2.0, 1.0, 0.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_scores_are_those_of_the_tempered_logits(temperature):
+    model = Transformer(CONFIG)
+    tokens = experience(4).tokens
+    params = model.init(jax.random.key(0), tokens.inputs)["params"]
+    logprobs, entropy = token_scores(model, params, tokens, temperature=temperature)
+    logits = model.apply({"params": params}, tokens.inputs, tokens.positions, tokens.segment_ids) / temperature
+    np.testing.assert_allclose(logprobs, token_logprobs(logits, tokens.targets), atol=1e-5)
+    np.testing.assert_allclose(entropy, token_entropy(logits), atol=1e-5)
+
+
+def test_a_state_may_be_donated_while_its_parameters_live_on():
+    model = Transformer(CONFIG)
+    tokens = experience(4).tokens
+    params = model.init(jax.random.key(0), tokens.inputs)["params"]
+    step = make_train_step(lambda p, t: (-token_scores(model, p, t)[0].mean(), {}))
+    step(make_state(model, params, make_optimizer(0.1)), tokens)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
