@@ -41,8 +41,9 @@ class GaoFit(NamedTuple):
 
     @property
     def peak_kl(self) -> float:
-        """Where the fit is highest, d = e^(α/β − 1), as a KL in nats; infinite where β is not positive."""
-        if self.beta <= 0:
+        """Where the fit is highest, d = e^(α/β − 1), as a KL in nats; infinite where it never comes down."""
+        # The bound is a distance no policy reaches; beyond it exp overflows.
+        if self.beta <= 0 or self.alpha / self.beta > 100:
             return float("inf")
         return float(np.exp(2 * (self.alpha / self.beta - 1)))
 
@@ -56,15 +57,14 @@ def gao_fit(kl: ArrayLike, reward: ArrayLike) -> GaoFit:
     an estimate put below 0 counts as 0. Raises ValueError with fewer than 3 finite points at a positive KL.
     Reference: Gao et al. 2023, §3.1, https://arxiv.org/abs/2210.10760.
     """
-    kl, reward = np.asarray(kl, np.float64), np.asarray(reward, np.float64)
-    finite = np.isfinite(kl) & np.isfinite(reward)
-    kl, reward = kl[finite], reward[finite]
-    if np.sum(kl > 0) < 3:
+    points = np.stack([np.asarray(kl, np.float64), np.asarray(reward, np.float64)])
+    x, y = points[:, np.isfinite(points).all(axis=0)]
+    if np.sum(x > 0) < 3:
         raise ValueError("the fit needs at least 3 finite points at a positive KL")
-    features = _gao_features(kl)
-    (alpha, beta), *_ = np.linalg.lstsq(features, reward, rcond=None)
-    residual = np.sum((reward - features @ np.array([alpha, beta])) ** 2)
-    total = np.sum((reward - reward.mean()) ** 2)
+    features = _gao_features(x)
+    (alpha, beta), *_ = np.linalg.lstsq(features, y, rcond=None)
+    residual = np.sum((y - features @ np.array([alpha, beta])) ** 2)
+    total = np.sum((y - y.mean()) ** 2)
     return GaoFit(float(alpha), float(beta), float(1 - residual / total) if total > 0 else float("nan"))
 
 
@@ -93,13 +93,12 @@ class Lengths(NamedTuple):
 
 def length_statistics(lengths: ArrayLike, scores: ArrayLike) -> Lengths:
     """Raises ValueError without responses."""
-    lengths, scores = np.asarray(lengths, np.float64), np.asarray(scores, np.float64)
-    if not lengths.size:
+    x, y = np.asarray(lengths, np.float64), np.asarray(scores, np.float64)
+    if not x.size:
         raise ValueError("no responses")
-    spread = lengths.std() * scores.std()
-    covariance = np.mean((lengths - lengths.mean()) * (scores - scores.mean()))
-    correlation = covariance / spread if spread > 0 else 0.0
-    return Lengths(float(lengths.mean()), float(np.percentile(lengths, 95)), float(correlation))
+    spread = x.std() * y.std()
+    correlation = np.mean((x - x.mean()) * (y - y.mean())) / spread if spread > 0 else 0.0
+    return Lengths(float(x.mean()), float(np.percentile(x, 95)), float(correlation))
 
 
 def collapsed(

@@ -36,12 +36,12 @@ def wilson_interval(successes: float | int, trials: int) -> Rate:
 
 def win_rate(a: ArrayLike, b: ArrayLike) -> Rate:
     """Share of rows where a > b, ties counting half, with its Wilson interval. Raises ValueError on NaN."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"the two sides have shapes {a.shape} and {b.shape}")
-    if np.isnan(a).any() or np.isnan(b).any():
+    ours, theirs = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if ours.shape != theirs.shape:
+        raise ValueError(f"the two sides have shapes {ours.shape} and {theirs.shape}")
+    if np.isnan(ours).any() or np.isnan(theirs).any():
         raise ValueError("NaN is neither a win nor a loss")
-    return wilson_interval(float(np.sum(a > b) + 0.5 * np.sum(a == b)), a.size)
+    return wilson_interval(float(np.sum(ours > theirs) + 0.5 * np.sum(ours == theirs)), ours.size)
 
 
 def preference_accuracy(chosen_rewards: ArrayLike, rejected_rewards: ArrayLike) -> Rate:
@@ -74,14 +74,14 @@ def calibration(margins: ArrayLike, outcomes: ArrayLike, *, bins: int) -> Calibr
     half of the pairs round. Raises ValueError without pairs.
     Reference: Guo et al. 2017, eq. 3, https://arxiv.org/abs/1706.04599.
     """
-    margins, outcomes = np.asarray(margins, np.float64), np.asarray(outcomes, np.float64)
-    if not margins.size:
+    logits, came_true = np.asarray(margins, np.float64), np.asarray(outcomes, np.float64)
+    if not logits.size:
         raise ValueError("calibration needs at least one pair")
-    predicted = 0.5 * (1 + np.tanh(margins / 2))  # σ without overflow
+    predicted = 0.5 * (1 + np.tanh(logits / 2))  # σ without overflow
     index = np.minimum((predicted * bins).astype(int), bins - 1)
     counts = np.bincount(index, minlength=bins).astype(np.float64)
     used = counts > 0
     mean_predicted = np.bincount(index, predicted, bins)[used] / counts[used]
-    mean_observed = np.bincount(index, outcomes, bins)[used] / counts[used]
-    error = np.sum(counts[used] / margins.size * np.abs(mean_observed - mean_predicted))
+    mean_observed = np.bincount(index, came_true, bins)[used] / counts[used]
+    error = np.sum(counts[used] / logits.size * np.abs(mean_observed - mean_predicted))
     return Calibration(mean_predicted, mean_observed, counts[used], float(error))

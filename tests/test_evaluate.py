@@ -17,7 +17,8 @@ def test_wilson_by_hand():
 def test_wilson_holds_its_95_percent():
     rng = np.random.default_rng(0)
     for p in (0.5, 0.75, 0.95):
-        inside = [low <= p <= high for _, low, high in (wilson_interval(k, 60) for k in rng.binomial(60, p, 4000))]
+        intervals = [wilson_interval(k, 60) for k in rng.binomial(60, p, 4000).tolist()]
+        inside = [low <= p <= high for _, low, high in intervals]
         assert 0.93 < np.mean(inside) < 0.975
 
 
