@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in and out: Llama, as config.json and safetensors. No torch, no pickle, no remote code."""
+"""Hugging Face checkpoints in and out: Llama, as config.json and safetensors. No torch, no pickle."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -145,28 +145,36 @@ def _read_config(path: Path) -> ModelConfig:
     if hf.get("model_type") != "llama":
         raise ValueError(f"{path}: model_type {hf.get('model_type')!r} is not supported, only 'llama'")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     if kind != "default":
         raise ValueError(f"{path}: rope scaling {kind!r} is not supported")
     for name, only in [("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")]:
         if hf.get(name, only) != only:
             raise ValueError(f"{path}: {name} {hf[name]!r} is not supported, only {only!r}")
+
+    def size(name: str, default: int | None = None) -> int:
+        value = default if hf.get(name) is None else hf[name]
+        if value is None:
+            raise ValueError(f"{name} is missing")
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        return value
+
     try:
+        d_model, n_heads = size("hidden_size"), size("num_attention_heads")
         return ModelConfig(
-            vocab_size=hf["vocab_size"],
-            d_model=hf["hidden_size"],
-            n_layers=hf["num_hidden_layers"],
-            n_heads=hf["num_attention_heads"],
-            n_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-            d_ff=hf["intermediate_size"],
+            vocab_size=size("vocab_size"),
+            d_model=d_model,
+            n_layers=size("num_hidden_layers"),
+            n_heads=n_heads,
+            n_kv_heads=size("num_key_value_heads", n_heads),
+            head_dim=size("head_dim", d_model // n_heads),
+            d_ff=size("intermediate_size"),
             rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
             norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
             tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            max_length=hf.get("max_position_embeddings", 2048),
+            max_length=size("max_position_embeddings", 2048),
         )
-    except KeyError as error:
-        raise ValueError(f"{path}: {error.args[0]} is missing") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -213,10 +221,13 @@ def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _tensors(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, reader) of every tensor, read when called."""
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
-    elif (folder / "model.safetensors").exists():
+    if (folder / "model.safetensors").exists():  # before the index, as transformers has it
         shards = ["model.safetensors"]
+    elif index.exists():
+        places = _read_json(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise ValueError(f"{index} has no weight_map")
+        shards = sorted(set(places.values()))
     else:
         raise FileNotFoundError(f"{folder} has no model.safetensors (nor an index of shards)")
     for shard in shards:
