@@ -1,0 +1,303 @@
+import json
+from dataclasses import replace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from rlhf_jax.models import ModelConfig, Transformer, load_hf, save_hf
+from rlhf_jax.sampling import generate
+
+TOKENS = np.random.default_rng(0).integers(0, 32, (2, 9))
+
+SHAPES = {
+    "plain, tied": {"tie_word_embeddings": True},
+    "grouped queries, wide heads, untied": {"num_key_value_heads": 1, "head_dim": 10},
+    "other theta and epsilon": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        "rms_norm_eps": 1e-3,
+    },
+}
+
+
+def torch_model(**changes):
+    """A small Llama whose every weight matters: norms are not 1, logits are of order 1."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64,
+    }  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(
+                1 + 0.3 * torch.randn_like(weight) if "norm" in name else 0.3 * torch.randn_like(weight)
+            )
+    return model
+
+
+def torch_logits(model):
+    with torch.no_grad():
+        return model.float()(torch.tensor(TOKENS)).logits.numpy()
+
+
+def jax_logits(config, params, tokens=TOKENS):
+    return jax.jit(Transformer(config).apply)({"params": params}, jnp.asarray(tokens))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_torch_checkpoint_loads_with_the_same_logits_and_goes_back(shape, tmp_path):
+    theirs = torch_model(**SHAPES[shape])
+    theirs.save_pretrained(tmp_path / "in")
+    config, params = load_hf(tmp_path / "in")
+    expected = torch_logits(theirs)
+    assert expected.std() > 0.3
+    assert_allclose(jax_logits(config, params), expected, atol=1e-4)
+
+    save_hf(tmp_path / "out", config, params)
+    back, info = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_allclose(torch_logits(back), expected, atol=1e-4)
+    again, same = load_hf(tmp_path / "out")
+    assert again == config
+    chex.assert_trees_all_equal(same, params)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_read_exactly(dtype, tmp_path):
+    theirs = torch_model().to(dtype)
+    theirs.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    config, params = load_hf(tmp_path)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert_array_equal(params["embedding"], theirs.model.embed_tokens.weight.detach().float().numpy())
+    # Loaded anew: casting the model itself would leave its rotary frequencies rounded.
+    again = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert_allclose(jax_logits(config, params), torch_logits(again), atol=1e-4)
+
+
+def test_shards_are_read_by_their_index(tmp_path):
+    theirs = torch_model()
+    theirs.save_pretrained(tmp_path, max_shard_size="4KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    config, params = load_hf(str(tmp_path))
+    assert_allclose(jax_logits(config, params), torch_logits(theirs), atol=1e-4)
+
+
+def test_saving_over_shards_replaces_them(tmp_path):
+    torch_model().save_pretrained(tmp_path, max_shard_size="4KB")
+    config, params = load_hf(tmp_path)
+    params["embedding"] += 1.0
+    save_hf(tmp_path, config, params)
+    chex.assert_trees_all_equal(load_hf(tmp_path)[1], params)
+    back = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert_array_equal(back.model.embed_tokens.weight.detach().numpy(), params["embedding"])
+
+
+CONFIG = ModelConfig(
+    vocab_size=32, d_model=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=6, d_ff=12,
+    rope_theta=5_000.0, norm_eps=1e-5, tie_embeddings=False, max_length=64,
+)  # fmt: skip
+
+
+def new_params(config):
+    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.asarray(TOKENS))["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), shapes)
+
+
+def test_scanned_layers_are_saved_as_layers(tmp_path):
+    scanned = replace(CONFIG, scan_layers=True)
+    params = new_params(scanned)
+    save_hf(tmp_path, scanned, params)
+    config, loaded = load_hf(tmp_path)
+    assert config == CONFIG
+    assert_array_equal(loaded["layer_1"]["gate"]["kernel"], params["layers"]["gate"]["kernel"][1])
+    expected = jax_logits(scanned, params)
+    assert_allclose(jax_logits(config, loaded), expected, atol=1e-5)
+    assert_allclose(torch_logits(LlamaForCausalLM.from_pretrained(tmp_path)), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [{"n_layers": 3}, {"tie_embeddings": True}, {"scan_layers": True}])
+def test_params_of_another_config_are_not_saved(wrong, tmp_path):
+    with pytest.raises(ValueError, match="are not those of this config"):
+        save_hf(tmp_path / "out", replace(CONFIG, **wrong), new_params(CONFIG))
+    assert not list(tmp_path.glob("**/*.*"))
+
+
+def test_the_tokenizer_is_saved_with_its_special_tokens(shared_data, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "model" / "stories260K-hf")
+    save_hf(tmp_path, CONFIG, new_params(CONFIG), tokenizer=tokenizer)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again("Once upon a time")["input_ids"] == tokenizer("Once upon a time")["input_ids"]
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / name).read_text())["eos_token_id"] == tokenizer.eos_token_id
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_published_model_writes_the_same_200_tokens(shared_data):
+    reference = np.load(shared_data / "model" / "stories260K_reference.npz")
+    ids, logits = reference["greedy_ids"], reference["logits"]
+    config, params = load_hf(shared_data / "model" / "stories260K-hf")
+    read = len(logits)
+    assert_allclose(jax_logits(config, params, ids[None, :read])[0], logits, atol=1e-4)
+    completions = generate(
+        Transformer(config), params, jnp.asarray(ids[None, :1]), jnp.ones((1, 1), bool), jax.random.key(0),
+        max_new_tokens=200, temperature=0.0, eos_id=None, pad_id=0,
+    )  # fmt: skip
+    assert_array_equal(completions.tokens[0], ids[1:])
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+
+
+@pytest.fixture
+def folder(tmp_path, no_network):
+    save_hf(tmp_path / "model", CONFIG, new_params(CONFIG))
+    return tmp_path / "model"
+
+
+def fails(path, error, *words):
+    with pytest.raises(error) as caught:
+        load_hf(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_a_missing_folder(folder):
+    missing = folder.parent / "nothing"
+    fails(missing, FileNotFoundError, f"no folder {missing}")
+    fails("nothing", FileNotFoundError, "no folder nothing")
+    fails("./some/where", FileNotFoundError, "no folder")
+    fails("a/b/c", FileNotFoundError, "no folder a/b/c")
+
+
+def test_a_folder_is_never_taken_for_a_hub_name(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent.parent)
+    config, _ = load_hf(f"{folder.parent.name}/model")
+    assert config == CONFIG
+
+
+def test_a_hub_name_that_cannot_be_had(monkeypatch):
+    def refuse(name, **kwargs):
+        raise OSError(f"no way to {name}\nand a long story")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    fails("some/model", FileNotFoundError, "some/model", "hub", "no way")
+
+
+def test_a_file_instead_of_a_folder(folder):
+    fails(folder / "model.safetensors", ValueError, "model.safetensors is a file")
+
+
+def test_a_missing_config(folder):
+    (folder / "config.json").unlink()
+    fails(folder, FileNotFoundError, f"{folder} has no config.json")
+
+
+@pytest.mark.parametrize("text, word", [("{", "not JSON"), ("[]", "not a JSON object"), ("", "not JSON")])
+def test_a_broken_config(folder, text, word):
+    (folder / "config.json").write_text(text)
+    fails(folder, ValueError, "config.json", word)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model_type": "gpt2"}, ["model_type 'gpt2'", "llama"]),
+        ({"model_type": None}, ["model_type None"]),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["rope scaling 'llama3'"]),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope scaling 'linear'"]),
+        ({"rope_parameters": 3}, ["rope"]),
+        ({"attention_bias": True}, ["attention_bias"]),
+        ({"hidden_act": "gelu"}, ["hidden_act 'gelu'"]),
+        ({"hidden_size": None}, ["hidden_size is missing"]),
+        ({"hidden_size": "wide"}, ["hidden_size", "'wide'"]),
+        ({"head_dim": 5}, ["head_dim must be even"]),
+        ({"num_attention_heads": 0, "head_dim": None}, ["num_attention_heads", "not 0"]),
+        ({"num_key_value_heads": 3}, ["not a multiple"]),
+    ],
+)  # fmt: skip
+def test_a_config_that_is_not_supported(folder, changes, words):
+    change_config(folder, **changes)
+    fails(folder, ValueError, "config.json", *words)
+
+
+def test_older_configs_are_read(folder):
+    change_config(folder, rope_parameters=None, rope_theta=5_000.0, rope_scaling=None)
+    assert load_hf(folder)[0] == CONFIG
+
+
+def test_missing_weights(folder):
+    (folder / "model.safetensors").unlink()
+    fails(folder, FileNotFoundError, f"{folder} has no model.safetensors")
+
+
+def test_a_missing_tensor(folder):
+    change_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    fails(folder, ValueError, str(folder), "model.layers.1.mlp.up_proj.weight is missing")
+
+
+def test_a_misshapen_tensor(folder):
+    name = "model.layers.0.self_attn.k_proj.weight"
+
+    def cut(tensors):
+        tensors[name] = np.ascontiguousarray(tensors[name][:-1])
+
+    change_tensors(folder, cut)
+    fails(folder, ValueError, str(folder), name, "(5, 8)", "(6, 8)")
+
+
+def test_an_unexpected_tensor(folder):
+    change_tensors(folder, lambda tensors: tensors.update({"model.extra": np.zeros(2, np.float32)}))
+    fails(folder, ValueError, str(folder), "model.extra")
+
+
+def test_buffers_and_copies_of_a_tied_embedding_are_passed_over(folder):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change_tensors(folder, lambda tensors: tensors.update({name: np.zeros(3, np.float32)}))
+    change_config(folder, tie_word_embeddings=True)
+    config, params = load_hf(folder)
+    assert config.tie_embeddings and "head" not in params
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_a_truncated_file(folder, size):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    fails(folder, ValueError, str(path))
+
+
+def test_a_missing_shard_and_a_broken_index(folder):
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}))
+    fails(folder, FileNotFoundError, str(folder), "model-00001-of-00002.safetensors")
+    for text in ("{", "{}", '{"weight_map": 3}'):
+        index.write_text(text)
+        fails(folder, ValueError, index.name)
