@@ -101,6 +101,8 @@ def main(cfg: Config) -> dict[str, float]:
     """Runs everything; returns the final metrics, which are also in the run's summary.json."""
     setting = load_setting(cfg)
     with Run(cfg.run_dir, cfg, name="pipeline", resume=cfg.resume) as run:
+        for note in setting.notes:
+            run.say(note)
         try:
             epochs = sft.train(cfg.sft, setting, run, cfg.seed)
             comparisons = setting.compare(sft.make_sampler(setting, epochs[-1], cfg.seed))

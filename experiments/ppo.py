@@ -276,6 +276,8 @@ def main(cfg: Config) -> dict[str, float]:
     """SFT, reward model, PPO; returns the final metrics. `pipeline.py` adds the evaluation and the report."""
     setting = load_setting(cfg)
     with Run(cfg.run_dir, cfg, name="ppo", resume=cfg.resume) as run:
+        for note in setting.notes:
+            run.say(note)
         sft_params = sft.train(cfg.sft, setting, run, cfg.seed)[-1]
         comparisons = setting.compare(sft.make_sampler(setting, sft_params, cfg.seed))
         reward_params, metrics = reward_model.train(cfg.reward_model, setting, comparisons, sft_params, run, cfg.seed)

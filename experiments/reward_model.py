@@ -132,6 +132,8 @@ def main(cfg: Config) -> dict[str, float]:
     """SFT, comparisons of its answers, reward model; returns the final metrics."""
     setting = load_setting(cfg)
     with Run(cfg.run_dir, cfg, name="reward_model", resume=cfg.resume) as run:
+        for note in setting.notes:
+            run.say(note)
         sft_params = sft.train(cfg.sft, setting, run, cfg.seed)[-1]
         comparisons = setting.compare(sft.make_sampler(setting, sft_params, cfg.seed))
         _, metrics = train(cfg, setting, comparisons, sft_params, run, cfg.seed)

@@ -119,6 +119,8 @@ def main(cfg: Config) -> dict[str, float]:
     """Trains; returns the final metrics."""
     setting = load_setting(cfg)
     with Run(cfg.run_dir, cfg, name="sft", resume=cfg.resume) as run:
+        for note in setting.notes:
+            run.say(note)
         params = train(cfg, setting, run, cfg.seed)[-1]
         metrics = dict(setting.facts)
         if setting.judge is not None:
