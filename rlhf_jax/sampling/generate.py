@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Int, PRNGKeyArray
 
@@ -45,9 +46,7 @@ def _generate(
         return draw(logits, jax.random.uniform(jax.random.fold_in(key, step), (batch,)))
 
     def read(tokens: Array, positions: Array, segment_ids: Array, cache: Any) -> tuple[Array, Any]:
-        hidden, cache = model.apply(
-            {"params": params}, tokens, positions, segment_ids, cache, method="decode"
-        )
+        hidden, cache = model.apply({"params": params}, tokens, positions, segment_ids, cache, method="decode")
         return hidden[:, -1:], cache
 
     def emit(state: tuple, hidden: Array, cache: Any) -> tuple:
@@ -58,9 +57,7 @@ def _generate(
         completions = Completions(
             jax.lax.dynamic_update_slice(completions.tokens, token[:, None], column),
             jax.lax.dynamic_update_slice(completions.mask, ~ended[:, None], column),
-            jax.lax.dynamic_update_slice(
-                completions.logprobs, jnp.where(ended, 0.0, logprob)[:, None], column
-            ),
+            jax.lax.dynamic_update_slice(completions.logprobs, jnp.where(ended, 0.0, logprob)[:, None], column),
         )
         if eos_id is not None:
             ended = ended | (token == eos_id)
@@ -68,15 +65,11 @@ def _generate(
 
     def decode_step(state: tuple) -> tuple:
         step, _, _, token, cache = state
-        hidden, cache = read(
-            token[:, None], (lengths + step - 1)[:, None], jnp.ones((batch, 1), jnp.int32), cache
-        )
+        hidden, cache = read(token[:, None], (lengths + step - 1)[:, None], jnp.ones((batch, 1), jnp.int32), cache)
         return emit(state, hidden, cache)
 
     shape = (batch, max_new_tokens)
-    empty = Completions(
-        jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32)
-    )
+    empty = Completions(jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32))
     cache = init_cache(model.config, batch, width + max_new_tokens - 1)
     positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=1) - 1, 0)
     hidden, cache = read(prompts, positions, prompt_mask.astype(jnp.int32), cache)
@@ -135,10 +128,8 @@ def _check(prompt_mask: Any, max_new_tokens: int, temperature: Any, top_k: int |
         known = value is not None and not isinstance(value, jax.core.Tracer)
         if known and not least <= float(value) <= most:
             raise ValueError(f"{name} must lie between {least:g} and {most:g}, not {float(value):g}")
-    if not isinstance(prompt_mask, jax.Array) or not isinstance(prompt_mask, jax.core.Tracer):
-        import numpy as np
-
-        mask = np.asarray(prompt_mask)
-        bad = np.flatnonzero(~mask[:, -1] | (np.diff(mask.astype(np.int8), axis=1) < 0).any(axis=1))
+    if not isinstance(prompt_mask, jax.core.Tracer):
+        mask = np.asarray(prompt_mask, bool)
+        bad = np.flatnonzero(~mask[:, -1:].any(axis=1) | (mask[:, :-1] & ~mask[:, 1:]).any(axis=1))
         if len(bad):
             raise ValueError(f"prompt {bad[0]} is empty or not left-padded: its mask must end in True")
