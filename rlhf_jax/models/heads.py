@@ -51,7 +51,7 @@ class ScalarModel(nn.Module):
 
 
 def from_language_model(params: Any, key: PRNGKeyArray, config: ModelConfig) -> Any:
-    """A ScalarModel's parameters: the trunk of a language model, and a new head. An untied language head is left out."""
+    """A ScalarModel's parameters: a language model's trunk, and a new head. An untied language head is left out."""
     trunk = {name: value for name, value in params.items() if name != "head"}
     head = ScalarHead().init(key, jnp.zeros((1, 1, config.d_model)))["params"]
     return {"trunk": jax.tree.map(jnp.copy, trunk), "head": head}

@@ -41,9 +41,7 @@ def load_hf(path_or_name: str | Path) -> tuple[ModelConfig, Any]:
             raise ValueError(f"{folder}: tensor {name} is missing")
         tensor = np.asarray(tensors.pop(name)(), np.float32)
         if tensor.shape != shape:
-            raise ValueError(
-                f"{folder}: tensor {name} has shape {tensor.shape}, its config.json says {shape}"
-            )
+            raise ValueError(f"{folder}: tensor {name} has shape {tensor.shape}, its config.json says {shape}")
         return tensor
 
     params: dict[str, Any] = {
@@ -84,11 +82,7 @@ def save_hf(path: str | Path, config: ModelConfig, params: Any, *, tokenizer: An
     for i in range(config.n_layers):
         for ours, theirs in LAYER_TENSORS.items():
             module, name = ours.split("/")
-            tensor = (
-                params["layers"][module][name][i]
-                if config.scan_layers
-                else params[f"layer_{i}"][module][name]
-            )
+            tensor = params["layers"][module][name][i] if config.scan_layers else params[f"layer_{i}"][module][name]
             tensors[f"model.layers.{i}.{theirs}"] = tensor.T
     if not config.tie_embeddings:
         tensors["lm_head.weight"] = params["head"].T
@@ -110,9 +104,7 @@ def _folder(path_or_name: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ValueError(
-            f"{folder} is a file; a checkpoint is a folder with config.json and model.safetensors"
-        )
+        raise ValueError(f"{folder} is a file; a checkpoint is a folder with config.json and model.safetensors")
     name = str(path_or_name)
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise FileNotFoundError(f"there is no folder {folder}")
@@ -123,9 +115,7 @@ def _folder(path_or_name: str | Path) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"{name} is no folder here, and could not be had from the hub: {reason}"
-        ) from None
+        raise FileNotFoundError(f"{name} is no folder here, and could not be had from the hub: {reason}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

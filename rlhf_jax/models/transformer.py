@@ -61,9 +61,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         variance = jnp.square(x32).mean(axis=-1, keepdims=True)
-        return (x32 * jax.lax.rsqrt(variance + self.config.norm_eps) * jnp.expand_dims(scale, (0, 1))).astype(
-            x.dtype
-        )
+        return (x32 * jax.lax.rsqrt(variance + self.config.norm_eps) * jnp.expand_dims(scale, (0, 1))).astype(x.dtype)
 
 
 class Linear(nn.Module):
@@ -204,9 +202,7 @@ class Transformer(nn.Module):
         keys, values = layers
         return hidden, KVCache(keys, values, segments, start + length)
 
-    def _run(
-        self, tokens: Array, layers: Any, positions: Array, visible: Array, start: Array
-    ) -> tuple[Array, Any]:
+    def _run(self, tokens: Array, layers: Any, positions: Array, visible: Array, start: Array) -> tuple[Array, Any]:
         x = self.embedding[tokens].astype(self.config.dtype)
         if self.config.scan_layers:
             x, layers = self.layers(x, layers, positions, visible, start)

@@ -26,9 +26,7 @@ def truncate(logits: Float[Array, "B V"], *, top_k: int | None, top_p: Array | N
     return logits
 
 
-def draw(
-    logits: Float[Array, "B V"], uniform: Float[Array, " B"]
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+def draw(logits: Float[Array, "B V"], uniform: Float[Array, " B"]) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """A token of softmax(logits) by inverse CDF, from one uniform number a row, and its log-probability.
 
     One number instead of a Gumbel an entry: with 32k entries that noise costs more than the model. A token of

@@ -81,9 +81,7 @@ def test_from_language_model_copies_the_trunk_and_drops_the_language_head(tied):
     ):
         assert ours is not theirs  # donating the one leaves the other alive
     model = ScalarModel(config)
-    chex.assert_trees_all_equal_shapes(
-        params, jax.eval_shape(model.init, jax.random.key(2), TOKENS)["params"]
-    )
+    chex.assert_trees_all_equal_shapes(params, jax.eval_shape(model.init, jax.random.key(2), TOKENS)["params"])
 
     values = jax.jit(model.apply)({"params": params}, TOKENS)
     read = jax.jit(partial(Transformer(config).apply, method="hidden_states"))

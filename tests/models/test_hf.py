@@ -36,9 +36,7 @@ def torch_model(**changes):
     model = LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(
-                1 + 0.3 * torch.randn_like(weight) if "norm" in name else 0.3 * torch.randn_like(weight)
-            )
+            weight.copy_(1 + 0.3 * torch.randn_like(weight) if "norm" in name else 0.3 * torch.randn_like(weight))
     return model
 
 

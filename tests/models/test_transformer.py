@@ -100,9 +100,7 @@ def test_left_padding_equals_separate_runs(params, scan):
     mask = np.arange(7)[None] >= 7 - lengths[:, None]
     rows = np.random.default_rng(0).integers(1, 13, (3, 7))
     positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-    logits = forward(
-        config, params, jnp.asarray(rows), jnp.asarray(positions), jnp.asarray(mask.astype(np.int32))
-    )
+    logits = forward(config, params, jnp.asarray(rows), jnp.asarray(positions), jnp.asarray(mask.astype(np.int32)))
     assert np.isfinite(logits).all()
     for row, n, ours in zip(rows, lengths, logits, strict=True):
         alone = forward(config, params, jnp.asarray(row[None, -n:]))[0]
