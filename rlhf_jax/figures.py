@@ -1,0 +1,159 @@
+"""The report's pictures, as SVG text. Matplotlib's objects only: no global state, no display."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rlhf_jax.diagnostics import GaoFit, gao_fit
+
+Rows = Sequence[Mapping[str, Any]]
+"""Metrics of one stage, in order of steps."""
+
+TRUTH, PROXY, START, QUIET = "#0b7a75", "#d9772b", "#5b6b8c", "#9aa3b2"
+STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text: small, sharp, and in the reader's own font
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#c4cad4",
+    "axes.labelcolor": "#4a5362",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#eceff3",
+    "xtick.color": "#4a5362",
+    "ytick.color": "#4a5362",
+    "legend.frameon": False,
+}
+
+
+def series(rows: Rows, name: str) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
+    """Steps and values of a metric where it was logged as a number."""
+    found = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+    steps, values = np.array(found, np.float64).reshape(-1, 2).T
+    return steps, values
+
+
+def headline(start: float, end: float, start_se: float, end_se: float, teachers: float | None) -> str:
+    """True utility on held-out prompts, SFT's to PPO's, beside what the demonstrators reached."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, 1.9), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_ylim(-1, 1.2)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.annotate(
+            "", (end, 0), (start, 0), arrowprops={"arrowstyle": "-|>", "color": QUIET, "lw": 2, "shrinkB": 9}
+        )
+        for name, x, se, color in [("SFT", start, start_se, START), ("PPO", end, end_se, TRUTH)]:
+            axes.errorbar([x], [0], xerr=[1.96 * se], fmt="o", ms=11, color=color, capsize=4)
+            axes.annotate(
+                f"{name} {x:.2f}", (x, 0), xytext=(0, 13), textcoords="offset points", ha="center",
+                color=color, weight="bold", size=12,
+            )  # fmt: skip
+        if teachers is not None:
+            axes.axvline(teachers, color="#444c5a", ls="--", lw=1.2)
+            axes.annotate(
+                f"demonstrators {teachers:.2f}", (teachers, -0.85), xytext=(5, 0),
+                textcoords="offset points", color="#444c5a",
+            )  # fmt: skip
+        axes.margins(x=0.15)
+        axes.set_xlabel("mean true utility on held-out prompts (bars: 95% interval)")
+        return _svg(figure)
+
+
+def intervals(rates: Sequence[tuple[str, float, float, float]], chance: float, label: str) -> str:
+    """Named rates with their intervals, one a line, and the rate of chance."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, 0.7 + 0.45 * len(rates)), layout="constrained")
+        axes = figure.add_subplot()
+        for y, (_, rate, low, high) in enumerate(rates):
+            color = TRUTH if y == 0 else QUIET
+            errors = [[max(0.0, rate - low)], [max(0.0, high - rate)]]
+            axes.errorbar([rate], [y], xerr=errors, fmt="o", ms=9, color=color, capsize=4)
+            axes.annotate(
+                f"{rate:.1%}", (rate, y), xytext=(0, 9), textcoords="offset points", ha="center", color=color
+            )
+        axes.set_yticks(range(len(rates)), [name for name, *_ in rates])
+        axes.set_ylim(len(rates) - 0.4, -0.7)
+        axes.axvline(chance, color="#444c5a", ls="--", lw=1.2)
+        axes.set_xlabel(label)
+        return _svg(figure)
+
+
+def curves(rows: Rows, panels: Sequence[tuple[str, Sequence[tuple[str, str, str]]]], xlabel: str) -> str | None:
+    """One panel beside the other, each (title, [(metric, legend, colour)]); None when nothing was logged."""
+    panels = [(title, lines) for title, lines in panels if any(series(rows, metric)[0].size for metric, _, _ in lines)]
+    if not panels:
+        return None
+    with matplotlib.rc_context(STYLE):
+        columns = min(3, len(panels))
+        height = -(-len(panels) // columns)
+        figure = Figure(figsize=(4 * columns, 2.7 * height), layout="constrained")
+        for number, (title, lines) in enumerate(panels, 1):
+            axes = figure.add_subplot(height, columns, number)
+            _lines(axes, rows, lines)
+            axes.set_title(title, loc="left", size=10.5)
+            axes.set_xlabel(xlabel)
+        return _svg(figure)
+
+
+def against_kl(rows: Rows, start_utility: float | None) -> tuple[str, GaoFit | None] | None:
+    """Proxy and true utility against √KL(policy ‖ SFT), and Gao et al.'s fit of the true one."""
+    rows = [row for row in rows if isinstance(row.get("kl_k1"), int | float)]
+    if not rows:
+        return None
+    fit = None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        for name, legend, color in [
+            ("score", "reward model's score (proxy)", PROXY),
+            ("utility", "true utility", TRUTH),
+        ]:
+            points = [(row["kl_k1"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+            if not points:
+                continue
+            kl, values = np.array(points, np.float64).T
+            axes.plot(np.sqrt(np.maximum(kl, 0)), values, "o-", color=color, label=legend, ms=3.5, lw=1)
+            if name == "utility" and np.sum(kl > 0) >= 3:
+                start = values[0] if start_utility is None else start_utility
+                fit = gao_fit(kl, values - start)
+                grid = np.linspace(0, max(kl.max(), 0), 200)
+                axes.plot(np.sqrt(grid), start + fit(grid), "--", color="#444c5a", lw=1.2, label="d (α − β log d)")
+        axes.set_xlabel("d = √KL from SFT, √nats a response")
+        axes.legend()
+        return _svg(figure), fit
+
+
+def _lines(axes: Axes, rows: Rows, lines: Sequence[tuple[str, str, str]]) -> None:
+    for metric, legend, color in lines:
+        steps, values = series(rows, metric)
+        if not steps.size:
+            continue
+        sparse = steps.size <= 40
+        noisy = steps.size > 200
+        axes.plot(steps, values, "o-" if sparse else "-", ms=3, lw=1.2, color=color, alpha=0.3 if noisy else 1.0,
+                  label=None if noisy else legend)  # fmt: skip
+        if noisy:
+            width = steps.size // 40
+            smooth = np.convolve(values, np.ones(width) / width, "valid")
+            axes.plot(steps[width - 1 :], smooth, color=color, lw=1.6, label=legend)
+    if len(lines) > 1:
+        axes.legend(fontsize=9)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    # Group names repeat from picture to picture, and an id must be unique on a page.
+    return re.sub(r'<g id="[^"]*"', "<g", text)
