@@ -87,20 +87,16 @@ def intervals(rates: Sequence[tuple[str, float, float, float]], chance: float, l
         return _svg(figure)
 
 
-def curves(rows: Rows, panels: Sequence[tuple[str, Sequence[tuple[str, str, str]]]], xlabel: str) -> str | None:
-    """One panel beside the other, each (title, [(metric, legend, colour)]); None when nothing was logged."""
-    panels = [(title, lines) for title, lines in panels if any(series(rows, metric)[0].size for metric, _, _ in lines)]
-    if not panels:
+def curve(rows: Rows, title: str, lines: Sequence[tuple[str, str, str]], xlabel: str) -> str | None:
+    """Metrics of one stage over its steps, as (metric, legend, colour); None when none was logged."""
+    if not any(series(rows, metric)[0].size for metric, _, _ in lines):
         return None
     with matplotlib.rc_context(STYLE):
-        columns = min(3, len(panels))
-        height = -(-len(panels) // columns)
-        figure = Figure(figsize=(4 * columns, 2.7 * height), layout="constrained")
-        for number, (title, lines) in enumerate(panels, 1):
-            axes = figure.add_subplot(height, columns, number)
-            _lines(axes, rows, lines)
-            axes.set_title(title, loc="left", size=10.5)
-            axes.set_xlabel(xlabel)
+        figure = Figure(figsize=(4, 2.7), layout="constrained")
+        axes = figure.add_subplot()
+        _lines(axes, rows, lines)
+        axes.set_title(title, loc="left", size=10.5)
+        axes.set_xlabel(xlabel)
         return _svg(figure)
 
 

@@ -64,6 +64,8 @@ td,th{text-align:left;padding:.35rem .6rem;border-bottom:1px solid #eef0f4;verti
 td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 code,pre{font:.86rem/1.45 ui-monospace,SFMono-Regular,Menlo,monospace}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0}
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(270px,1fr));gap:.6rem}
+.grid svg{width:100%;max-width:440px}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:.8rem;margin-top:.6rem}
 .side{border-top:3px solid;padding-top:.4rem}.side small{color:#5a6473}
 details{margin:1rem 0}summary{cursor:pointer;color:#35507a}
@@ -136,8 +138,8 @@ HEALTH_NOTE = (
 )
 
 
-def _card(svg: str | None) -> str:
-    return f'<div class="card">{svg}</div>' if svg else ""
+def _card(svg: str) -> str:
+    return f'<div class="card">{svg}</div>'
 
 
 def _section(title: str, note: str, body: str) -> str:
@@ -175,7 +177,9 @@ def _headline(summary: Mapping[str, Any]) -> str:
 
 
 def _stage(rows: Rows, title: str, xlabel: str, panels: Sequence, note: str) -> str:
-    return _section(title, escape(note), _card(figures.curves(rows, panels, xlabel)))
+    drawn = [figures.curve(rows, name, lines, xlabel) for name, lines in panels]
+    pictures = "".join(f"<div>{svg}</div>" for svg in drawn if svg)
+    return _section(title, escape(note), f'<div class="card grid">{pictures}</div>' if pictures else "")
 
 
 def _choice(rows: Rows) -> str:

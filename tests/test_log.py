@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -51,9 +50,7 @@ def scalar_events(folder):
 
 def test_a_run_leaves_config_metrics_events_and_status(tmp_path):
     with Run(tmp_path / "run", Config(), name="x") as run:
-        run.log(
-            "sft", 1, {"loss": jnp.float32(0.25), "count": np.int64(3), "odd": float("nan"), "up": jnp.inf}
-        )
+        run.log("sft", 1, {"loss": jnp.float32(0.25), "count": np.int64(3), "odd": float("nan"), "up": jnp.inf})
         # Flushed at once: a run that is killed here can be read.
         line = strict((run.dir / "metrics.jsonl").read_text())
         run.summary({"final": np.float32(1.5), "odd": float("-inf")})
@@ -176,8 +173,7 @@ def program(tmp_path):
     return [sys.executable, "program.py"]
 
 
-@pytest.mark.parametrize("presses", [1, 2])
-def test_ctrl_c_leaves_a_run_that_can_be_looked_at(tmp_path, program, presses):
+def test_ctrl_c_leaves_a_run_that_can_be_looked_at(tmp_path, program):
     process = subprocess.Popen(
         [*program, "--run-dir", "run"],
         cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -186,14 +182,22 @@ def test_ctrl_c_leaves_a_run_that_can_be_looked_at(tmp_path, program, presses):
     for line in process.stdout:
         if line.startswith("sft"):
             break
-    for _ in range(presses):
-        os.kill(process.pid, signal.SIGINT)
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "interrupted: the run is in run" in out
     assert strict((tmp_path / "run" / "status.json").read_text()) == {"status": "interrupted"}
     assert len(read_metrics(tmp_path / "run")["sft"]) >= 100
+
+
+def test_a_second_ctrl_c_does_not_cut_the_closing_short(tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="the first"), Run(tmp_path, Config()) as run:
+        run._events.close = lambda: signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt("the first")
+    assert strict((tmp_path / "status.json").read_text()) == {"status": "interrupted"}
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 @pytest.mark.parametrize(
