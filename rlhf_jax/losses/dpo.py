@@ -146,7 +146,7 @@ def _average(logprobs: Array, lengths: Array) -> Array:
 def _metrics(chosen: Array, rejected: Array) -> Metrics:
     """Implicit rewards; a tie counts half."""
     margins = chosen - rejected
-    accuracy = (margins > 0).astype(jnp.float32) + 0.5 * (margins == 0)
+    accuracy = jnp.where(margins == 0, 0.5, (margins > 0).astype(jnp.float32))
     return {
         "accuracy": accuracy.mean(),
         "margin": margins.mean(),

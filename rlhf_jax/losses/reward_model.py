@@ -64,7 +64,7 @@ def plackett_luce_loss(
     https://arxiv.org/abs/2305.18290.
     """
     rewards = jnp.where(mask, rewards, 0.0)
-    below = (ranks[:, :, None] < ranks[:, None, :]) | jnp.eye(rewards.shape[1], dtype=bool)
+    below = (ranks[:, :, None] < ranks[:, None, :]) | jnp.eye(rewards.shape[1], dtype=bool)[None]
     below = below & mask[:, None, :]
     # A masked row of `below` may be empty; 0 keeps its log-sum-exp, and so its gradient, finite.
     rivals = jnp.where(below | ~below.any(axis=2, keepdims=True), rewards[:, None, :], -jnp.inf)
@@ -78,4 +78,4 @@ def plackett_luce_loss(
 
 
 def _correct(difference: Array) -> Array:
-    return (difference > 0).astype(jnp.float32) + 0.5 * (difference == 0)
+    return jnp.where(difference == 0, 0.5, (difference > 0).astype(jnp.float32))
