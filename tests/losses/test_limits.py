@@ -1,0 +1,135 @@
+"""Where one loss becomes another."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose
+
+from rlhf_jax import losses
+
+RNG = np.random.default_rng(1)
+B, T = 4, 6
+MASK = jnp.asarray(RNG.random((B, T)) < 0.7)
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+def test_ppo_at_the_old_policy_is_the_policy_gradient():
+    logprobs, advantages = normal(B, T), normal(B, T)
+    loss, grads = jax.value_and_grad(lambda x: losses.ppo_clip_loss(x, logprobs, advantages, MASK, clip_eps=0.2)[0])(
+        logprobs
+    )
+    count = MASK.sum().astype(jnp.float32)
+    assert_allclose(grads, np.where(MASK, -advantages / count, 0.0), rtol=1e-5)
+    assert_allclose(loss, np.asarray(-advantages)[np.asarray(MASK)].mean(), rtol=1e-5)
+
+
+def test_ppo_without_a_clip_is_the_weighted_policy_gradient():
+    logprobs, old, advantages = normal(B, T), normal(B, T), normal(B, T)
+    loss = losses.ppo_clip_loss(logprobs, old, advantages, MASK, clip_eps=1e9)[0]
+    expected = -(np.exp(logprobs - old) * advantages)[np.asarray(MASK)].mean()
+    assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_ppo_past_the_clip_has_no_gradient():
+    old = jnp.zeros((1, 2), jnp.float32)
+    advantages, mask = jnp.asarray([[1.0, -1.0]], jnp.float32), jnp.ones((1, 2), bool)
+    grad = jax.grad(lambda x: losses.ppo_clip_loss(x, old, advantages, mask, clip_eps=0.2)[0])
+    assert not np.any(grad(jnp.asarray([[1.0, -1.0]], jnp.float32)))
+    assert np.all(grad(jnp.asarray([[-1.0, 1.0]], jnp.float32)) != 0)
+
+
+def test_values_with_a_wide_clip_are_regressed():
+    values, old, returns = normal(B, T), normal(B, T), normal(B, T)
+    loss = losses.value_clip_loss(values, old, returns, MASK, clip_eps=1e9)[0]
+    assert_allclose(loss, 0.5 * np.square(values - returns)[np.asarray(MASK)].mean(), rtol=1e-5)
+
+
+def test_grpo_without_kl_is_ppo_with_one_advantage_a_response():
+    logprobs, old, ref, advantages = normal(B, T), normal(B, T), normal(B, T), normal(B)
+    spread = jnp.broadcast_to(advantages[:, None], (B, T))
+    grpo = jax.value_and_grad(
+        lambda x: losses.grpo_loss(x, old, ref, advantages, MASK, clip_eps_low=0.2, clip_eps_high=0.2, beta=0.0)[0]
+    )
+    ppo = jax.value_and_grad(lambda x: losses.ppo_clip_loss(x, old, spread, MASK, clip_eps=0.2)[0])
+    jax.tree.map(lambda a, e: assert_allclose(a, e, rtol=1e-5), grpo(logprobs), ppo(logprobs))
+
+
+def test_two_responses_are_a_pair():
+    rewards = normal(B, 2)
+    ranks, mask = jnp.broadcast_to(jnp.asarray([[0, 1]]), (B, 2)), jnp.ones((B, 2), bool)
+
+    def pair(rewards):
+        return losses.bradley_terry_loss(rewards[:, 0], rewards[:, 1])[0]
+
+    for several in (losses.ranking_loss, losses.plackett_luce_loss):
+        result = jax.value_and_grad(lambda x, f=several: f(x, ranks, mask)[0])(rewards)
+        jax.tree.map(lambda a, e: assert_allclose(a, e, rtol=1e-5), result, jax.value_and_grad(pair)(rewards))
+
+
+@settings(max_examples=10, deadline=None, phases=(Phase.generate,))
+@given(shift=st.floats(-10, 10, width=32))
+def test_only_differences_of_rewards_count(shift):
+    chosen, rejected, rewards = jnp.arange(3.0), jnp.ones(3), jnp.asarray([[0.5, -1.0, 2.0]])
+    ranks, mask = jnp.asarray([[1, 2, 0]]), jnp.ones((1, 3), bool)
+    moved = losses.bradley_terry_loss(chosen + shift, rejected + shift)[0]
+    assert_allclose(moved, losses.bradley_terry_loss(chosen, rejected)[0], rtol=1e-4)
+    for several in (losses.ranking_loss, losses.plackett_luce_loss):
+        assert_allclose(several(rewards + shift, ranks, mask)[0], several(rewards, ranks, mask)[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.01, 1.0])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_dpo_at_the_reference_is_log_2(beta, label_smoothing):
+    chosen, rejected = normal(B), normal(B)
+    loss, metrics = losses.dpo_loss(chosen, rejected, chosen, rejected, beta=beta, label_smoothing=label_smoothing)
+    assert_allclose(loss, math.log(2), rtol=1e-6)
+    assert metrics["accuracy"] == 0.5 and metrics["margin"] == 0
+
+
+def test_dpo_is_bradley_terry_on_implicit_rewards():
+    chosen, rejected, ref_chosen, ref_rejected = (normal(B) for _ in range(4))
+    loss = losses.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.3)[0]
+    implicit = losses.bradley_terry_loss(0.3 * (chosen - ref_chosen), 0.3 * (rejected - ref_rejected))[0]
+    assert_allclose(loss, implicit, rtol=1e-6)
+
+
+def test_dpo_gradient_at_the_reference():
+    chosen, rejected = normal(B), normal(B)
+    grads = jax.grad(lambda c, r: losses.dpo_loss(c, r, chosen, rejected, beta=0.3)[0], argnums=(0, 1))(
+        chosen, rejected
+    )
+    assert_allclose(grads, [[-0.15 / B] * B, [0.15 / B] * B], rtol=1e-5)
+
+
+def test_ipo_at_the_reference():
+    chosen, rejected = normal(B), normal(B)
+    assert_allclose(losses.ipo_loss(chosen, rejected, chosen, rejected, beta=0.1)[0], 25.0, rtol=1e-5)
+
+
+def test_simpo_of_one_token_without_margin_is_dpo_with_a_flat_reference():
+    chosen, rejected, one, zero = normal(B), normal(B), jnp.ones(B), jnp.zeros(B)
+    simpo = losses.simpo_loss(chosen, rejected, one, one, beta=0.3, gamma=0.0)[0]
+    assert_allclose(simpo, losses.dpo_loss(chosen, rejected, zero, zero, beta=0.3)[0], rtol=1e-6)
+
+
+def test_orpo_without_odds_is_sft_per_response():
+    chosen, rejected = -jnp.abs(normal(B)), -jnp.abs(normal(B))
+    lengths = jnp.full(B, 4.0)
+    loss = losses.orpo_loss(chosen, rejected, lengths, lengths, beta=0.0)[0]
+    assert_allclose(loss, losses.sft_loss(chosen[:, None] / 4.0, jnp.ones((B, 1), bool))[0], rtol=1e-6)
+
+
+def test_kto_at_the_reference_is_half_the_mean_weight():
+    logprobs, desirable = normal(4), jnp.asarray([True, True, True, False])
+    loss, _ = losses.kto_loss(
+        logprobs, logprobs, desirable, jnp.float32(0.0), beta=0.7, desirable_weight=1.0, undesirable_weight=3.0
+    )
+    assert_allclose(loss, 0.75, rtol=1e-6)
