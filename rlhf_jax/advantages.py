@@ -50,6 +50,8 @@ def group_advantages(
     https://arxiv.org/abs/2503.20783.
     """
     groups = _groups(rewards, group_size)
+    # From the first of each group, where equal rewards are 0: the mean's rounding would not be small over the std.
+    groups = groups - groups[:, :1]
     centred = groups - groups.mean(axis=1, keepdims=True)
     if scale_by_std:
         centred = centred / (jnp.sqrt(jnp.square(centred).mean(axis=1, keepdims=True)) + 1e-4)
