@@ -22,7 +22,6 @@ def explained_variance(
     def variance(x: Array) -> Array:
         return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
 
-    returns, values = jnp.where(mask, returns, 0.0), jnp.where(mask, values, 0.0)
     total = variance(returns)
     return jnp.where(total > 0, 1.0 - variance(returns - values) / jnp.where(total > 0, total, 1.0), 0.0)
 
