@@ -5,7 +5,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import chi2
 
-from rlhf_jax.sampling.draw import BLOCK, draw, truncate
+from rlhf_jax.sampling.draw import BLOCK, _first, draw, truncate
 
 SIZES = [50, BLOCK, BLOCK + 1, 1000]  # searched in one level, in one, in two with a block almost empty, in two
 ENDS = [0.0, 1 - 2**-24]  # 2⁻²⁴ below 1: the largest float32
@@ -64,6 +64,13 @@ def test_a_token_of_probability_0_is_never_drawn(size, seed):
     possible = np.flatnonzero(np.isfinite(logits))
     assert np.isin(tokens, possible).all() and np.isfinite(logprobs).all()
     assert_array_equal(tokens[:2], [possible[0], possible[-1]])
+
+
+def test_a_point_that_rounding_moved_out_of_its_block_draws_no_token_of_probability_0():
+    weights = jnp.asarray([[0.0, 0.5, 0.5, 0.0]] * 2)
+    tokens, before = _first(weights, jnp.asarray([-1e-7, 1.0]))
+    assert_array_equal(tokens, [1, 2])
+    assert_array_equal(before, [0.0, 0.5])
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -164,7 +164,20 @@ def test_the_key_decides():
     first = sample(prompts, mask, seed=1).tokens
     assert_array_equal(sample(prompts, mask, seed=1).tokens, first)
     assert (np.asarray(sample(prompts, mask, seed=2).tokens) != first).any()
-    assert (np.asarray(first[:, 0]) != first[:, 1]).any()
+
+
+def test_every_row_and_step_has_its_own_number():
+    """Of a model that prefers nothing: where numbers were shared, so would be the tokens."""
+    flat = jax.tree.map(jnp.zeros_like, new_params())
+    prompts, mask = prompts_of(7)
+    tokens = np.asarray(
+        generate(
+            MODEL, flat, prompts, mask, jax.random.key(0),
+            max_new_tokens=NEW, temperature=1.0, eos_id=None, pad_id=PAD,
+        ).tokens
+    )  # fmt: skip
+    assert (tokens != tokens[:, :1]).any(axis=1).all()
+    assert (tokens != tokens[:1]).any(axis=0).all()
 
 
 def test_top_k_1_is_greedy():
