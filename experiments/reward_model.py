@@ -35,7 +35,7 @@ class RewardModel:
     epochs: int = 2
     prompts_per_step: int = 16
     """Each with all of its K answers."""
-    learning_rate: float = 2.5e-3
+    learning_rate: float = 1.5e-3
     weight_decay: float = 0.1
 
 

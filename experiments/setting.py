@@ -115,7 +115,7 @@ def load_setting(source: Source) -> Setting:
 
 
 # The controlled world. Sizes as in `simulation`: a prompt has at most 14 tokens (16 shifted), an answer 20.
-DEMONSTRATIONS, COMPARED, RANKED, HELDOUT_PAIRS, HELDOUT = 32_000, 7_000, 8, 4096, 512
+DEMONSTRATIONS, COMPARED, RANKED, HELDOUT_PAIRS, HELDOUT = 32_000, 8_000, 8, 4096, 512
 AGREEMENT = 0.73
 PROMPT_LENGTH, ANSWER_LENGTH, PACKED_LENGTH = 16, 20, 64
 
@@ -139,7 +139,7 @@ def world_setting(seed: int) -> Setting:
         texts = [people.write(rng, p) for p in problems]
         answers = tokenizer(texts, add_special_tokens=False)["input_ids"]
         pairs = [
-            (list(ids[mask]), [*answer, tokenizer.eos_token_id])
+            (ids[mask].tolist(), [*answer, tokenizer.eos_token_id])
             for ids, mask, answer in zip(prompts.tokens, prompts.mask, answers, strict=True)
         ]
         return pairs, utilities(problems, texts, [True] * len(texts))

@@ -52,7 +52,7 @@ def make_sampler(setting: Setting, params: Any, seed: int, *, batch_size: int = 
         for start in range(0, count, size):
             rows = np.arange(start, start + size) % count  # the last batch is filled up from the beginning
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), start)
-            some = take(prompts, rows)
+            some = jax.tree.map(jnp.asarray, take(prompts, rows))
             completions = generate(
                 model, params, some.tokens, some.mask, key,
                 max_new_tokens=setting.max_new_tokens, temperature=1.0, eos_id=setting.eos_id, pad_id=setting.pad_id,

@@ -29,10 +29,13 @@ from matplotlib.figure import Figure
 
 from experiments import pipeline, ppo, reward_model, sft
 from experiments.ppo import PPO
+from experiments.reward_model import RewardModel
 from experiments.setting import Setting, world_setting
+from experiments.sft import SFT
 from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.diagnostics import gao_fit
 from rlhf_jax.log import Run, run_main
+from rlhf_jax.models import Transformer, from_language_model
 
 CURVES = ("score", "utility", "kl_k1", "length", "entropy")
 
@@ -51,8 +54,8 @@ class Config:
     """Processes at once, a seed each."""
     vmap: bool = False
     """Only measure one program over all β against one after the other, on the first seed."""
-    sft: sft.SFT = field(default_factory=sft.SFT)
-    reward_model: reward_model.RewardModel = field(default_factory=reward_model.RewardModel)
+    sft: SFT = field(default_factory=SFT)
+    reward_model: RewardModel = field(default_factory=RewardModel)
     ppo: PPO = field(default_factory=PPO)
 
 
@@ -187,9 +190,9 @@ def measure_vmap(cfg: Config) -> dict[str, float]:
     """Seconds an iteration and β: one program over all β, and one β after the other. Compilation not counted."""
     cfg = replace(cfg, ppo=replace(cfg.ppo, steps=4))
     setting = world_setting(cfg.seed)
-    model = sft.Transformer(setting.model)
+    model = Transformer(setting.model)
     start = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
-    reward_params = reward_model.from_language_model(start, jax.random.key(1), setting.model)
+    reward_params = from_language_model(start, jax.random.key(1), setting.model)
     train = make_train(cfg.ppo, setting, start, reward_params)
     betas = jnp.array(cfg.betas)
     together = jax.jit(jax.vmap(partial(train, jax.random.key(2))))

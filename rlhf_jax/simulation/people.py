@@ -12,7 +12,7 @@ from rlhf_jax.simulation.world import ANIMALS, FILLERS, FLATTERY, NUMBERS, TONES
 class Demonstrators:
     """People who write answers; they err, pad and digress at these rates."""
 
-    error: float = 0.3
+    error: float = 0.25
     """Probability of a wrong answer."""
     opener: float = 0.3
     """Probability of opening in the tone asked for."""

@@ -84,7 +84,7 @@ def _draw_problem(rng: np.random.Generator, longer: int) -> Problem:
         words = [place, "in", *items]
         target = [items[-1] if place == "last" else items[PLACES.index(place)]]
     else:
-        keys = animals(3 + longer)
+        keys = animals(2 + longer)
         values = [NUMBERS[i] for i in rng.permutation(4)[: len(keys)]]
         which = rng.integers(len(keys))
         words = [keys[which], "in", *(word for pair in zip(keys, values, strict=True) for word in pair)]

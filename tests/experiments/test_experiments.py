@@ -1,0 +1,178 @@
+"""The experiments run from end to end, small: the world, real text, resuming, and what a user gets wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import pipeline, ppo, reward_model, setting, sft
+from experiments.ablations import kl_coefficient
+from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, from_language_model
+
+ROOT = Path(__file__).parents[2]
+SMALL = dict(
+    sft=sft.SFT(steps=12, batch_size=8),
+    reward_model=reward_model.RewardModel(epochs=1, prompts_per_step=8),
+    ppo=ppo.PPO(steps=3, responses=16, epochs=2, minibatches=2),
+)
+
+
+@pytest.fixture
+def small_world(monkeypatch):
+    for name, size in dict(DEMONSTRATIONS=256, COMPARED=24, RANKED=4, HELDOUT_PAIRS=32, HELDOUT=32).items():
+        monkeypatch.setattr(setting, name, size)
+
+
+def test_pipeline_in_the_world(small_world, tmp_path):
+    metrics = pipeline.main(pipeline.Config(run_dir=str(tmp_path / "run"), **SMALL))
+    assert {"sft_utility", "ppo_utility", "win_rate", "reward_model_val_accuracy", "shifted_win_rate"} <= set(metrics)
+    assert all(np.isfinite(value) for value in metrics.values())
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl", encoding="utf-8")]
+    assert {row["stage"] for row in rows} == {"sft", "reward_model", "choice", "ppo"}
+    iterations = [row for row in rows if row["stage"] == "ppo"]
+    logged = {
+        "score", "utility", "kl_k1", "kl_k2", "kl_k3", "clip_fraction", "entropy", "value_loss", "explained_variance",
+        "length", "sampler_gap", "sampler_gap_max", "compilations", "tokens_per_second", "beta",
+    }  # fmt: skip
+    assert logged <= set(iterations[0])
+    # The first iteration starts at the reference, and the sampler is the trainer.
+    np.testing.assert_allclose(iterations[0]["kl_k1"], 0.0, atol=1e-5)
+    assert max(row["sampler_gap_max"] for row in iterations) < 1e-4
+    # Nothing is compiled after the first iteration.
+    assert iterations[0]["compilations"] == iterations[-1]["compilations"]
+    for name in ("config.json", "summary.json", "examples.jsonl", "report.html", "checkpoints/ppo/3"):
+        assert (tmp_path / "run" / name).exists()
+    # The demonstrations' mean score is 0 after the shift.
+    np.testing.assert_allclose(metrics["reward_model_demonstrations_score"], 0.0, atol=1e-4)
+
+
+def test_pipeline_on_real_text(shared_data, tmp_path):
+    metrics = pipeline.main(
+        pipeline.Config(
+            run_dir=str(tmp_path / "run"),
+            model=str(shared_data / "model" / "stories260K-hf"),
+            demonstrations=str(shared_data / "sft" / "dolly_3k.jsonl.gz"),
+            comparisons=str(shared_data / "preference" / "hh_helpful_base.eval.jsonl.gz"),
+            max_length=96,
+            max_new_tokens=8,
+            sft=sft.SFT(steps=4, batch_size=4, learning_rate=1e-3),
+            reward_model=reward_model.RewardModel(epochs=1, prompts_per_step=16, learning_rate=1e-3),
+            ppo=ppo.PPO(steps=2, responses=8, epochs=1, minibatches=2),
+        )
+    )
+    assert metrics["reward_model_val_accuracy_low"] < metrics["reward_model_val_accuracy_high"]
+    assert "reward_model_length_baseline" in metrics and "ppo_kl_k1" in metrics
+    assert not any("utility" in name for name in metrics)
+
+
+def tiny_frozen():
+    config = ModelConfig(
+        vocab_size=12, d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=16, rope_theta=1e4,
+        norm_eps=1e-5, tie_embeddings=True, max_length=16,
+    )  # fmt: skip
+    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    reward_params = from_language_model(params, jax.random.key(1), config)
+    prompts = setting.pad_prompts([[3, 4], [5, 6, 7]] * 4, length=4, pad_id=0)
+    demonstrations = setting.pad_sequences([([3, 4], [5, 2])] * 4, length=8, pad_id=0)
+    frozen = ppo.Frozen(params, reward_params, *jax.tree.map(jnp.asarray, (prompts, demonstrations)))
+    return config, frozen
+
+
+def run_iteration(**changes):
+    config, frozen = tiny_frozen()
+    cfg = ppo.PPO(responses=8, epochs=1, minibatches=1, **changes)
+    iteration = ppo.make_iteration(cfg, config, max_new_tokens=4, eos_id=2, pad_id=0)
+    state = ppo.init_state(cfg, config, frozen.reference, frozen.reward_model)
+    return cfg, config, frozen, iteration, state
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_first_ratio_is_exactly_one_and_the_rewards_are_those_of_the_parts(temperature):
+    cfg, config, frozen, iteration, state = run_iteration(temperature=temperature)
+    prompts, completions = iteration.rollout(state, frozen, jax.random.key(0))
+    experience, metrics = iteration.score(state, frozen, prompts, completions)
+    _, update_metrics = iteration.update(state, frozen, experience, jax.random.key(1))
+    assert float(update_metrics["ratio"]) == 1.0 and float(update_metrics["clip_fraction"]) == 0.0
+    np.testing.assert_allclose(metrics["kl_k1"], 0.0, atol=1e-6)
+    # By hand: the reward model's value at the last token, on that token, or the rule for answers without an end.
+    model = ScalarModel(config)
+    for row in range(8):
+        real = np.asarray(completions.mask[row])
+        answer = np.asarray(completions.tokens[row])[real].tolist()
+        question = np.asarray(prompts.tokens[row])[np.asarray(prompts.mask[row])].tolist()
+        value = model.apply({"params": frozen.reward_model}, jnp.array([question + answer]))[0, -1]
+        expected = value if answer[-1] == 2 else cfg.no_end_score
+        rewards = np.asarray(experience.rewards[row])
+        np.testing.assert_allclose(rewards.sum(), expected, atol=1e-4)
+        np.testing.assert_allclose(rewards[3 + len(answer) - 1], expected, atol=1e-4)
+
+
+def test_ptx_entropy_and_adaptive_beta_reach_the_update():
+    key = jax.random.key(0)
+    states = {}
+    for name, changes in {
+        "plain": {}, "ptx": {"ptx_coef": 1.0}, "entropy": {"entropy_coef": 0.5}, "adaptive": {"target_kl": 6.0},
+    }.items():  # fmt: skip
+        *_, frozen, iteration, state = run_iteration(**changes)
+        states[name], metrics, *_ = jax.jit(iteration.whole)(state, frozen, key)
+        assert ("ptx_loss" in metrics) == (name == "ptx")
+
+    def same(a, b):
+        return all(map(np.array_equal, *(jax.tree.leaves(states[name].policy.params) for name in (a, b))))
+
+    assert not same("plain", "ptx") and not same("plain", "entropy") and same("plain", "adaptive")
+    # KL is 0 at first, far below 6 nats: beta falls by 0.2 · 8 / 2000.
+    np.testing.assert_allclose(states["adaptive"].beta, 0.1 * (1 - 0.2 * 8 / 2000), rtol=1e-6)
+    assert float(states["plain"].beta) == np.float32(0.1)
+
+
+def test_train_is_pure_and_vmaps_over_beta():
+    config, frozen = tiny_frozen()
+    tokenizer = setting.make_tokenizer()
+    small = setting.Setting(
+        config, None, tokenizer, frozen.demonstrations, frozen.demonstrations, frozen.prompts, frozen.prompts, None,
+        4, None, None, {},
+    )  # fmt: skip
+    cfg = ppo.PPO(steps=2, responses=8, epochs=1, minibatches=2)
+    train = kl_coefficient.make_train(cfg, small, frozen.reference, frozen.reward_model)
+    betas = jnp.array([0.0, 1.0])
+    together = jax.jit(jax.vmap(lambda beta: train(jax.random.key(0), beta)[1]["score"]))(betas)
+    alone = jax.jit(lambda beta: train(jax.random.key(0), beta)[1]["score"])
+    np.testing.assert_allclose(together, [alone(beta) for beta in betas], atol=1e-4)
+    np.testing.assert_array_equal(alone(betas[0]), alone(betas[0]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "nowhere"], "all three"),
+        (["--model", "/nowhere", "--demonstrations", "a", "--comparisons", "b"], "/nowhere"),
+        (["--resume"], "--run-dir"),
+    ],
+)
+def test_a_users_mistake_is_one_line(flags, message, tmp_path):
+    command = [sys.executable, str(ROOT / "experiments" / "pipeline.py"), *flags]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env, check=False)
+    assert result.returncode == 2
+    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_choice_of_epoch_is_the_reward_models(small_world, monkeypatch):
+    class FakeRun:
+        def log(self, *_): ...
+        def say(self, _): ...
+
+    monkeypatch.setattr(sft, "make_sampler", lambda s, params, seed: lambda prompts, number: params)
+    monkeypatch.setattr(pipeline, "join", lambda prompts, completions, pad_id: completions)
+    monkeypatch.setattr(reward_model, "make_scorer", lambda s: lambda rm, params: np.array([rm[params]]))
+    monkeypatch.setattr(sft, "make_validation_loss", lambda s: lambda params: float(params))
+    world = setting.world_setting(0)
+    assert pipeline.choose_epoch(world, [0, 1, 2], [0.1, 0.9, 0.3], FakeRun(), 0) == 1
