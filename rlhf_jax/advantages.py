@@ -39,9 +39,7 @@ def gae(
     return jax.lax.stop_gradient((advantages.T, advantages.T + values))
 
 
-def group_advantages(
-    rewards: Float[Array, " B"], *, group_size: int, scale_by_std: bool
-) -> Float[Array, " B"]:
+def group_advantages(rewards: Float[Array, " B"], *, group_size: int, scale_by_std: bool) -> Float[Array, " B"]:
     """Rewards relative to their group: Â_i = r_i − mean(r), over std(r) if `scale_by_std`.
 
     `rewards` are prompt-major, B = P · group_size. The std is the population's, plus 1e-4; a group of equal rewards

@@ -6,8 +6,6 @@ from jax import Array
 from jaxtyping import Bool, Float
 from jaxtyping import ScalarLike as ScalarLike
 
-from rlhf_jax.masking import masked_sum
-
 
 def kl_k1(logprobs: Float[Array, "B T"], ref_logprobs: Float[Array, "B T"]) -> Float[Array, "B T"]:
     """k₁ = log π − log π_ref: unbiased for KL(π‖π_ref) under samples of π, of either sign.

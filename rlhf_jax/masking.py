@@ -9,16 +9,12 @@ from jaxtyping import Bool, Float
 Axis = int | Sequence[int] | None
 
 
-def masked_sum(
-    x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], axis: Axis = None
-) -> Float[Array, "*rest"]:
+def masked_sum(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], axis: Axis = None) -> Float[Array, "*rest"]:
     """Sum of `x` where `mask`; 0 where nothing is unmasked."""
     return jnp.where(mask, x, 0.0).sum(axis=axis)
 
 
-def masked_mean(
-    x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], axis: Axis = None
-) -> Float[Array, "*rest"]:
+def masked_mean(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], axis: Axis = None) -> Float[Array, "*rest"]:
     """Mean of `x` where `mask`; 0 where nothing is unmasked."""
     count = mask.sum(axis=axis)
     return masked_sum(x, mask, axis) / jnp.maximum(count, 1).astype(x.dtype)

@@ -33,9 +33,7 @@ def dpo_loss(
         rejected_logprobs - stop(ref_rejected_logprobs),
     )
     logits = beta * (chosen - rejected)
-    losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(
-        -logits
-    )
+    losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(-logits)
     return losses.mean(), _metrics(beta * chosen, beta * rejected)
 
 
