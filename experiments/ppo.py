@@ -253,8 +253,12 @@ def train(
     step_fn = jax.jit(iteration.whole, donate_argnums=0)
     key = jax.random.key(seed + 2)
     show = ("score", "utility", "kl_k1", "length")
+    first = checkpoint.latest(run.dir, "ppo") if run.resumed else None
+    if first is not None:
+        state = checkpoint.restore(run.dir, "ppo", first, like=state)
+    metrics: dict[str, Any] = {}
     with count_compilations() as compilations:
-        for step in run.progress("ppo", range(cfg.steps), show=show):
+        for step in run.progress("ppo", range(first or 0, cfg.steps), show=show):
             began = time.perf_counter()
             state, metrics, prompts, completions = step_fn(state, frozen, jax.random.fold_in(key, step))
             sampled = int(np.asarray(completions.mask).sum())

@@ -35,7 +35,7 @@ class RewardModel:
     epochs: int = 2
     prompts_per_step: int = 16
     """Each with all of its K answers."""
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 1e-3
     weight_decay: float = 0.1
 
 
@@ -105,22 +105,24 @@ def train(
 
     train_step = make_train_step(loss_fn)
     score = make_scorer(setting)
-    order = np.random.default_rng([seed, 2])
-    for step in run.progress("reward_model", range(steps), show=("loss", "accuracy", "val_accuracy")):
-        if step % steps_an_epoch == 0:
-            permutation = order.permutation(prompts)
+    first = checkpoint.latest(run.dir, "reward_model") if run.resumed else None
+    if first is not None:
+        state = checkpoint.restore(run.dir, "reward_model", first, like=state)
+    for step in run.progress("reward_model", range(first or 0, steps), show=("loss", "accuracy", "val_accuracy")):
+        if step % steps_an_epoch == 0 or step == first:
+            permutation = np.random.default_rng([seed, 2, step // steps_an_epoch]).permutation(prompts)
         start = step % steps_an_epoch * cfg.prompts_per_step
         state, metrics = train_step(state, pick(comparisons.train, permutation[start : start + cfg.prompts_per_step]))
         last = step + 1 == steps
         if (step + 1) % max(1, steps // 8) == 0 or last:
             metrics |= evaluate(score, state.params, comparisons.heldout)
+            checkpoint.save(run.dir, "reward_model", step + 1, state)
         if step % 20 == 0 or "val_accuracy" in metrics:
             run.log("reward_model", step + 1, metrics)
 
     # Ouyang et al. 2022, §3.5: a bias so that demonstrations score 0 on average.
     params = jax.tree.map(jnp.copy, state.params)
     params["head"]["bias"] -= score(params, setting.validation).mean()
-    checkpoint.save(run.dir, "reward_model", steps, state.replace(params=params))
     metrics = evaluate(score, params, comparisons.heldout) | comparisons.facts
     metrics["demonstrations_score"] = float(score(params, setting.validation).mean())
     if "ceiling" in metrics:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.training.train_state import TrainState
 
 from experiments.setting import Setting, Source, load_setting
 from rlhf_jax import checkpoint
@@ -80,6 +81,15 @@ def make_validation_loss(setting: Setting):
     return lambda params: float(loss_fn(params, setting.validation)[0])
 
 
+def resume(run: Run, state: TrainState) -> tuple[TrainState, int, list[Any]]:
+    """Where a resumed run goes on: the state, its step, and the parameters after each epoch so far."""
+    steps = sorted(c.step for c in checkpoint.checkpoints(run.dir) if c.stage == "sft" and not c.damage)
+    if not run.resumed or not steps:
+        return state, 0, []
+    states = [checkpoint.restore(run.dir, "sft", step, like=state) for step in steps]
+    return states[-1], steps[-1], [jax.tree.map(np.asarray, s.params) for s in states]
+
+
 def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
     """Trains and returns the parameters at the end of each epoch, the last ones last."""
     model = Transformer(setting.model)
@@ -95,11 +105,10 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
 
     rows = len(setting.demonstrations.mask)
     steps_an_epoch = max(1, rows // cfg.batch_size)
-    order = np.random.default_rng([seed, 1])
-    epochs = []
-    for step in run.progress("sft", range(cfg.steps), show=("loss", "val_loss", "utility")):
-        if step % steps_an_epoch == 0:
-            permutation = order.permutation(rows)
+    state, first, epochs = resume(run, state)
+    for step in run.progress("sft", range(first, cfg.steps), show=("loss", "val_loss", "utility")):
+        if step % steps_an_epoch == 0 or step == first:
+            permutation = np.random.default_rng([seed, 1, step // steps_an_epoch]).permutation(rows)
         start = step % steps_an_epoch * cfg.batch_size
         state, metrics = train_step(state, take(setting.demonstrations, permutation[start : start + cfg.batch_size]))
         last = step + 1 == cfg.steps

@@ -134,9 +134,7 @@ def inspect(run_dir: str | Path, stage: str, step: int) -> Checkpoint:
         return Checkpoint(stage, step, path, missing, {}, {})
     except (ValueError, KeyError, TypeError):
         return Checkpoint(stage, step, path, "manifest.json cannot be read", {}, {})
-    return Checkpoint(
-        stage, step, path, _damage(path, content["files"]), content["sha256"], content["data_position"]
-    )
+    return Checkpoint(stage, step, path, _damage(path, content["files"]), content["sha256"], content["data_position"])
 
 
 def main(arguments: list[str]) -> int:

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
-from jaxtyping import ScalarLike as ScalarLike
+
+ScalarLike = float | int | Float[Array, ""]
+"""A hyperparameter: a number, or a traced scalar under a schedule or a vmapped sweep."""
 
 
 def kl_k1(logprobs: Float[Array, "B T"], ref_logprobs: Float[Array, "B T"]) -> Float[Array, "B T"]:

@@ -53,6 +53,7 @@ class Run:
 
     def __init__(self, run_dir: str | Path | None, cfg: Any, *, name: str = "run", resume: bool = False):
         self.dir = _open_folder(run_dir, name, resume)
+        self.resumed = resume
         self._console = Console(stderr=False, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._shown: dict[tuple[str, str], float] = {}

@@ -166,9 +166,7 @@ def _prompt_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> lis
 
 def _plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Ids of text in which the name of a special token, such as "</s>", is only text."""
-    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)[
-        "input_ids"
-    ]
+    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
 def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:

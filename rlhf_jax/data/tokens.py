@@ -1,7 +1,7 @@
 """Token ids -> batches. The one place where the shift between inputs and targets happens."""
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,9 @@ def pad_sequences(pairs: Sequence[tuple[Ids, Ids]], *, length: int, pad_id: int)
         real[row, :end] = True
         response[row, len(prompt) : end] = True
     positions = np.maximum(np.cumsum(real, axis=1, dtype=np.int32) - 1, 0)
-    return Tokens(tokens[:, :-1], tokens[:, 1:], response[:, 1:], positions[:, :-1], real[:, :-1].astype(np.int32))
+    return _host(
+        Tokens, tokens[:, :-1], tokens[:, 1:], response[:, 1:], positions[:, :-1], real[:, :-1].astype(np.int32)
+    )
 
 
 def pack_sequences(pairs: Sequence[tuple[Ids, Ids]], *, length: int, pad_id: int) -> Tokens:
@@ -93,7 +95,7 @@ def pack_sequences(pairs: Sequence[tuple[Ids, Ids]], *, length: int, pad_id: int
             positions[row, start:end] = np.arange(end - start)
             segments[row, start:end] = segment
             start = end
-    return Tokens(tokens[:, :-1], tokens[:, 1:], response[:, 1:], positions[:, :-1], segments[:, :-1])
+    return _host(Tokens, tokens[:, :-1], tokens[:, 1:], response[:, 1:], positions[:, :-1], segments[:, :-1])
 
 
 def pad_prompts(prompts: Sequence[Ids], *, length: int, pad_id: int) -> Prompts:
@@ -105,9 +107,14 @@ def pad_prompts(prompts: Sequence[Ids], *, length: int, pad_id: int) -> Prompts:
             raise ValueError(f"prompt {row} has {len(ids)} tokens, more than the batch's length of {length}")
         tokens[row, length - len(ids) :] = ids
         mask[row, length - len(ids) :] = True
-    return Prompts(tokens, mask, np.arange(len(prompts), dtype=np.int32))
+    return _host(Prompts, tokens, mask, np.arange(len(prompts), dtype=np.int32))
 
 
-def take(batch: Batch, rows) -> Batch:
+def take(batch: Batch, rows: Any) -> Batch:
     """The given rows (indices or a slice) of every array in a pytree."""
     return jax.tree.map(lambda x: x[rows], batch)
+
+
+def _host(kind: Callable[..., Batch], *arrays: np.ndarray) -> Batch:
+    """A batch that is still numpy: what flows between the parts is annotated as it is on the device."""
+    return kind(*arrays)

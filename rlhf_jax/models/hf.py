@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,11 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
         for name in names:
-            yield name, lambda file=file, name=name: file.get_tensor(name).astype(jnp.float32)
+            yield name, partial(_read_tensor, file, name)
+
+
+def _read_tensor(file: Any, name: str) -> Any:
+    return file.get_tensor(name).astype(jnp.float32)
 
 
 def _as_jax(tree: Any) -> Any:

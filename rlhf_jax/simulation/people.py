@@ -49,7 +49,7 @@ class Demonstrators:
 
 
 def _one_of(rng: np.random.Generator, words: Sequence[str]) -> str:
-    return words[rng.integers(len(words))]
+    return words[int(rng.integers(len(words)))]
 
 
 def _mistake(rng: np.random.Generator, problem: Problem) -> list[str]:

@@ -176,9 +176,7 @@ def test_ids_of_a_demonstration(tokenizer):
     assert response[-1] == tokenizer.eos_token_id and response.count(tokenizer.eos_token_id) == 1
     text = tokenizer.decode(prompt + response)
     if tokenizer.chat_template:
-        expected = tokenizer.apply_chat_template(
-            list(conversation), tokenize=False, add_generation_prompt=True
-        )
+        expected = tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
         assert text == expected + "Because. é" + tokenizer.eos_token
     else:
         assert text.replace("<s> ", "<s>") == (
