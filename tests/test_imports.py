@@ -29,7 +29,8 @@ print(json.dumps([time.perf_counter() - start, sorted({name.partition(".")[0] fo
 
 
 def import_losses() -> tuple[float, list[str]]:
-    run = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
     seconds, modules = json.loads(run.stdout)
     return seconds, modules
 
