@@ -115,7 +115,7 @@ def load_setting(source: Source) -> Setting:
 
 
 # The controlled world. Sizes as in `simulation`: a prompt has at most 14 tokens (16 shifted), an answer 20.
-DEMONSTRATIONS, COMPARED, RANKED, HELDOUT_PAIRS, HELDOUT = 32_000, 10_000, 8, 4096, 512
+DEMONSTRATIONS, COMPARED, RANKED, HELDOUT_PAIRS, HELDOUT = 32_000, 12_000, 8, 4096, 512
 AGREEMENT = 0.73
 PROMPT_LENGTH, ANSWER_LENGTH, PACKED_LENGTH = 16, 20, 64
 

@@ -29,7 +29,7 @@ from rlhf_jax.train import cosine_decay, make_optimizer, make_state, make_train_
 class SFT:
     """What supervised fine-tuning can be told."""
 
-    steps: int = 2000
+    steps: int = 2500
     batch_size: int = 16
     """Packed rows; in the controlled world about 3.6 demonstrations each."""
     learning_rate: float = 5e-3
