@@ -42,10 +42,11 @@ def gae(
 def group_advantages(rewards: Float[Array, " B"], *, group_size: int, scale_by_std: bool) -> Float[Array, " B"]:
     """Rewards relative to their group: Â_i = r_i − mean(r), over std(r) if `scale_by_std`.
 
-    `rewards` are prompt-major, B = P · group_size. The std is the population's, plus 1e-4; a group of equal rewards
-    gets 0. Raises ValueError when B is not a multiple of group_size.
+    `rewards` are prompt-major, B = P · group_size. A group of equal rewards gets exactly 0. Raises ValueError when B
+    is not a multiple of group_size.
     Reference: Shao et al. 2024, §4.1.2, https://arxiv.org/abs/2402.03300; without the std Liu et al. 2025 (Dr. GRPO),
     https://arxiv.org/abs/2503.20783.
+    Deviation: the std, which the paper leaves open, is the population's, and 1e-4 is added to it.
     """
     groups = _groups(rewards, group_size)
     # From the first of each group, where equal rewards are 0: the mean's rounding would not be small over the std.

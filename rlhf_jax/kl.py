@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Num
 
-ScalarLike = float | int | Float[Array, ""]
+ScalarLike = float | int | Num[Array, ""]
 """A hyperparameter: a number, or a traced scalar under a schedule or a vmapped sweep."""
 
 

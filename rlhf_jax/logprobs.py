@@ -39,7 +39,8 @@ def chunked_logprobs(
     """`token_logprobs(hidden @ head_kernel, targets)` with the logits of only `chunk_size` columns in memory.
 
     Exact in value and in gradient: each chunk's logits are computed again in the backward pass, so that no
-    [B, T, V] array exists in either. Raises ValueError if chunk_size is not positive.
+    [B, T, V] array exists in either. Chunks run along T, so that rows may stay sharded. Raises ValueError if
+    chunk_size is not positive.
     """
 
     def score(logits: Array, targets: Array) -> Array:
@@ -69,10 +70,13 @@ def _chunked(score, hidden, head_kernel, targets, chunk_size):
     rows, length, width = hidden.shape
     chunk_size = min(chunk_size, length)
 
+    # The kernel's gradient is a sum over chunks: in half precision its error would grow with their number.
+    dtype, head_kernel = head_kernel.dtype, head_kernel.astype(jnp.float32)
+
     @partial(jax.checkpoint, prevent_cse=False)
     def chunk(kernel, xs):
         h, t = xs
-        logits = jnp.einsum("btd,dv->btv", h, kernel, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btd,dv->btv", h, kernel.astype(dtype), preferred_element_type=jnp.float32)
         return score(logits, t)
 
     if chunk_size == length:

@@ -16,8 +16,8 @@ def masked_sum(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], axis: Axi
 
 def masked_mean(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], axis: Axis = None) -> Float[Array, "*rest"]:
     """Mean of `x` where `mask`; 0 where nothing is unmasked."""
-    count = mask.sum(axis=axis)
-    return masked_sum(x, mask, axis) / jnp.maximum(count, 1).astype(x.dtype)
+    total = masked_sum(x, mask, axis)
+    return total / jnp.maximum(mask.sum(axis=axis), 1).astype(total.dtype)
 
 
 def masked_whiten(
@@ -25,7 +25,10 @@ def masked_whiten(
 ) -> Float[Array, "*shape"]:
     """`x` with unit variance, and zero mean if `shift_mean`, over the True entries; 0 elsewhere.
 
-    The variance is the population's (divided by the count), with 1e-8 added to it.
+        (x − mean) / √(mean((x − mean)²) + 1e-8)
+
+    The variance is the population's: divided by the count, not by one less.
+    Reference: `whiten` in the code of Ziegler et al. 2019, https://github.com/openai/lm-human-preferences.
     """
     mean = masked_mean(x, mask)
     centred = jnp.where(mask, x - mean, 0.0)

@@ -1,18 +1,24 @@
 """The equations under JAX's transformations, and under the model libraries people use."""
 
+import re
+from functools import partial
+
 import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose
 
-from rlhf_jax.advantages import gae
-from rlhf_jax.logprobs import token_logprobs
+from rlhf_jax.advantages import gae, group_advantages, leave_one_out_advantages
+from rlhf_jax.kl import kl_exact, kl_shaped_rewards
+from rlhf_jax.logprobs import chunked_logprobs, chunked_logprobs_and_entropy, token_logprobs
 from rlhf_jax.losses import dpo_loss, ppo_clip_loss
+from rlhf_jax.masking import masked_whiten
 
 RNG = np.random.default_rng(0)
 B, T, D, V = 8, 4, 3, 7
@@ -21,6 +27,11 @@ MASK = jnp.asarray(RNG.random((B, T)) < 0.7)
 INPUTS, TARGETS = jnp.asarray(RNG.integers(0, V, (2, B, T)))
 EMBEDDING = jnp.asarray(RNG.normal(size=(V, D)), jnp.float32)
 KERNEL = jnp.asarray(RNG.normal(size=(D, V)), jnp.float32)
+HIDDEN = jnp.asarray(RNG.normal(size=(B, T, D)), jnp.float32)
+TABLE = jnp.asarray(RNG.normal(size=(B, T, V)), jnp.float32)
+    jnp.asarray(RNG.normal(size=(B, T, D)), jnp.float32),
+    jnp.asarray(RNG.normal(size=(B, T, V)), jnp.float32),
+)
 
 
 def assert_same(actual, expected):
@@ -63,6 +74,39 @@ def test_sharded_jit():
     args = LOGPROBS, OLD, ADVANTAGES, MASK
     sharded = jax.device_put(args, NamedSharding(mesh, P("data", "time")))
     assert_same(jax.jit(jax.value_and_grad(loss))(*sharded), jax.value_and_grad(loss)(*args))
+
+
+ESTIMATORS = {
+    "masked_whiten": (masked_whiten, (LOGPROBS, MASK)),
+    "kl_exact": (kl_exact, (TABLE, 2 * TABLE)),
+    "kl_shaped_rewards": (partial(kl_shaped_rewards, beta=0.1), (OLD[:, 0], LOGPROBS, OLD, MASK)),
+    "group_advantages": (partial(group_advantages, group_size=2, scale_by_std=True), (OLD[:, 0],)),
+    "groups_across_devices": (partial(group_advantages, group_size=4, scale_by_std=False), (OLD[:, 0],)),
+    "leave_one_out": (partial(leave_one_out_advantages, group_size=4), (OLD[:, 0],)),
+    "chunked": (partial(chunked_logprobs_and_entropy, chunk_size=3), (HIDDEN, KERNEL, TARGETS)),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators_sharded_over_eight_devices_as_on_one(name):
+    f, args = ESTIMATORS[name]
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu"))
+    sharded = [jax.device_put(x, NamedSharding(mesh, P() if x is KERNEL else P("data"))) for x in args]
+    assert_same(jax.jit(f)(*sharded), f(*args))
+
+
+def test_chunks_of_sharded_rows_are_not_gathered():
+    """Each device scores its own rows: only the kernel's gradient is summed over devices."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu"))
+    rows, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+
+    def total(hidden, kernel):
+        return chunked_logprobs(hidden, kernel, TARGETS, chunk_size=3).sum()
+
+    grad = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
+    args = jax.device_put(HIDDEN, rows), jax.device_put(KERNEL, everywhere)
+    assert_same(grad(*args), grad(HIDDEN, KERNEL))
+    assert not re.search("all-gather|all-to-all", grad.lower(*args).compile().as_text())
 
 
 def score(logits):

@@ -95,6 +95,21 @@ def test_chunks_are_exact(f, chunk_size):
     )
 
 
+def test_the_gradient_in_half_precision_does_not_worsen_with_the_number_of_chunks():
+    length = 256
+    hidden = jnp.asarray(RNG.normal(size=(B, length, D)), jnp.bfloat16)
+    targets = jnp.asarray(RNG.integers(0, 3, (B, length)))
+    kernel = KERNEL.astype(jnp.bfloat16)
+
+    def error(chunk_size):
+        grad = jax.grad(lambda k: chunked_logprobs(hidden, k, targets, chunk_size=chunk_size).mean())(kernel)
+        assert grad.dtype == jnp.bfloat16
+        return jnp.linalg.norm(grad.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+
+    exact = jax.grad(lambda k: whole(hidden.astype(jnp.float32), k, targets)[0].mean())(kernel.astype(jnp.float32))
+    assert error(2) < 2 * error(length) < 0.01
+
+
 @pytest.mark.parametrize("f", [chunked_logprobs, chunked_logprobs_and_entropy])
 def test_a_chunk_of_nothing_is_an_error(f):
     with pytest.raises(ValueError, match="chunk_size must be at least 1, not 0"):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Num
 
 from rlhf_jax.kl import ScalarLike
 from rlhf_jax.losses.sft import Metrics
@@ -62,8 +62,8 @@ def ipo_loss(
 def simpo_loss(
     chosen_logprobs: Float[Array, " B"],
     rejected_logprobs: Float[Array, " B"],
-    chosen_lengths: Float[Array, " B"],
-    rejected_lengths: Float[Array, " B"],
+    chosen_lengths: Num[Array, " B"],
+    rejected_lengths: Num[Array, " B"],
     *,
     beta: ScalarLike,
     gamma: ScalarLike,
@@ -72,7 +72,7 @@ def simpo_loss(
 
         L = −E[log σ(β log π(y_w)/|y_w| − β log π(y_l)/|y_l| − γ)]
 
-    Lengths are in tokens, as floats; a length of 0 counts as 1.
+    Lengths are in tokens; a length of 0 counts as 1.
     Reference: Meng et al. 2024, eq. 6, https://arxiv.org/abs/2405.14734.
     """
     chosen = beta * _average(chosen_logprobs, chosen_lengths)
@@ -83,8 +83,8 @@ def simpo_loss(
 def orpo_loss(
     chosen_logprobs: Float[Array, " B"],
     rejected_logprobs: Float[Array, " B"],
-    chosen_lengths: Float[Array, " B"],
-    rejected_lengths: Float[Array, " B"],
+    chosen_lengths: Num[Array, " B"],
+    rejected_lengths: Num[Array, " B"],
     *,
     beta: ScalarLike,
 ) -> tuple[Float[Array, ""], Metrics]:
@@ -138,7 +138,7 @@ def kto_loss(
 
 
 def _average(logprobs: Array, lengths: Array) -> Array:
-    return logprobs / jnp.maximum(lengths, 1.0)
+    return logprobs / jnp.maximum(lengths.astype(logprobs.dtype), 1.0)
 
 
 def _metrics(chosen: Array, rejected: Array) -> Metrics:

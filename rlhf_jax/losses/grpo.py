@@ -32,6 +32,7 @@ def grpo_loss(
     """
     stop = jax.lax.stop_gradient
     advantages = stop(advantages)[:, None]
+    # Mask before exp: padding may overflow, and 0 * inf is nan in the backward pass.
     log_ratio = jnp.where(mask, logprobs - stop(old_logprobs), 0.0)
     ratio = jnp.exp(log_ratio)
     clipped_ratio = jnp.clip(ratio, 1.0 - clip_eps_low, 1.0 + clip_eps_high)
@@ -39,7 +40,7 @@ def grpo_loss(
     kl = kl_k3(jnp.where(mask, logprobs, 0.0), stop(jnp.where(mask, ref_logprobs, 0.0)))
     clipped = (ratio < 1.0 - clip_eps_low) | (ratio > 1.0 + clip_eps_high)
     return masked_mean(surrogate + beta * kl, mask), {
-        "approx_kl": masked_mean(ratio - 1.0 - log_ratio, mask),
+        "approx_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
         "clip_fraction": masked_mean(clipped.astype(jnp.float32), mask),
         "kl": masked_mean(kl, mask),
     }

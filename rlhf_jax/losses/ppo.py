@@ -22,7 +22,8 @@ def ppo_clip_loss(
 
         L = E_t[max(−ρₜÂₜ, −clip(ρₜ, 1−ε, 1+ε)Âₜ)],   ρₜ = π(aₜ|sₜ) / π_old(aₜ|sₜ)
 
-    "approx_kl" is Schulman's k₃ of KL(π_old‖π), "clip_fraction" the share of tokens with ρ outside 1 ± ε.
+    "approx_kl" is Schulman's k₃ of KL(π_old‖π), "clip_fraction" the share of tokens with ρ outside 1 ± ε, whichever
+    of the two terms is the larger.
     Reference: Schulman et al. 2017, eq. 7, https://arxiv.org/abs/1707.06347.
     Deviation: E_t is the mean over unmasked tokens of the whole batch.
     """
@@ -33,9 +34,10 @@ def ppo_clip_loss(
     clipped_ratio = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
     loss = masked_mean(jnp.maximum(-advantages * ratio, -advantages * clipped_ratio), mask)
     return loss, {
-        "approx_kl": masked_mean(ratio - 1.0 - log_ratio, mask),
+        "approx_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
         "clip_fraction": masked_mean((jnp.abs(ratio - 1.0) > clip_eps).astype(jnp.float32), mask),
         "ratio": masked_mean(ratio, mask),
+        "ratio_max": jnp.where(mask, ratio, 0.0).max(initial=0.0),
     }
 
 

@@ -53,7 +53,24 @@ def test_sft_weighs_tokens_not_sequences():
 def test_ppo_clip(ratio, advantage, loss, clipped):
     args = row(math.log(ratio)), row(0.0), row(advantage), on(1)
     k3 = ratio - 1 - math.log(ratio)
-    check(losses.ppo_clip_loss(*args, clip_eps=0.2), loss, clip_fraction=clipped, ratio=ratio, approx_kl=k3)
+    metrics = {"clip_fraction": clipped, "ratio": ratio, "ratio_max": ratio, "approx_kl": k3}
+    check(losses.ppo_clip_loss(*args, clip_eps=0.2), loss, **metrics)
+
+
+def test_ppo_counts_the_tokens_that_are_clipped():
+    args = row(math.log(1.5), math.log(0.9), math.log(1.3), 9.0), row(0.0, 0.0, 0.0, 0.0), row(1.0, 1.0, -1.0, 1.0)
+    result = losses.ppo_clip_loss(*args, on(1, 1, 1, 0), clip_eps=0.2)
+    check(result, -(1.2 + 0.9 - 1.3) / 3, clip_fraction=2 / 3, ratio=3.7 / 3, ratio_max=1.5)
+
+
+@pytest.mark.parametrize("log_ratio", [1e-5, -1e-3])
+def test_a_small_kl_is_not_lost_in_rounding(log_ratio):
+    """As 1e-5 moves no digit of 1.0 that float32 has to spare: ρ − 1 − log ρ would be 300 times too large."""
+    new, old = row(log_ratio), row(0.0)
+    _, ppo = losses.ppo_clip_loss(new, old, row(1.0), on(1), clip_eps=0.2)
+    _, grpo = losses.grpo_loss(new, old, old, f32(1.0), on(1), clip_eps_low=0.2, clip_eps_high=0.2, beta=0.1)
+    for kl in (ppo["approx_kl"], grpo["approx_kl"], grpo["kl"]):
+        assert_allclose(kl, log_ratio**2 / 2, rtol=0.01)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +154,13 @@ def test_simpo():
     # 2 · (−6/3) − 2 · (−8/2) − (4 − log 3) = log 3.
     result = losses.simpo_loss(*pairs(-6.0, -8.0, 3.0, 2.0), beta=2.0, gamma=4 - LOG3)
     check(result, math.log(4 / 3), margin=4.0, accuracy=1.0)
+
+
+def test_lengths_may_be_counts():
+    args = pairs(-6.0, -8.0)[:2]
+    for loss, settings in ((losses.simpo_loss, {"beta": 2.0, "gamma": 0.3}), (losses.orpo_loss, {"beta": 0.5})):
+        counts = loss(*args, jnp.asarray([3]), jnp.asarray([2]), **settings)[0]
+        assert_allclose(counts, loss(*args, f32(3.0), f32(2.0), **settings)[0], rtol=1e-6)
 
 
 def test_orpo():
