@@ -29,9 +29,6 @@ EMBEDDING = jnp.asarray(RNG.normal(size=(V, D)), jnp.float32)
 KERNEL = jnp.asarray(RNG.normal(size=(D, V)), jnp.float32)
 HIDDEN = jnp.asarray(RNG.normal(size=(B, T, D)), jnp.float32)
 TABLE = jnp.asarray(RNG.normal(size=(B, T, V)), jnp.float32)
-    jnp.asarray(RNG.normal(size=(B, T, D)), jnp.float32),
-    jnp.asarray(RNG.normal(size=(B, T, V)), jnp.float32),
-)
 
 
 def assert_same(actual, expected):
