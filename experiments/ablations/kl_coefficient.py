@@ -155,6 +155,36 @@ def table(cfg: Config, results: list[dict[str, Any]]) -> dict[str, Any]:
     return {"seeds": rows, "betas": by_beta}
 
 
+def markdown(claims: dict[str, Any]) -> str:
+    """The table as people read it."""
+    columns = {
+        "seed": "seed", "demonstrators": "demonstrators_utility", "SFT": "sft_utility", "± s.e.": "sft_utility_se",
+        "two annotators agree": "annotator_agreement", "reward model agrees": "reward_model_accuracy",
+        "ceiling": "ceiling", "share of it": "share_of_ceiling", "pick the longer": "longer",
+        "least β: peak": "peak_at_least_beta", "least β: end": "end_at_least_beta",
+        "σ of SFT answers": "sft_utility_std",
+        "Gao α": "gao_alpha", "Gao β": "gao_beta", "R²": "gao_r2",
+    }  # fmt: skip
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in claims["seeds"]:
+        cells = [row[key] if key == "seed" else f"{row[key]:.3f}" for key in columns.values()]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += [
+        "",
+        "| β | KL at the end, nats (least, most) | true utility (σ over seeds) | proxy | beats SFT (least) "
+        "| the same, shifted prompts (least) | length |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in claims["betas"]:
+        lines.append(
+            f"| {row['beta']:g} | {row['kl']:.1f} ({row['kl_min']:.1f}, {row['kl_max']:.1f}) "
+            f"| {row['ppo_utility']:.2f} ({row['ppo_utility_std']:.2f}) | {row['ppo_score']:.2f} "
+            f"| {row['win_rate']:.3f} ({row['win_rate_min']:.3f}) "
+            f"| {row['shifted_win_rate']:.3f} ({row['shifted_win_rate_min']:.3f}) | {row['ppo_length']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def smooth(x: np.ndarray, width: int = 5) -> np.ndarray:
     """Running mean over iterations, each of which sees few answers."""
     return np.convolve(x, np.ones(width) / width, mode="valid")
@@ -223,6 +253,7 @@ def main(cfg: Config) -> dict[str, float]:
             results = list(pool.map(work, seeds))
         claims = table(cfg, results)
         (run.dir / "table.json").write_text(json.dumps(claims, indent=1), encoding="utf-8")
+        (run.dir / "table.md").write_text(markdown(claims), encoding="utf-8")
         draw(cfg, results, run.dir / "kl_coefficient.svg")
         rows = claims["seeds"]
         metrics = {name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != "seed"}
