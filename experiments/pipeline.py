@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from rlhf_jax.report import write_report
 
 from experiments import ppo, reward_model, sft
 from experiments.ppo import PPO
@@ -24,6 +23,7 @@ from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.data.tokens import join
 from rlhf_jax.evaluate import win_rate
 from rlhf_jax.log import Run, run_main
+from rlhf_jax.report import write_report
 
 
 @dataclass(frozen=True)
