@@ -49,14 +49,15 @@ class Config:
     """The first one."""
     seeds: int = 5
     resume: bool = False
-    betas: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.5, 2.0)
+    betas: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.5, 2.0, 10.0)
     jobs: int = 2
     """Processes at once, a seed each."""
     vmap: bool = False
     """Only measure one program over all β against one after the other, on the first seed."""
     sft: SFT = field(default_factory=SFT)
     reward_model: RewardModel = field(default_factory=RewardModel)
-    ppo: PPO = field(default_factory=PPO)
+    ppo: PPO = field(default_factory=lambda: PPO(steps=120))
+    """Twice the pipeline's iterations: over-optimisation takes its time."""
 
 
 def make_train(cfg: PPO, setting: Setting, start: Any, reward_params: Any) -> Callable[..., Any]:
