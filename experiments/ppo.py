@@ -31,6 +31,7 @@ from rlhf_jax.advantages import gae
 from rlhf_jax.batches import Completions, Experience, Prompts, Tokens
 from rlhf_jax.data.tokens import join, take
 from rlhf_jax.diagnostics import explained_variance
+from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.kl import adaptive_beta, kl_k1, kl_k2, kl_k3, kl_shaped_rewards
 from rlhf_jax.log import Run, count_compilations, run_main
 from rlhf_jax.losses import ppo_clip_loss, sft_loss, value_clip_loss
@@ -77,6 +78,12 @@ class PPO:
     """Weight of the SFT loss mixed into the policy's (PPO-ptx)."""
     no_end_score: float = -3.0
     """Score of an answer that does not end."""
+
+    def __post_init__(self) -> None:
+        at_least(self, steps=1, epochs=1, minibatches=1, responses=self.minibatches, learning_rate=0, beta=0)
+        at_least(self, gamma=0, lam=0, clip_eps=0, value_clip_eps=0, temperature=1e-3, kl_horizon=1, ptx_coef=0)
+        if self.responses % self.minibatches:
+            raise UserError(f"{self.responses} responses do not divide into {self.minibatches} minibatches")
 
 
 @dataclass(frozen=True)

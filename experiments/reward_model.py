@@ -21,6 +21,7 @@ from experiments.sft import SFT
 from rlhf_jax import checkpoint
 from rlhf_jax.batches import Rankings, Tokens
 from rlhf_jax.data.tokens import take
+from rlhf_jax.errors import at_least
 from rlhf_jax.evaluate import calibration, length_baseline, preference_accuracy
 from rlhf_jax.log import Run, run_main
 from rlhf_jax.losses import ranking_loss
@@ -37,6 +38,9 @@ class RewardModel:
     """Each with all of its K answers."""
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        at_least(self, epochs=1, prompts_per_step=1, learning_rate=0, weight_decay=0)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from rlhf_jax.data.text import (
     read_demonstrations,
 )
 from rlhf_jax.data.tokens import join, pack_sequences, pad_prompts, pad_sequences, take
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.models import ModelConfig, load_hf
 from rlhf_jax.simulation import Annotators, Demonstrators, agreement_rate, calibrate_noise, ceiling
 from rlhf_jax.simulation.world import Problem, draw_problems, make_tokenizer, utilities
@@ -106,6 +106,7 @@ class Source:
 
 def load_setting(source: Source) -> Setting:
     """The world, or the real text that the flags name. Raises UserError when only some of them are given."""
+    at_least(source, seed=0, max_length=1, max_new_tokens=1)
     given = [source.model, source.demonstrations, source.comparisons]
     if not any(given):
         return world_setting(source.seed)

@@ -18,6 +18,7 @@ from experiments.setting import Setting, Source, load_setting
 from rlhf_jax import checkpoint
 from rlhf_jax.batches import Completions, Prompts, Tokens
 from rlhf_jax.data.tokens import take
+from rlhf_jax.errors import at_least
 from rlhf_jax.log import Run, run_main
 from rlhf_jax.losses import sft_loss
 from rlhf_jax.models import Transformer
@@ -35,6 +36,9 @@ class SFT:
     learning_rate: float = 5e-3
     """Peak, decayed to zero by a cosine."""
     weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        at_least(self, steps=1, batch_size=1, learning_rate=0, weight_decay=0)
 
 
 @dataclass(frozen=True)

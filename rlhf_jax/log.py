@@ -195,9 +195,8 @@ def run_main(main: Callable[[ConfigT], Any], config: type[ConfigT]) -> None:
 
     What the user can put right ends in one line and exit code 2, Ctrl-C in exit code 130, without traceback.
     """
-    cfg = tyro.cli(config)
     try:
-        main(cfg)
+        main(tyro.cli(config))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except UserError as error:

@@ -34,6 +34,7 @@ from experiments.setting import Setting, world_setting
 from experiments.sft import SFT
 from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.diagnostics import gao_fit
+from rlhf_jax.errors import at_least
 from rlhf_jax.log import Run, run_main
 from rlhf_jax.models import Transformer, from_language_model
 
@@ -243,6 +244,7 @@ def measure_vmap(cfg: Config) -> dict[str, float]:
 
 def main(cfg: Config) -> dict[str, float]:
     """Runs all seeds; returns the claims' numbers, means over seeds unless they say otherwise."""
+    at_least(cfg, seed=0, seeds=1, jobs=1)
     if cfg.vmap:
         metrics = measure_vmap(cfg)
         print(metrics)

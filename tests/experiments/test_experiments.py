@@ -161,6 +161,10 @@ def test_train_is_pure_and_vmaps_over_beta():
         (["--model", "nowhere"], "all three"),
         (["--model", "/nowhere", "--demonstrations", "a", "--comparisons", "b"], "/nowhere"),
         (["--resume"], "--run-dir"),
+        (["--seed", "-1"], "seed is -1; it must be at least 0"),
+        (["--sft.steps", "0"], "steps is 0"),
+        (["--reward-model.learning-rate", "nan"], "learning-rate is nan"),
+        (["--ppo.responses", "100", "--ppo.minibatches", "3"], "100 responses do not divide into 3 minibatches"),
     ],
 )
 def test_a_users_mistake_is_one_line(flags, message, tmp_path):
