@@ -1,7 +1,6 @@
 """The experiments run from end to end, small: the world, real text, resuming, and what a user gets wrong."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 
 from experiments import pipeline, ppo, reward_model, setting, sft
 from experiments.ablations import kl_coefficient
+from rlhf_jax.log import run_main
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, from_language_model
 
 ROOT = Path(__file__).parents[2]
@@ -158,7 +158,6 @@ def test_train_is_pure_and_vmaps_over_beta():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "nowhere"], "all three"),
         (["--model", "/nowhere", "--demonstrations", "a", "--comparisons", "b"], "/nowhere"),
         (["--resume"], "--run-dir"),
         (["--seed", "-1"], "seed is -1; it must be at least 0"),
@@ -167,12 +166,22 @@ def test_train_is_pure_and_vmaps_over_beta():
         (["--ppo.responses", "100", "--ppo.minibatches", "3"], "100 responses do not divide into 3 minibatches"),
     ],
 )
-def test_a_users_mistake_is_one_line(flags, message, tmp_path):
-    command = [sys.executable, str(ROOT / "experiments" / "pipeline.py"), *flags]
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env, check=False)
+def test_a_users_mistake_is_one_line(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pipeline.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        run_main(pipeline.main, pipeline.Config)
+    shown = capsys.readouterr().err
+    assert end.value.code == 2
+    assert message in shown and len(shown.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_users_mistake_is_one_line_from_the_shell(tmp_path):
+    command = [sys.executable, str(ROOT / "experiments" / "pipeline.py"), "--model", "nowhere"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert "all three" in result.stderr and len(result.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
