@@ -166,7 +166,7 @@ def test_train_is_pure_and_vmaps_over_beta():
         (["--ppo.responses", "100", "--ppo.minibatches", "3"], "100 responses do not divide into 3 minibatches"),
     ],
 )
-def test_a_users_mistake_is_one_line(flags, message, tmp_path, monkeypatch, capsys):
+def test_a_users_mistake_is_one_line(small_world, flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["pipeline.py", *flags])
     with pytest.raises(SystemExit) as end:
