@@ -3,8 +3,8 @@
 Ouyang et al. 2022 (https://arxiv.org/abs/2203.02155). PPO starts from the SFT epoch whose samples the reward model
 scores highest (§3.5 there); where validation loss would have chosen is shown beside it.
     python experiments/pipeline.py
-About 4 minutes on 2 CPU cores, then open runs/pipeline-<n>/report.html: true utility rises from about 1.4 (SFT,
-capped by its demonstrators) to about 2.6. The same stages on real text, where no true utility exists:
+About 4 minutes on 2 CPU cores, then open runs/pipeline-<n>/report.html: true utility rises from 0.8 (SFT, capped by
+its demonstrators' 0.9) to 2.2. The same stages on real text, where no true utility exists:
     python experiments/pipeline.py --model FOLDER --demonstrations FILE --comparisons FILE
 """
 

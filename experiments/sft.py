@@ -2,7 +2,7 @@
 
 Ouyang et al. 2022, §3.5 (https://arxiv.org/abs/2203.02155): several epochs, cosine decay, a checkpoint each.
     python experiments/sft.py
-About 1.5 minutes on 2 CPU cores. In the controlled world the samples' true utility ends at or a little below the
+About a minute on 2 CPU cores. In the controlled world the samples' true utility ends at or a little below the
 demonstrators' mean: imitation caps at the quality of what it imitates.
 """
 
