@@ -22,7 +22,7 @@ from experiments.sft import SFT
 from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.data.tokens import join
 from rlhf_jax.evaluate import win_rate
-from rlhf_jax.log import Run, run_main
+from rlhf_jax.log import Run, count_compilations, run_main
 from rlhf_jax.report import write_report
 
 
@@ -100,7 +100,7 @@ def write_examples(
 def main(cfg: Config) -> dict[str, float]:
     """Runs everything; returns the final metrics, which are also in the run's summary.json."""
     setting = load_setting(cfg)
-    with Run(cfg.run_dir, cfg, name="pipeline", resume=cfg.resume) as run:
+    with Run(cfg.run_dir, cfg, name="pipeline", resume=cfg.resume) as run, count_compilations() as compilations:
         for note in setting.notes:
             run.say(note)
         try:
@@ -113,6 +113,7 @@ def main(cfg: Config) -> dict[str, float]:
             policy, ppo_metrics = ppo.train(cfg.ppo, setting, start, reward_params, run, cfg.seed)
             metrics |= setting.facts | ppo_metrics
             metrics |= evaluate(setting, start, policy, reward_params, run, cfg.seed)
+            metrics["compilations"] = compilations()
             run.summary(metrics)
         finally:
             # An interrupted run, too, can be looked at.
