@@ -65,10 +65,19 @@ class Run:
         _end_torn_line(self.dir / "metrics.jsonl")
         self._metrics = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")
         self._events = SummaryWriter(str(self.dir / "tensorboard"), flush_secs=5)
+        self._interrupted = False
+        self._handler: Any = None
 
     def __enter__(self) -> "Run":
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, self._interrupt)
         self.say(f"run: {self.dir}")
         return self
+
+    def _interrupt(self, *_: Any) -> None:
+        """Python drops what is raised inside a garbage collector's callback, and jax has one: hence the note."""
+        self._interrupted = True
+        raise KeyboardInterrupt
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -81,6 +90,8 @@ class Run:
             self._events.close()
             _write_json(self.dir / "status.json", {"status": status})
             self.say(f"{status}: the run is in {self.dir}")
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
 
     def log(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes scalars (Python, numpy or jax) of one step; NaN and infinities become null in the JSON."""
@@ -113,10 +124,11 @@ class Run:
     ) -> Iterator[Item]:
         """Goes through `items` under a bar that shows the last logged value of each metric in `show`."""
         total = len(items) if total is None else total  # type: ignore[arg-type]
-        if self._console.is_terminal:
-            yield from self._drawn(stage, items, show, total)
-        else:
-            yield from self._printed(stage, items, show, total)
+        draw = self._drawn if self._console.is_terminal else self._printed
+        for item in draw(stage, items, show, total):
+            if self._interrupted:
+                raise KeyboardInterrupt
+            yield item
 
     def _drawn(self, stage: str, items: Iterable[Item], show: Sequence[str], total: int) -> Iterator[Item]:
         columns = (

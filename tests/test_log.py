@@ -1,3 +1,4 @@
+import contextlib
 import json
 import signal
 import subprocess
@@ -184,11 +185,23 @@ def test_ctrl_c_leaves_a_run_that_can_be_looked_at(tmp_path, program):
             break
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "interrupted: the run is in run" in out
     assert strict((tmp_path / "run" / "status.json").read_text()) == {"status": "interrupted"}
     assert len(read_metrics(tmp_path / "run")["sft"]) >= 100
+
+
+def test_a_ctrl_c_that_python_drops_ends_the_run_at_its_next_step(tmp_path):
+    """As when it falls into a callback of the garbage collector, whose exceptions are ignored."""
+    steps = []
+    with pytest.raises(KeyboardInterrupt), Run(tmp_path, Config()) as run:
+        for step in run.progress("sft", range(5)):
+            steps.append(step)
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    assert steps == [0]
+    assert strict((tmp_path / "status.json").read_text()) == {"status": "interrupted"}
 
 
 def test_a_second_ctrl_c_does_not_cut_the_closing_short(tmp_path):
