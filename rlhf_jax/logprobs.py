@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from rlhf_jax.kl import ScalarLike
 from rlhf_jax.masking import masked_sum
 
 
@@ -29,22 +30,32 @@ def sequence_logprobs(logprobs: Float[Array, "B T"], mask: Bool[Array, "B T"]) -
     return masked_sum(logprobs, mask, axis=-1)
 
 
+def soft_cap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
+    """cap·tanh(x / cap), which stays below `cap`; x itself for None.
+
+    Reference: Gemma Team 2024, §2, https://arxiv.org/abs/2408.00118.
+    """
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def chunked_logprobs(
     hidden: Float[Array, "B T D"],
     head_kernel: Float[Array, "D V"],
     targets: Int[Array, "B T"],
     *,
     chunk_size: int,
+    softcap: float | None = None,
+    temperature: ScalarLike = 1.0,
 ) -> Float[Array, "B T"]:
     """`token_logprobs(hidden @ head_kernel, targets)` with the logits of only `chunk_size` columns in memory.
 
     Exact in value and in gradient: each chunk's logits are computed again in the backward pass, so that no
-    [B, T, V] array exists in either. Chunks run along T, so that rows may stay sharded. Raises ValueError if
-    chunk_size is not positive.
+    [B, T, V] array exists in either. Chunks run along T, so that rows may stay sharded. The logits go through
+    `soft_cap`, then are divided by the temperature. Raises ValueError if chunk_size is not positive.
     """
 
     def score(logits: Array, targets: Array) -> Array:
-        return token_logprobs(logits, targets)
+        return token_logprobs(soft_cap(logits, softcap) / temperature, targets)
 
     return _chunked(score, hidden, head_kernel, targets, chunk_size)
 
@@ -55,10 +66,13 @@ def chunked_logprobs_and_entropy(
     targets: Int[Array, "B T"],
     *,
     chunk_size: int,
+    softcap: float | None = None,
+    temperature: ScalarLike = 1.0,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """As `chunked_logprobs`, with the entropy of each distribution beside it."""
 
     def score(logits: Array, targets: Array) -> tuple[Array, Array]:
+        logits = soft_cap(logits, softcap) / temperature
         return token_logprobs(logits, targets), token_entropy(logits)
 
     return _chunked(score, hidden, head_kernel, targets, chunk_size)

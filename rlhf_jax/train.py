@@ -54,14 +54,15 @@ def token_scores(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability of every target, and the entropy of the distribution it came from, at a temperature.
 
-    Dividing hidden states by the temperature divides the logits. The [B, T, V] logits never exist at once.
+    The [B, T, V] logits never exist at once.
     """
     hidden = model.apply(
         {"params": params}, tokens.inputs, tokens.positions, tokens.segment_ids, method="hidden_states"
     )
     return chunked_logprobs_and_entropy(
-        hidden / temperature, head_kernel(params), tokens.targets, chunk_size=HEAD_CHUNK
-    )
+        hidden, head_kernel(params), tokens.targets, chunk_size=HEAD_CHUNK,
+        softcap=model.config.final_softcap, temperature=temperature,
+    )  # fmt: skip
 
 
 def token_values(model: ScalarModel, params: Params, tokens: Tokens) -> Float[Array, "B T"]:

@@ -1,5 +1,7 @@
-"""One decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU; prefill and decoding in the same code."""
+"""One decoder for every family: `ModelConfig` says how it is built; prefill and decoding are the same code."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -8,7 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from rlhf_jax.logprobs import soft_cap
+from rlhf_jax.models.attention import LayerNumbers, Scene, attend, layer_numbers, stacked_numbers
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.rope import LongRope, rotate
 
 
 class KVCache(NamedTuple):
@@ -23,6 +28,8 @@ class KVCache(NamedTuple):
     """Document of each slot; 0 is padding or empty."""
     used: Int[Array, ""]
     """Slots filled."""
+    positions: Int[Array, "B S"]
+    """Of the token in each slot, by which windows are measured."""
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
@@ -34,105 +41,136 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
             return jnp.zeros((config.n_layers, *shape), config.dtype)
         return tuple(jnp.zeros(shape, config.dtype) for _ in range(config.n_layers))
 
-    return KVCache(empty(), empty(), jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))
+    slots_of_rows = jnp.zeros((batch, slots), jnp.int32)
+    return KVCache(empty(), empty(), slots_of_rows, jnp.zeros((), jnp.int32), jnp.zeros_like(slots_of_rows))
 
 
-def rotate(x: Float[Array, "B T H K"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T H K"]:
-    """Rotary positions, half rotation: (x₁, x₂) -> (x₁ cos − x₂ sin, x₂ cos + x₁ sin), in float32.
+class Norm(nn.Module):
+    """x / √(mean(x²) + ε) · (scale + offset), or a layer norm, over the last axis and in float32.
 
-    Reference: Su et al. 2021, eq. 34, https://arxiv.org/abs/2104.09864.
-    Deviation: pairs are (i, i + K/2), as in Hugging Face checkpoints, not (2i, 2i + 1).
+    Reference: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467; Ba et al. 2016, https://arxiv.org/abs/1607.06450.
     """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """x / √(mean(x²) + ε) · scale, in float32. Reference: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        offset, width = self.config.norm_offset, x.shape[-1]
+        scale = self.param("scale", nn.initializers.constant(1.0 - offset), (width,)) + offset
         x32 = x.astype(jnp.float32)
+        if self.config.norm == "layer":
+            x32 = x32 - x32.mean(axis=-1, keepdims=True)
         variance = jnp.square(x32).mean(axis=-1, keepdims=True)
-        return (x32 * jax.lax.rsqrt(variance + self.config.norm_eps) * jnp.expand_dims(scale, (0, 1))).astype(x.dtype)
+        before = tuple(range(x.ndim - 1))
+        x32 = x32 * jax.lax.rsqrt(variance + self.config.norm_eps) * jnp.expand_dims(scale, before)
+        if self.config.norm == "layer":
+            x32 = x32 + jnp.expand_dims(self.param("bias", nn.initializers.zeros, (width,)), before)
+        return x32.astype(x.dtype)
 
 
 class Linear(nn.Module):
-    """x W, without a bias; `kernel` is [in, out]."""
+    """x W, and + b with a `bias`; `kernel` is [in, out]."""
 
     config: ModelConfig
     features: int
     scale: float = 1.0
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         init = nn.initializers.variance_scaling(self.scale, "fan_in", "normal")
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         # Flat rows: XLA's CPU backend contracts two leading axes at half the speed in the backward pass.
-        return (x.reshape(-1, x.shape[-1]) @ kernel.astype(self.config.dtype)).reshape(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1]) @ kernel.astype(self.config.dtype)
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            rows = rows + jnp.expand_dims(bias.astype(self.config.dtype), 0)
+        return rows.reshape(*x.shape[:-1], -1)
 
 
 Layer = tuple[Array, Array]  # one layer's keys and values in the cache, [B, H, S, K]
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each pre-normed and added to the residual."""
+    """Attention and feed-forward, each normed and added to the residual.
+
+    Reference: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Shazeer 2020 (the gate),
+    https://arxiv.org/abs/2002.05202.
+    """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(
-        self, x: Array, layer: Layer | None, positions: Array, visible: Array, start: Array
+        self, x: Array, layer: Layer | None, numbers: LayerNumbers | None, scene: Scene
     ) -> tuple[Array, Layer | None]:
+        """`numbers` are those of the first layer unless given."""
         config = self.config
-        batch, length, _ = x.shape
+        if numbers is None:
+            numbers = layer_numbers(config, 0)
         residual = 1.0 / (2 * config.n_layers)  # keeps the residual stream's variance with depth
+        before, after = config.norm_at != "output", config.norm_at != "input"
 
-        h = RMSNorm(config, name="attention_norm")(x)
-        queries = Linear(config, config.n_heads * config.head_dim, name="query")(h)
-        keys = Linear(config, config.n_kv_heads * config.head_dim, name="key")(h)
-        values = Linear(config, config.n_kv_heads * config.head_dim, name="value")(h)
-        queries = rotate(queries.reshape(batch, length, config.n_heads, -1), positions, config.rope_theta)
-        keys = rotate(keys.reshape(batch, length, config.n_kv_heads, -1), positions, config.rope_theta)
-        keys = keys.swapaxes(1, 2)
-        values = values.reshape(batch, length, config.n_kv_heads, -1).swapaxes(1, 2)
+        h = Norm(config, name="attention_norm")(x) if before else x
+        h, layer = self.attention(h, layer, numbers, scene)
+        h = Linear(config, config.d_model, residual, config.output_bias, name="output")(h)
+        attended = x + (Norm(config, name="attention_post_norm")(h) if after else h)
+
+        h = x if config.parallel_residual else attended
+        h = Norm(config, name="feed_forward_norm")(h) if before else h
+        act = ACTIVATIONS[config.activation]
+        if config.gated_mlp:
+            gate = Linear(config, config.d_ff, bias=config.mlp_bias, name="gate")(h)
+            h = act(gate) * Linear(config, config.d_ff, bias=config.mlp_bias, name="up")(h)
+        else:
+            h = act(Linear(config, config.d_ff, bias=config.mlp_bias, name="up")(h))
+        h = Linear(config, config.d_model, residual, config.mlp_bias, name="down")(h)
+        return attended + (Norm(config, name="feed_forward_post_norm")(h) if after else h), layer
+
+    def attention(
+        self, h: Array, layer: Layer | None, numbers: LayerNumbers, scene: Scene
+    ) -> tuple[Array, Layer | None]:
+        """What the heads saw, [B, T, N·K], and the layer's cache with this in it."""
+        config = self.config
+
+        def heads(name: str, count: int) -> Array:
+            out = Linear(config, count * config.head_dim, bias=config.qkv_bias, name=name)(h)
+            norm = None if config.qk_norm is None or name == "value" else Norm(config, name=f"{name}_norm")
+            if norm is not None and config.qk_norm == "projection":
+                out = norm(out)
+            out = out.reshape(*out.shape[:2], count, config.head_dim)
+            if norm is not None and config.qk_norm == "head":
+                out = norm(out)
+            if name == "value" or not config.rotary_width:
+                return out
+            magnitude = config.rope_scaling.attention_factor if isinstance(config.rope_scaling, LongRope) else 1.0
+            return rotate(out, scene.positions, numbers.frequencies, magnitude)
+
+        queries = heads("query", config.n_heads)
+        keys = heads("key", config.n_kv_heads).swapaxes(1, 2)
+        values = heads("value", config.n_kv_heads).swapaxes(1, 2)
         if layer is not None:
-            zero = jnp.zeros_like(start)
-            keys = jax.lax.dynamic_update_slice(layer[0], keys, (zero, zero, start, zero))
-            values = jax.lax.dynamic_update_slice(layer[1], values, (zero, zero, start, zero))
+            zero = jnp.zeros_like(scene.start)
+            keys = jax.lax.dynamic_update_slice(layer[0], keys, (zero, zero, scene.start, zero))
+            values = jax.lax.dynamic_update_slice(layer[1], values, (zero, zero, scene.start, zero))
             layer = keys, values
-        # Query heads of a group share keys: they are laid along time, [B, H, G·T, K].
-        groups = config.n_heads // config.n_kv_heads
-        queries = queries.reshape(batch, length, config.n_kv_heads, groups, config.head_dim)
-        queries = queries.transpose(0, 2, 3, 1, 4).reshape(batch, config.n_kv_heads, groups * length, -1)
-        scores = jnp.matmul(queries, keys.swapaxes(2, 3), preferred_element_type=jnp.float32)
-        scores = scores.reshape(batch, config.n_kv_heads, groups, length, -1)
-        scores = jnp.where(visible[:, None, None], scores * config.head_dim**-0.5, -1e30)
-        weights = jax.nn.softmax(scores, axis=-1).astype(config.dtype)
-        attended = weights.reshape(batch, config.n_kv_heads, groups * length, -1) @ values
-        attended = attended.reshape(batch, config.n_kv_heads, groups, length, config.head_dim)
-        attended = attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
-        x = x + Linear(config, config.d_model, residual, name="output")(attended)
-
-        h = RMSNorm(config, name="feed_forward_norm")(x)
-        gate = Linear(config, config.d_ff, name="gate")(h)
-        up = Linear(config, config.d_ff, name="up")(h)
-        x = x + Linear(config, config.d_model, residual, name="down")(jax.nn.silu(gate) * up)
-        return x, layer
+        visible = scene.visible
+        if numbers.window is not None and scene.distances is not None:
+            visible = visible & (scene.distances < numbers.window)
+        return attend(config, queries, keys, values, visible), layer
 
 
 class Transformer(nn.Module):
     """A decoder with a language head.
 
     `positions` count from 0 unless given; `segment_ids` are all 1 unless given. A token attends to those before it
-    that have its segment id; 0 is padding, whose outputs are finite and mean nothing.
+    that have its segment id; 0 is padding, whose outputs are finite and mean nothing. Raises ValueError for a
+    sequence, or a cache, longer than the config's `length_limit`.
     """
 
     config: ModelConfig
@@ -141,16 +179,17 @@ class Transformer(nn.Module):
         config = self.config
         init = nn.initializers.normal(config.d_model**-0.5)
         self.embedding = self.param("embedding", init, (config.vocab_size, config.d_model))
+        if config.learned_positions:
+            self.position_embedding = self.param("position_embedding", init, (config.max_length, config.d_model))
         block = nn.remat(Block, prevent_cse=not config.scan_layers) if config.remat else Block
         if config.scan_layers:
-            broadcast = nn.broadcast
             self.layers = nn.scan(
                 block, variable_axes={"params": 0}, split_rngs={"params": True}, length=config.n_layers,
-                in_axes=(0, broadcast, broadcast, broadcast), out_axes=0,
+                in_axes=(0, 0, nn.broadcast), out_axes=0,
             )(config)  # fmt: skip
         else:
             self.layers = [block(config, name=f"layer_{i}") for i in range(config.n_layers)]
-        self.final_norm = RMSNorm(config)
+        self.final_norm = Norm(config)
         if not config.tie_embeddings:
             self.head = self.param("head", init, (config.d_model, config.vocab_size))
 
@@ -166,7 +205,8 @@ class Transformer(nn.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The language head: float32 logits of final hidden states."""
         kernel = self.embedding.T if self.config.tie_embeddings else self.head
-        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return soft_cap(logits, self.config.final_softcap)
 
     def hidden_states(
         self,
@@ -181,7 +221,8 @@ class Transformer(nn.Module):
         visible = jnp.tri(length, dtype=bool)[None]
         if segment_ids is not None:
             visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
-        hidden, _ = self._run(tokens, None, positions, visible, jnp.zeros((), jnp.int32))
+        scene = Scene(positions, visible, self._distances(positions, positions), jnp.zeros((), jnp.int32))
+        hidden, _ = self._run(tokens, None, scene)
         return hidden
 
     def decode(
@@ -195,22 +236,36 @@ class Transformer(nn.Module):
         start, length = cache.used, tokens.shape[1]
         zero = jnp.zeros_like(start)
         segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (zero, start))
+        places = jax.lax.dynamic_update_slice(cache.positions, positions.astype(jnp.int32), (zero, start))
         slots = jnp.arange(segments.shape[1])
         causal = slots[None, :] <= (start + jnp.arange(length))[:, None]
         visible = causal[None] & (segments[:, None, :] == segment_ids[:, :, None])
-        hidden, layers = self._run(tokens, (cache.keys, cache.values), positions, visible, start)
+        scene = Scene(positions, visible, self._distances(positions, places), start)
+        hidden, layers = self._run(tokens, (cache.keys, cache.values), scene)
         keys, values = layers
-        return hidden, KVCache(keys, values, segments, start + length)
+        return hidden, KVCache(keys, values, segments, start + length, places)
 
-    def _run(self, tokens: Array, layers: Any, positions: Array, visible: Array, start: Array) -> tuple[Array, Any]:
-        x = self.embedding[tokens].astype(self.config.dtype)
-        if self.config.scan_layers:
-            x, layers = self.layers(x, layers, positions, visible, start)
+    def _distances(self, queries: Array, keys: Array) -> Array | None:
+        return queries[:, :, None] - keys[:, None, :] if any(self.config.windows) else None
+
+    def _run(self, tokens: Array, layers: Any, scene: Scene) -> tuple[Array, Any]:
+        config = self.config
+        length, limit = scene.visible.shape[2], config.length_limit
+        if limit is not None and length > limit:
+            raise ValueError(f"a sequence of {length} tokens is longer than the {limit} that this model can read")
+        x = self.embedding[tokens].astype(config.dtype)
+        if config.embedding_scale != 1:
+            x = x * jnp.asarray(config.embedding_scale, config.dtype)
+        if config.learned_positions:
+            x = x + self.position_embedding[scene.positions].astype(config.dtype)
+        if config.scan_layers:
+            differ = any(config.windows) or config.nope_layers
+            x, layers = self.layers(x, layers, stacked_numbers(config) if differ else None, scene)
         else:
             outputs = []
             for i, block in enumerate(self.layers):
                 layer = None if layers is None else (layers[0][i], layers[1][i])
-                x, layer = block(x, layer, positions, visible, start)
+                x, layer = block(x, layer, layer_numbers(config, i), scene)
                 outputs.append(layer)
             if layers is not None:
                 layers = tuple(k for k, _ in outputs), tuple(v for _, v in outputs)

@@ -1,0 +1,78 @@
+"""Attention over keys and values that may lie in a cache, and what differs from layer to layer."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import ArrayLike, Bool, Float, Int
+
+from rlhf_jax.logprobs import soft_cap
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.rope import rope_frequencies
+
+EVERYTHING = np.iinfo(np.int32).max  # A window that nothing lies outside of.
+
+
+class LayerNumbers(NamedTuple):
+    """What one layer has for itself apart from parameters; stacked along axis 0, that of all layers."""
+
+    frequencies: Float[ArrayLike, "*layers half"]
+    """Of its rotary positions; zeros turn nothing."""
+    window: Int[ArrayLike, "*layers"] | None
+
+
+def layer_numbers(config: ModelConfig, layer: int) -> LayerNumbers:
+    """Frequencies and window of one layer."""
+    window = config.windows[layer] if config.windows else None
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if window is not None and config.local_rope_theta is not None:
+        theta, scaling = config.local_rope_theta, None
+    frequencies = rope_frequencies(config.rotary_width, theta, scaling)
+    return LayerNumbers(np.zeros_like(frequencies) if layer in config.nope_layers else frequencies, window)
+
+
+def stacked_numbers(config: ModelConfig) -> LayerNumbers:
+    """`layer_numbers` of all layers, for a scan over them."""
+    layers = [layer_numbers(config, i) for i in range(config.n_layers)]
+    windows = np.asarray([EVERYTHING if n.window is None else n.window for n in layers], np.int32)
+    return LayerNumbers(np.stack([n.frequencies for n in layers]), windows if config.windows else None)
+
+
+class Scene(NamedTuple):
+    """What every layer sees alike."""
+
+    positions: Int[Array, "B T"]
+    visible: Bool[Array, "#B T S"]
+    """Causal, and of the same document."""
+    distances: Int[Array, "B T S"] | None
+    """Positions back from query to key; None where no layer has a window."""
+    start: Int[Array, ""]
+    """Slots of the cache filled before."""
+
+
+def attend(
+    config: ModelConfig,
+    queries: Float[Array, "B T N K"],
+    keys: Float[Array, "B H S K"],
+    values: Float[Array, "B H S K"],
+    visible: Bool[Array, "#B T S"],
+) -> Float[Array, "B T NK"]:
+    """softmax(cap(q·k·scale)) v over what is visible, the softmax in float32.
+
+    Reference: Ainslie et al. 2023 (grouped queries), https://arxiv.org/abs/2305.13245.
+    """
+    batch, length, _, head_dim = queries.shape
+    # Query heads of a group share keys: they are laid along time, [B, H, G·T, K].
+    groups = config.n_heads // config.n_kv_heads
+    queries = queries.reshape(batch, length, config.n_kv_heads, groups, head_dim)
+    queries = queries.transpose(0, 2, 3, 1, 4).reshape(batch, config.n_kv_heads, groups * length, -1)
+    scores = jnp.matmul(queries, keys.swapaxes(2, 3), preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, config.n_kv_heads, groups, length, -1)
+    scale = head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+    scores = soft_cap(scores * scale, config.attention_softcap)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30), axis=-1).astype(config.dtype)
+    attended = weights.reshape(batch, config.n_kv_heads, groups * length, -1) @ values
+    attended = attended.reshape(batch, config.n_kv_heads, groups, length, head_dim)
+    return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
