@@ -2,11 +2,16 @@
 
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import ScalarModel, from_language_model, last_token_rewards
-from rlhf_jax.models.hf import load_hf, save_hf
+from rlhf_jax.models.hf import ModelCard, load_hf, load_hf_reward_model, save_hf, save_hf_reward_model
+from rlhf_jax.models.rope import LinearScaling, Llama3Scaling, LongRope
 from rlhf_jax.models.transformer import KVCache, Transformer, head_kernel, init_cache
 
 __all__ = [
     "KVCache",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRope",
+    "ModelCard",
     "ModelConfig",
     "ScalarModel",
     "Transformer",
@@ -15,5 +20,7 @@ __all__ = [
     "init_cache",
     "last_token_rewards",
     "load_hf",
+    "load_hf_reward_model",
     "save_hf",
+    "save_hf_reward_model",
 ]

@@ -1,103 +1,204 @@
-"""Hugging Face checkpoints in and out: Llama, as config.json and safetensors. No torch, no pickle."""
+"""Hugging Face checkpoints in and out, as config.json and safetensors. No torch, no pickle, no code of theirs."""
 
 import json
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from jax.sharding import Sharding
 from safetensors.numpy import save_file
 
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.families import FAMILIES, Cut, Family
+from rlhf_jax.models.weights import find_tensors, flat, join, match, nested, param_shapes, read_params
 
-LAYER_TENSORS = {
-    "attention_norm/scale": "input_layernorm.weight",
-    "query/kernel": "self_attn.q_proj.weight",
-    "key/kernel": "self_attn.k_proj.weight",
-    "value/kernel": "self_attn.v_proj.weight",
-    "output/kernel": "self_attn.o_proj.weight",
-    "feed_forward_norm/scale": "post_attention_layernorm.weight",
-    "gate/kernel": "mlp.gate_proj.weight",
-    "up/kernel": "mlp.up_proj.weight",
-    "down/kernel": "mlp.down_proj.weight",
-}
+SCORE = "score.weight"
+FILES = ["*.json", "model*.safetensors", "*.model", "merges.txt", "*.jinja"]
+"""What is had from the hub: weights, and what tokenizers are made of."""
 
 
-def load_hf(path_or_name: str | Path) -> tuple[ModelConfig, Any]:
-    """Reads a Llama checkpoint, as (config, float32 params of a Transformer).
+class ModelCard(NamedTuple):
+    """What README.md of a saved model says about how it came about; only what is given."""
+
+    algorithm: str | None = None
+    data: str | None = None
+    base_model: str | None = None
+    metrics: Mapping[str, float] | None = None
+
+
+def load_hf(path_or_name: str | Path, *, shardings: Callable[[str], Sharding] | Any = None) -> tuple[ModelConfig, Any]:
+    """Reads a language model, as (config, float32 params of a Transformer).
 
     A folder never touches the network; anything else is taken for a hub name. Weights may be fp32, bf16 or fp16, in
-    one file or in shards with an index. Raises FileNotFoundError or ValueError, in one line that names the file and
-    the tensor, for what is missing, broken, misshapen or of another architecture.
+    one file or in shards with an index.
+
+    `shardings` is a tree like that of the parameters, or a function from a parameter's name ("layer_0/query/kernel")
+    to its sharding: each device then gets its slice as it is read from the file, one tensor after another. Without
+    it, all go to the default device.
+
+    Raises FileNotFoundError or ValueError, in one line that names the file and the tensor, for what is missing,
+    broken, misshapen or of an architecture that is not in `families.FAMILIES`.
     """
     folder = _folder(path_or_name)
-    config = _read_config(folder / "config.json")
-    tensors = dict(_tensors(folder))
-
-    def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name not in tensors:
-            raise ValueError(f"{folder}: tensor {name} is missing")
-        tensor = np.asarray(tensors.pop(name)(), np.float32)
-        if tensor.shape != shape:
-            raise ValueError(f"{folder}: tensor {name} has shape {tensor.shape}, its config.json says {shape}")
-        return tensor
-
-    params: dict[str, Any] = {
-        "embedding": take("model.embed_tokens.weight", (config.vocab_size, config.d_model)),
-        "final_norm": {"scale": take("model.norm.weight", (config.d_model,))},
-    }
-    shapes = _layer_shapes(config)
-    for i in range(config.n_layers):
-        layer: dict[str, Any] = {}
-        for ours, theirs in LAYER_TENSORS.items():
-            module, name = ours.split("/")
-            tensor = take(f"model.layers.{i}.{theirs}", shapes[ours][::-1])
-            layer[module] = {name: np.ascontiguousarray(tensor.T)}
-        params[f"layer_{i}"] = layer
-    if not config.tie_embeddings:
-        params["head"] = np.ascontiguousarray(take("lm_head.weight", (config.vocab_size, config.d_model)).T)
-    tensors.pop("lm_head.weight", None)  # a copy of the tied embedding
-    if left := sorted(name for name in tensors if not name.endswith("rotary_emb.inv_freq")):
-        raise ValueError(f"{folder}: tensor {left[0]} (and {len(left) - 1} more) has no place in a Llama")
-    return config, _as_jax(params)
+    hf, family, config = _read_config(folder)
+    if kinds := [kind for kind in hf.get("architectures") or [] if kind.endswith("ForSequenceClassification")]:
+        raise ValueError(f"{folder} holds a {kinds[0]}: load_hf_reward_model reads it")
+    return config, nested(_load(folder, family, config, {}, _by_name(shardings)))
 
 
-def save_hf(path: str | Path, config: ModelConfig, params: Any, *, tokenizer: Any = None) -> None:
-    """Writes a folder that transformers' LlamaForCausalLM loads with the same logits; the tokenizer too if given.
+def load_hf_reward_model(
+    path_or_name: str | Path, *, shardings: Callable[[str], Sharding] | Any = None
+) -> tuple[ModelConfig, Any]:
+    """Reads a …ForSequenceClassification with one label, as (config, float32 params of a ScalarModel).
 
-    Each file is written whole or not at all. Raises ValueError when `params` are not those of `config`.
+    As `load_hf`; names are those of a ScalarModel ("trunk/layer_0/query/kernel", "head/kernel"). The score has no
+    bias there: ours is 0. Raises ValueError for another number of labels.
     """
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    expected = {"embedding", "final_norm"} | (set() if config.tie_embeddings else {"head"})
-    expected |= {"layers"} if config.scan_layers else {f"layer_{i}" for i in range(config.n_layers)}
-    if set(params) != expected:
-        raise ValueError(f"parameters {sorted(params)} are not those of this config: {sorted(expected)}")
-    tensors = {
-        "model.embed_tokens.weight": params["embedding"],
-        "model.norm.weight": params["final_norm"]["scale"],
-    }
-    for i in range(config.n_layers):
-        for ours, theirs in LAYER_TENSORS.items():
-            module, name = ours.split("/")
-            tensor = params["layers"][module][name][i] if config.scan_layers else params[f"layer_{i}"][module][name]
-            tensors[f"model.layers.{i}.{theirs}"] = tensor.T
-    if not config.tie_embeddings:
-        tensors["lm_head.weight"] = params["head"].T
-    arrays = {name: np.ascontiguousarray(np.asarray(tensor, np.float32)) for name, tensor in tensors.items()}
-    temporary = folder / "model.safetensors.tmp"
-    save_file(arrays, temporary, metadata={"format": "pt"})
-    temporary.replace(folder / "model.safetensors")
+    folder = _folder(path_or_name)
+    hf, family, config = _read_config(folder)
+    labels = hf.get("num_labels") or len(hf.get("id2label") or (0, 1))
+    if labels != 1:
+        raise ValueError(f"{folder / 'config.json'}: {labels} labels, and a reward model has one")
+    sharding_of = _by_name(shardings)
 
-    ends: dict[str, Any] = {}
+    def place(name: str) -> Sharding | None:
+        return sharding_of(name if name.startswith("head/") else f"trunk/{name}")
+
+    score = {SCORE: Cut(("head/kernel",), turned=True)}
+    params = _load(folder, family, _without_head(config), score, place)
+    head = {"kernel": params.pop("head/kernel")[:, 0], "bias": np.zeros((), np.float32)}
+    head["bias"] = jax.device_put(head["bias"], sharding_of("head/bias"))
+    return config, {"trunk": nested(params), "head": head}
+
+
+def save_hf(
+    path: str | Path, config: ModelConfig, params: Any, *, tokenizer: Any = None, card: ModelCard | None = None
+) -> None:
+    """Writes a folder that transformers loads, as the language model that `config.family` names, with the same logits.
+
+    The tokenizer too if given, and a README.md that says what `card` does. Each file is written whole or not at all.
+    Raises ValueError when `params` are not those of `config`, or no model of that family has such a config.
+    """
+    family = _family(config)
+    name = family.language_model or f"{family.classes}ForCausalLM"
+    _save(Path(path), config, name, _layers_apart(config, params), {}, {}, tokenizer, card)
+
+
+def save_hf_reward_model(
+    path: str | Path, config: ModelConfig, params: Any, *, tokenizer: Any = None, card: ModelCard | None = None
+) -> None:
+    """Writes a ScalarModel as a …ForSequenceClassification with one label, whose logit is the reward.
+
+    As `save_hf`. There the reward is read at the last token that is not the tokenizer's padding token, so padding
+    and end of text had better not be the same one. Raises ValueError for a head with a bias, for which there is no
+    place: without it all rewards shift alike, and comparisons stay; set it to 0 to save the model so.
+    """
+    if set(params) != {"trunk", "head"}:
+        raise ValueError(f"parameters {sorted(params)} are not those of a ScalarModel: ['head', 'trunk']")
+    family = _family(config)
+    name = f"{family.classes}ForSequenceClassification"
+    if bias := float(params["head"]["bias"]):
+        raise ValueError(f"the head's bias {bias:.4g} has no place in a {name}; with bias 0 all rewards shift alike")
+    score = {SCORE: np.asarray(params["head"]["kernel"], np.float32)[None]}
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    leaves = _layers_apart(_without_head(config), params["trunk"])
+    _save(Path(path), config, name, leaves, score, labels, tokenizer, card)
+
+
+def _load(
+    folder: Path,
+    family: Family,
+    config: ModelConfig,
+    more: dict[str, Cut],
+    sharding_of: Callable[[str], Sharding | None],
+) -> dict[str, jax.Array]:
+    shapes = param_shapes(config) | {part: (config.d_model, 1) for cut in more.values() for part in cut.parts}
+    cuts = family.places(config.n_layers) | more
+    tensors = match(folder, family, cuts, find_tensors(_weight_files(folder)), shapes)
+    return read_params(tensors, shapes, config.n_heads, sharding_of)
+
+
+def _save(
+    folder: Path,
+    config: ModelConfig,
+    class_name: str,
+    leaves: Mapping[str, Any],
+    tensors: dict[str, np.ndarray],
+    more: dict[str, Any],
+    tokenizer: Any,
+    card: ModelCard | None,
+) -> None:
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    if tokenizer is not None:
+        ends = {name: getattr(tokenizer, name) for name in ends}
+    family = _family(config)
+    hf = {"architectures": [class_name], **family.write(config), "dtype": "float32", **ends, **more}
+    for name, cut in family.places(config.n_layers).items():
+        if all(part in leaves for part in cut.parts):
+            tensors[name] = join(cut, leaves, config.n_heads)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "model.safetensors.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(folder / "model.safetensors")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-        ends = {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")}
-    _write_json(folder / "config.json", _to_hf(config) | ends)
-    _write_json(folder / "generation_config.json", {"do_sample": True, **ends})
+    _write(folder / "config.json", json.dumps(hf, indent=2) + "\n")
+    generation = {"do_sample": True, **{name: value for name, value in ends.items() if value is not None}}
+    _write(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+    _write(folder / "README.md", _card(class_name, leaves, card or ModelCard()))
+
+
+def _layers_apart(config: ModelConfig, params: Any) -> dict[str, Any]:
+    """Leaves by name, scanned layers one by one. Raises ValueError unless they are those of the config."""
+    leaves = flat(params)
+    if config.scan_layers:
+        stacked = {name.removeprefix("layers/"): leaf for name, leaf in leaves.items() if name.startswith("layers/")}
+        if not stacked:
+            raise ValueError("parameters are not those of this config, which has scan_layers: there are no layers")
+        leaves = {name: leaf for name, leaf in leaves.items() if not name.startswith("layers/")}
+        for name, leaf in stacked.items():
+            leaves |= {f"layer_{i}/{name}": leaf[i] for i in range(config.n_layers)}
+    shapes = param_shapes(config)
+    for name in [*shapes, *leaves]:
+        has, wants = np.shape(leaves[name]) if name in leaves else "none", shapes.get(name, "none")
+        if has != wants:
+            raise ValueError(f"parameters are not those of this config: {name} is {has}, and should be {wants}")
+    return leaves
+
+
+def _card(class_name: str, leaves: Mapping[str, Any], card: ModelCard) -> str:
+    head = {"library_name": "transformers", "base_model": card.base_model}
+    text = [f"A `{class_name}` of {sum(leaf.size for leaf in leaves.values()):,} parameters, in float32."]
+    for what, value in [("Algorithm", card.algorithm), ("Data", card.data), ("Base model", card.base_model)]:
+        text += [f"{what}: {value}"] if value else []
+    if card.metrics:
+        text.append(
+            "\n".join(["| metric | value |", "|---|---|", *(f"| {k} | {v:.6g} |" for k, v in card.metrics.items())])
+        )
+    matter = "\n".join(f"{name}: {json.dumps(value)}" for name, value in head.items() if value)
+    return f"---\n{matter}\n---\n\n" + "\n\n".join(text) + "\n"
+
+
+def _without_head(config: ModelConfig) -> ModelConfig:
+    return replace(config, tie_embeddings=True)
+
+
+def _by_name(shardings: Any) -> Callable[[str], Sharding | None]:
+    if shardings is None:
+        return lambda name: None
+    if callable(shardings):
+        return shardings
+    return flat(shardings).__getitem__
+
+
+def _family(config: ModelConfig) -> Family:
+    if config.family not in FAMILIES:
+        raise ValueError(f"family {config.family!r} is not supported, only {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[config.family]
 
 
 def _folder(path_or_name: str | Path) -> Path:
@@ -113,10 +214,35 @@ def _folder(path_or_name: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{name} is no folder here, and could not be had from the hub: {reason}") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():  # before the index, as transformers has it
+        return [folder / "model.safetensors"]
+    if index.exists():
+        places = _read_json(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise ValueError(f"{index} has no weight_map")
+        return [folder / shard for shard in sorted(set(places.values()))]
+    raise FileNotFoundError(f"{folder} has no model.safetensors (nor an index of shards)")
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], Family, ModelConfig]:
+    path = folder / "config.json"
+    hf = _read_json(path)
+    if hf.get("model_type") not in FAMILIES:
+        names = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"{path}: model_type {hf.get('model_type')!r} is not supported, only {names}")
+    family = FAMILIES[hf["model_type"]]
+    try:
+        return hf, family, family.read(hf)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -131,119 +257,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_config(path: Path) -> ModelConfig:
-    hf = _read_json(path)
-    if hf.get("model_type") != "llama":
-        raise ValueError(f"{path}: model_type {hf.get('model_type')!r} is not supported, only 'llama'")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-    if kind != "default":
-        raise ValueError(f"{path}: rope scaling {kind!r} is not supported")
-    for name, only in [("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")]:
-        if hf.get(name, only) != only:
-            raise ValueError(f"{path}: {name} {hf[name]!r} is not supported, only {only!r}")
-
-    def size(name: str, default: int | None = None) -> int:
-        value = default if hf.get(name) is None else hf[name]
-        if value is None:
-            raise ValueError(f"{name} is missing")
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        return value
-
-    try:
-        d_model, n_heads = size("hidden_size"), size("num_attention_heads")
-        return ModelConfig(
-            vocab_size=size("vocab_size"),
-            d_model=d_model,
-            n_layers=size("num_hidden_layers"),
-            n_heads=n_heads,
-            n_kv_heads=size("num_key_value_heads", n_heads),
-            head_dim=size("head_dim", d_model // n_heads),
-            d_ff=size("intermediate_size"),
-            rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
-            norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            max_length=size("max_position_embeddings", 2048),
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _to_hf(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.d_ff,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "max_position_embeddings": config.max_length,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "dtype": "float32",
-    }
-
-
-def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Ours, [in, out]."""
-    d, q, kv = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    return {
-        "attention_norm/scale": (d,),
-        "query/kernel": (d, q),
-        "key/kernel": (d, kv),
-        "value/kernel": (d, kv),
-        "output/kernel": (q, d),
-        "feed_forward_norm/scale": (d,),
-        "gate/kernel": (d, config.d_ff),
-        "up/kernel": (d, config.d_ff),
-        "down/kernel": (config.d_ff, d),
-    }
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(name, reader) of every tensor, read when called."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():  # before the index, as transformers has it
-        shards = ["model.safetensors"]
-    elif index.exists():
-        places = _read_json(index).get("weight_map")
-        if not isinstance(places, dict):
-            raise ValueError(f"{index} has no weight_map")
-        shards = sorted(set(places.values()))
-    else:
-        raise FileNotFoundError(f"{folder} has no model.safetensors (nor an index of shards)")
-    for shard in shards:
-        path = folder / shard
-        if not path.exists():
-            raise FileNotFoundError(f"{folder} has no {shard}, which its index names")
-        try:
-            # "flax" reads bf16 too, which numpy has no name for.
-            file = safe_open(path, framework="flax")
-            names = list(file.keys())
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-        for name in names:
-            yield name, partial(_read_tensor, file, name)
-
-
-def _read_tensor(file: Any, name: str) -> Any:
-    return file.get_tensor(name).astype(jnp.float32)
-
-
-def _as_jax(tree: Any) -> Any:
-    return {k: _as_jax(v) for k, v in tree.items()} if isinstance(tree, dict) else jnp.asarray(tree)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def _write(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

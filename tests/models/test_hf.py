@@ -227,13 +227,15 @@ def test_a_broken_config(folder, text, word):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"model_type": "gpt2"}, ["model_type 'gpt2'", "llama"]),
+        ({"model_type": "bert"}, ["model_type 'bert'", "llama", "gpt2"]),
+        ({"model_type": "gpt2"}, ["n_embd is missing"]),
         ({"model_type": None}, ["model_type None"]),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["rope scaling 'llama3'"]),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope scaling 'linear'"]),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, ["rope scaling 'linear' lacks factor"]),
+        ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0}}, ["rope scaling 'yarn'"]),
         ({"rope_parameters": 3}, ["rope"]),
-        ({"attention_bias": True}, ["attention_bias"]),
-        ({"hidden_act": "gelu"}, ["hidden_act 'gelu'"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor 0.5"]),
+        ({"hidden_act": "relu"}, ["hidden_act 'relu'"]),
         ({"hidden_size": None}, ["hidden_size is missing"]),
         ({"hidden_size": "wide"}, ["hidden_size", "'wide'"]),
         ({"head_dim": 5}, ["head_dim must be even"]),
@@ -259,6 +261,11 @@ def test_missing_weights(folder):
 def test_a_missing_tensor(folder):
     change_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     fails(folder, ValueError, str(folder), "model.layers.1.mlp.up_proj.weight is missing")
+
+
+def test_a_missing_bias(folder):
+    change_config(folder, attention_bias=True)
+    fails(folder, ValueError, str(folder), "model.layers.0.self_attn.q_proj.bias is missing")
 
 
 def test_a_misshapen_tensor(folder):

@@ -1,0 +1,186 @@
+"""Safetensors to parameters and back: read tensor by tensor, each slice to the device that asked for it."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+from safetensors import SafetensorError, safe_open
+
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.families import Cut, Family
+from rlhf_jax.models.transformer import Transformer
+
+Shape = tuple[int, ...]
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+Shardings = Callable[[str], Sharding | None]
+"""By the name of a parameter, such as "layer_0/query/kernel"; None is the default device."""
+
+
+def param_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """The shape of every parameter of a Transformer by its name, its layers apart."""
+    # Scanned, one layer is traced for all.
+    scanned = replace(config, scan_layers=True)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    tree = jax.eval_shape(Transformer(scanned).init, jax.random.key(0), tokens)["params"]
+    shapes: dict[str, Shape] = {}
+    for name, leaf in flat(tree).items():
+        first, _, rest = name.partition("/")
+        if first == "layers":
+            shapes |= {f"layer_{i}/{rest}": leaf.shape[1:] for i in range(config.n_layers)}
+        else:
+            shapes[name] = leaf.shape
+    return shapes
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves by their names joined with "/"."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}/{key}" if prefix else key)
+    return found
+
+
+def nested(leaves: dict[str, Any]) -> dict[str, Any]:
+    """`flat`, undone."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = leaf
+    return tree
+
+
+def tensor_shape(cut: Cut, shapes: dict[str, Shape]) -> Shape:
+    """Of the tensor that holds those parts."""
+    *rest, _ = shapes[cut.parts[0]]
+    shape = (*rest, sum(shapes[part][-1] for part in cut.parts))
+    return shape[::-1] if cut.turned else shape
+
+
+def _places(cut: Cut, part: int, shapes: dict[str, Shape], heads: int) -> np.ndarray:
+    """Where along the tensor's output axis the part's columns lie."""
+    groups = heads if cut.by_head else 1
+    widths = [shapes[name][-1] // groups for name in cut.parts]
+    columns = np.arange(shapes[cut.parts[part]][-1])
+    return columns // widths[part] * sum(widths) + sum(widths[:part]) + columns % widths[part]
+
+
+def join(cut: Cut, params: Mapping[str, Any], heads: int) -> np.ndarray:
+    """The tensor that holds those parameters, float32."""
+    shapes = {name: params[name].shape for name in cut.parts}
+    if len(cut.parts) == 1:
+        tensor = np.asarray(params[cut.parts[0]], np.float32)
+    else:
+        shape = tensor_shape(cut._replace(turned=False), shapes)
+        tensor = np.empty(shape, np.float32)
+        for part, name in enumerate(cut.parts):
+            tensor[..., _places(cut, part, shapes, heads)] = np.asarray(params[name], np.float32)
+    return np.ascontiguousarray(tensor.T if cut.turned else tensor)
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies."""
+
+    path: Path
+    shape: Shape
+    dtype: str
+    offset: int
+
+
+def read_params(
+    tensors: list[tuple[Stored, Cut]], shapes: dict[str, Shape], heads: int, sharding_of: Shardings
+) -> dict[str, jax.Array]:
+    """Float32 parameters by name, each placed as it is read.
+
+    A tensor is mapped, its slices are cast and sent away, and it is let go: the host never holds more than that.
+    """
+    params = {}
+    for stored, cut in tensors:
+        tensor = np.memmap(stored.path, DTYPES[stored.dtype], "r", stored.offset, stored.shape)
+        for part, name in enumerate(cut.parts):
+            places = _places(cut, part, shapes, heads)
+            params[name] = _place(tensor.T if cut.turned else tensor, places, shapes[name], sharding_of(name))
+    return params
+
+
+def _place(tensor: np.ndarray, places: np.ndarray, shape: Shape, sharding: Sharding | None) -> jax.Array:
+    slices: dict[tuple, np.ndarray] = {}  # Replicas ask for the same one.
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        *rows, columns = (slice(None),) * len(shape) if index is None else index
+        key = tuple((part.start, part.stop) for part in (*rows, columns))
+        if key not in slices:
+            wanted = places[columns]
+            low, high = int(wanted[0]), int(wanted[-1]) + 1
+            together = high - low == len(wanted)
+            block = tensor[(*rows, slice(low, high) if together else wanted)]
+            slices[key] = np.array(block, np.float32, order="C")
+        return slices[key]
+
+    if sharding is None:
+        return jnp.asarray(read(None))
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+def find_tensors(files: list[Path]) -> dict[str, Stored]:
+    """Where each tensor lies; nothing is read but the headers.
+
+    The format: https://github.com/huggingface/safetensors#format. Raises FileNotFoundError or ValueError.
+    """
+    found: dict[str, Stored] = {}
+    for path in files:
+        if not path.exists():
+            raise FileNotFoundError(f"{path.parent} has no {path.name}, which its index names")
+        try:
+            with safe_open(path, framework="numpy"):  # checks the header against the file's size
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name, value in header.items():
+            found[name] = Stored(path, tuple(value["shape"]), value["dtype"], 8 + length + value["data_offsets"][0])
+    return found
+
+
+def match(
+    folder: Path, family: Family, cuts: dict[str, Cut], found: dict[str, Stored], shapes: dict[str, Shape]
+) -> list[tuple[Stored, Cut]]:
+    """The tensors to read. Raises ValueError for one that is missing, misshapen or without a place."""
+    wanted = {name: cut for name, cut in cuts.items() if all(part in shapes for part in cut.parts)}
+    matched: dict[str, tuple[Stored, Cut]] = {}
+    others = []
+    for theirs, stored in found.items():
+        name = dict(family.older_names).get(theirs, theirs)
+        if name not in cuts and family.prefix + name in cuts:  # a bare model's
+            name = family.prefix + name
+        if name in wanted:
+            expected = tensor_shape(wanted[name], shapes)
+            if stored.shape != expected:
+                raise ValueError(
+                    f"{folder}: tensor {theirs} has shape {stored.shape}, its config.json says {expected}"
+                )
+            if stored.dtype not in DTYPES:
+                raise ValueError(f"{folder}: tensor {theirs} is {stored.dtype}, and only {', '.join(DTYPES)} are read")
+            matched[name] = stored, wanted[name]
+        elif name != "lm_head.weight" and not theirs.endswith(family.passed_over):  # a copy of the tied embedding
+            others.append(theirs)
+    for name in wanted:
+        if name not in matched:
+            raise ValueError(f"{folder}: tensor {name} is missing")
+    if others:
+        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+        raise ValueError(f"{folder}: tensor {min(others)}{more} has no place in a {family.name}")
+    return list(matched.values())
