@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import ArrayLike, Bool, Float, Int
 
@@ -12,13 +11,13 @@ from rlhf_jax.logprobs import soft_cap
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.rope import rope_frequencies
 
-EVERYTHING = np.iinfo(np.int32).max  # A window that nothing lies outside of.
+EVERYTHING = 2**31 - 1  # A window that nothing lies outside of.
 
 
 class LayerNumbers(NamedTuple):
     """What one layer has for itself apart from parameters; stacked along axis 0, that of all layers."""
 
-    frequencies: Float[ArrayLike, "*layers half"]
+    frequencies: Float[Array, "*layers half"]
     """Of its rotary positions; zeros turn nothing."""
     window: Int[ArrayLike, "*layers"] | None
 
@@ -30,14 +29,14 @@ def layer_numbers(config: ModelConfig, layer: int) -> LayerNumbers:
     if window is not None and config.local_rope_theta is not None:
         theta, scaling = config.local_rope_theta, None
     frequencies = rope_frequencies(config.rotary_width, theta, scaling)
-    return LayerNumbers(np.zeros_like(frequencies) if layer in config.nope_layers else frequencies, window)
+    return LayerNumbers(jnp.zeros_like(frequencies) if layer in config.nope_layers else frequencies, window)
 
 
 def stacked_numbers(config: ModelConfig) -> LayerNumbers:
     """`layer_numbers` of all layers, for a scan over them."""
     layers = [layer_numbers(config, i) for i in range(config.n_layers)]
-    windows = np.asarray([EVERYTHING if n.window is None else n.window for n in layers], np.int32)
-    return LayerNumbers(np.stack([n.frequencies for n in layers]), windows if config.windows else None)
+    windows = jnp.asarray([EVERYTHING if n.window is None else n.window for n in layers])
+    return LayerNumbers(jnp.stack([n.frequencies for n in layers]), windows if config.windows else None)
 
 
 class Scene(NamedTuple):

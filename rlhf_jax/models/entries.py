@@ -199,29 +199,30 @@ def two_ropes() -> Entry:
     return Entry(read, write)
 
 
-def one_window() -> Entry:
-    """The same for every layer, or none."""
+def one_window(usual: int | None) -> Entry:
+    """The same for every layer, or none; `usual` where config.json is silent."""
 
     def read(hf: Json) -> Json:
-        window = hf.get("sliding_window")
+        window = hf.get("sliding_window", usual)
         return {"windows": (window,) * hf["num_hidden_layers"] if window else ()}
 
     return Entry(read, lambda config: {"sliding_window": config.windows[0] if config.windows else None})
 
 
-def some_windows(has_window: Callable[[Json, int], bool], switch: str | None = None) -> Entry:
+def some_windows(
+    has_window: Callable[[Json, int], bool], switch: str | None = None, usual: int | None = 4096
+) -> Entry:
     """One size for those layers that `layer_types`, or else `has_window`, names; `switch` turns all on."""
 
     def read(hf: Json) -> Json:
         if switch is not None and not hf.get(switch, False):
             return {"windows": ()}
-        usual = [
+        kinds = hf.get("layer_types") or [
             "sliding_attention" if has_window(hf, i) else "full_attention" for i in range(hf["num_hidden_layers"])
         ]
-        kinds = hf.get("layer_types") or usual
         if other := set(kinds) - {"sliding_attention", "full_attention"}:
             raise ValueError(f"layer_types {sorted(other)} are not supported")
-        window = hf.get("sliding_window", 4096)
+        window = hf.get("sliding_window", usual)
         windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
         return {"windows": windows if any(windows) else ()}
 

@@ -167,7 +167,7 @@ FAMILIES = {
         ),
         Family(
             "mistral", "Mistral",
-            (*SIZES, GROUPS, HEAD_DIM, rms(1e-6), tied(False), rope(10_000.0), one_window(), SILU),
+            (*SIZES, GROUPS, HEAD_DIM, rms(1e-6), tied(False), rope(10_000.0), one_window(4096), SILU),
             ATTENTION | MLP | INPUT_NORMS,
         ),
         Family(
@@ -206,13 +206,14 @@ FAMILIES = {
         Family(
             "smollm3", "SmolLM3",
             (*SIZES, GROUPS, HEAD_DIM, rms(1e-6), tied(True), rope(2_000_000.0), SILU, ATTENTION_BIAS, MLP_BIAS,
-             no_positions(), some_windows(lambda hf, i: not rope_layers(hf)[i], "use_sliding_window")),
+             no_positions(), some_windows(lambda hf, i: not rope_layers(hf)[i], "use_sliding_window", usual=None)),
             ATTENTION | MLP | INPUT_NORMS,
         ),
         Family(
             "phi3", "Phi3",
             (*SIZES, GROUPS, HEAD_DIM, rms(1e-5), tied(False),
-             rope(10_000.0, part=("partial_rotary_factor", 1.0), longrope_names=("su", "yarn")), one_window(), SILU),
+             rope(10_000.0, part=("partial_rotary_factor", 1.0), longrope_names=("su", "yarn")), one_window(None),
+             SILU),
             {**linear("self_attn.qkv_proj", "query", "key", "value"), **linear("self_attn.o_proj", "output"),
              **linear("mlp.gate_up_proj", "gate", "up"), **linear("mlp.down_proj", "down"), **INPUT_NORMS},
         ),

@@ -4,9 +4,8 @@ import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
-from jaxtyping import ArrayLike, Float, Int
+from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True)
@@ -15,8 +14,8 @@ class LinearScaling:
 
     factor: float
 
-    def __call__(self, frequencies: np.ndarray) -> np.ndarray:
-        return frequencies / np.float32(self.factor)
+    def __call__(self, frequencies: Float[Array, " half"]) -> Float[Array, " half"]:
+        return frequencies / self.factor
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,11 @@ class Llama3Scaling:
     high_frequency_factor: float
     original_length: int
 
-    def __call__(self, frequencies: np.ndarray) -> np.ndarray:
+    def __call__(self, frequencies: Float[Array, " half"]) -> Float[Array, " half"]:
         waves = self.original_length * frequencies / (2 * math.pi)
         between = (waves - self.low_frequency_factor) / (self.high_frequency_factor - self.low_frequency_factor)
-        kept = np.clip(between, 0.0, 1.0)
-        return ((1 - kept) * frequencies / self.factor + kept * frequencies).astype(np.float32)
+        kept = jnp.clip(between, 0.0, 1.0)
+        return (1 - kept) * frequencies / self.factor + kept * frequencies
 
 
 @dataclass(frozen=True)
@@ -55,24 +54,24 @@ class LongRope:
     attention_factor: float
     original_length: int
 
-    def __call__(self, frequencies: np.ndarray) -> np.ndarray:
-        return frequencies / np.asarray(self.short_factors, np.float32)
+    def __call__(self, frequencies: Float[Array, " half"]) -> Float[Array, " half"]:
+        return frequencies / jnp.asarray(self.short_factors)
 
 
 RopeScaling = LinearScaling | Llama3Scaling | LongRope
 
 
-def rope_frequencies(width: int, theta: float, scaling: RopeScaling | None) -> Float[np.ndarray, " half"]:
+def rope_frequencies(width: int, theta: float, scaling: RopeScaling | None) -> Float[Array, " half"]:
     """Radians a position, float32: θ^(−2i/width) for each of the width/2 pairs, scaled."""
-    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
-    frequencies = (np.float32(1.0) / np.float32(theta) ** exponents).astype(np.float32)
+    half = width // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     return frequencies if scaling is None else scaling(frequencies)
 
 
 def rotate(
     x: Float[Array, "B T H K"],
     positions: Int[Array, "B T"],
-    frequencies: Float[ArrayLike, " half"],
+    frequencies: Float[Array, " half"],
     magnitude: float = 1.0,
 ) -> Float[Array, "B T H K"]:
     """Rotary positions, half rotation: (x₁, x₂) -> (x₁ cos − x₂ sin, x₂ cos + x₁ sin), in float32.
@@ -82,8 +81,8 @@ def rotate(
     Reference: Su et al. 2021, eq. 34, https://arxiv.org/abs/2104.09864.
     Deviation: pairs are (i, i + half), as in Hugging Face checkpoints, not (2i, 2i + 1).
     """
-    half = jnp.shape(frequencies)[0]
-    angles = positions[:, :, None, None].astype(jnp.float32) * jnp.expand_dims(jnp.asarray(frequencies), (0, 1, 2))
+    half = frequencies.shape[0]
+    angles = positions[:, :, None, None].astype(jnp.float32) * jnp.expand_dims(frequencies, (0, 1, 2))
     cos, sin = jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
     first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin, rest]

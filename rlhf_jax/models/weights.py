@@ -1,8 +1,10 @@
 """Safetensors to parameters and back: read tensor by tensor, each slice to the device that asked for it."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,39 +99,62 @@ class Stored(NamedTuple):
     offset: int
 
 
+BLOCK = 2**22  # Bytes of a file that are mapped at once.
+
+
 def read_params(
     tensors: list[tuple[Stored, Cut]], shapes: dict[str, Shape], heads: int, sharding_of: Shardings
 ) -> dict[str, jax.Array]:
-    """Float32 parameters by name, each placed as it is read.
-
-    A tensor is mapped, its slices are cast and sent away, and it is let go: the host never holds more than that.
-    """
+    """Float32 parameters by name, each placed as it is read: the host holds one beside those that live on it."""
     params = {}
     for stored, cut in tensors:
-        tensor = np.memmap(stored.path, DTYPES[stored.dtype], "r", stored.offset, stored.shape)
         for part, name in enumerate(cut.parts):
-            places = _places(cut, part, shapes, heads)
-            params[name] = _place(tensor.T if cut.turned else tensor, places, shapes[name], sharding_of(name))
+            axes = [np.arange(size) for size in shapes[name][:-1]] + [_places(cut, part, shapes, heads)]
+            params[name] = _place(partial(_read, stored, cut.turned), axes, sharding_of(name))
     return params
 
 
-def _place(tensor: np.ndarray, places: np.ndarray, shape: Shape, sharding: Sharding | None) -> jax.Array:
+def _place(
+    read: Callable[[list[np.ndarray]], np.ndarray], axes: list[np.ndarray], sharding: Sharding | None
+) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(read(axes))
     slices: dict[tuple, np.ndarray] = {}  # Replicas ask for the same one.
 
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        *rows, columns = (slice(None),) * len(shape) if index is None else index
-        key = tuple((part.start, part.stop) for part in (*rows, columns))
+    def slice_of(index: Any) -> np.ndarray:
+        key = tuple((part.start, part.stop) for part in index)
         if key not in slices:
-            wanted = places[columns]
-            low, high = int(wanted[0]), int(wanted[-1]) + 1
-            together = high - low == len(wanted)
-            block = tensor[(*rows, slice(low, high) if together else wanted)]
-            slices[key] = np.array(block, np.float32, order="C")
+            slices[key] = read([axis[part] for axis, part in zip(axes, index, strict=True)])
         return slices[key]
 
-    if sharding is None:
-        return jnp.asarray(read(None))
-    return jax.make_array_from_callback(shape, sharding, read)
+    return jax.make_array_from_callback(tuple(len(axis) for axis in axes), sharding, slice_of)
+
+
+def _read(stored: Stored, turned: bool, axes: list[np.ndarray]) -> np.ndarray:
+    """What lies where those numbers along our axes cross, float32; the file is mapped block by block."""
+    shape = tuple(len(axis) for axis in axes)
+    size = 4 * math.prod(shape)
+    # At a multiple of 64 bytes, where the CPU backend takes it over without a copy.
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    out = room[start : start + size].view(np.float32).reshape(shape)
+
+    rows, *others = axes[::-1] if turned else axes
+    target = out.T if turned else out
+    row_bytes = np.dtype(DTYPES[stored.dtype]).itemsize * math.prod(stored.shape[1:])
+    step = max(1, BLOCK // row_bytes)
+    for begin in range(0, len(rows), step):
+        wanted = rows[begin : begin + step]
+        low, high = int(wanted[0]), int(wanted[-1]) + 1
+        place, dtype = stored.offset + low * row_bytes, DTYPES[stored.dtype]
+        block = np.memmap(stored.path, dtype, "r", place, (high - low, *stored.shape[1:]))
+        target[begin : begin + step] = block[(_index(wanted - low), *map(_index, others))]
+    return out
+
+
+def _index(places: np.ndarray) -> slice | np.ndarray:
+    low, high = int(places[0]), int(places[-1]) + 1
+    return slice(low, high) if high - low == len(places) else places
 
 
 def find_tensors(files: list[Path]) -> dict[str, Stored]:

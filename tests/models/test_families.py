@@ -1,135 +1,18 @@
-"""Every family against its torch class: logits, greedy generation, rewards, and back."""
+"""Every family against its torch class: logits, greedy generation, rewards, and back; and their config.json."""
 
-import json
+import copy
+from dataclasses import replace
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from numpy.testing import assert_allclose, assert_array_equal
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-)
+from parity import LANGUAGE, MASK, MODELS, POSITIONS, REWARD, RICHEST, TOKENS, agreement, greedy, torch_model
+from transformers import AutoConfig
 
-from rlhf_jax.models import (
-    ScalarModel,
-    Transformer,
-    load_hf,
-    load_hf_reward_model,
-    save_hf,
-    save_hf_reward_model,
-)
+from rlhf_jax.models import Transformer, load_hf
 from rlhf_jax.models.families import FAMILIES
-from rlhf_jax.sampling import generate
-
-WIDTH, NEW, PAD = 12, 5, 0
-LENGTHS = np.array([12, 5, 9])
-MASK = np.arange(WIDTH)[None] >= WIDTH - LENGTHS[:, None]
-POSITIONS = np.maximum(MASK.cumsum(axis=1) - 1, 0)
-TOKENS = np.where(MASK, np.random.default_rng(0).integers(1, 64, MASK.shape), PAD)
-
-SIZES = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None,
-    "pad_token_id": PAD,
-}  # fmt: skip
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}  # fmt: skip
-WINDOW = {"sliding_window": 4}
-ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], **WINDOW}
-LONGROPE = {
-    "rope_parameters": {
-        "rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.1, 1.7], "long_factor": [2.0, 4.0],
-        "partial_rotary_factor": 0.5,
-    },
-    "max_position_embeddings": 64, "original_max_position_embeddings": 20,
-}  # fmt: skip
-GEMMA3_ROPES = {
-    "rope_parameters": {
-        "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
-    }
-}  # fmt: skip
-
-# Of each family the first is the richest, and is also generated from and rewarded with.
-MODELS = {
-    "llama: llama3 rope, grouped, wide heads, biases": ("llama", {
-        "rope_parameters": LLAMA3, "head_dim": 10, "attention_bias": True, "mlp_bias": True}),
-    "llama: linear rope, tied": ("llama", {
-        "rope_parameters": {"rope_type": "linear", "rope_theta": 50.0, "factor": 2.5}, "tie_word_embeddings": True}),
-    "mistral: window shorter than the sequence": ("mistral", {**WINDOW, "head_dim": 6}),
-    "mistral: no window, tied": ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
-    "qwen2: qkv bias, tied, window in the upper layer": ("qwen2", {
-        "use_sliding_window": True, "max_window_layers": 1, **WINDOW, "tie_word_embeddings": True}),
-    "qwen2: untied": ("qwen2", {}),
-    "qwen3: norm of each head, wide heads": ("qwen3", {"head_dim": 12, "rms_norm_eps": 1e-2}),
-    "qwen3: biases, tied": ("qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
-    "gemma2: windows, soft caps, query scale, two norms": ("gemma2", {
-        "head_dim": 12, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
-        **ALTERNATING}),
-    "gemma2: no caps, other windows, biases": ("gemma2", {
-        "head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None,
-        "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 3, "attention_bias": True}),
-    "gemma3: two thetas, linear scaling, norm of each head": ("gemma3_text", {
-        "head_dim": 12, "query_pre_attn_scalar": 5, "final_logit_softcapping": 3.0, **ALTERNATING, **GEMMA3_ROPES}),
-    "gemma3: untied, all layers local": ("gemma3_text", {
-        "head_dim": 8, "query_pre_attn_scalar": 8, "tie_word_embeddings": False, **WINDOW}),
-    "olmo2: norm of the projections, norms of outputs": ("olmo2", {"rms_norm_eps": 1e-2}),
-    "olmo2: biases, tied": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4}),
-    "smollm3: a layer without positions": ("smollm3", {"no_rope_layers": [1, 0], "rope_parameters": {
-        "rope_type": "default", "rope_theta": 50.0}}),
-    "smollm3: windows, biases, untied": ("smollm3", {
-        "no_rope_layers": [0, 1], "use_sliding_window": True, **WINDOW, "tie_word_embeddings": False,
-        "attention_bias": True, "mlp_bias": True}),
-    "gpt2: learned positions, layer norms, biases": ("gpt2", {"n_inner": 40}),
-    "gpt2: untied, exact gelu": ("gpt2", {"tie_word_embeddings": False, "activation_function": "gelu"}),
-    "pythia: parallel residual, part of a head turns": ("gpt_neox", {"rope_parameters": {
-        "rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.5}}),
-    "pythia: one after the other, tied, no attention bias": ("gpt_neox", {
-        "use_parallel_residual": False, "tie_word_embeddings": True, "attention_bias": False,
-        "hidden_act": "gelu_new"}),
-    "phi3: longrope, part of a head turns, window": ("phi3", {**LONGROPE, **WINDOW}),
-    "phi3: plain, tied": ("phi3", {"tie_word_embeddings": True}),
-}  # fmt: skip
-RICHEST = {family: name for name, (family, _) in reversed(MODELS.items())}
-
-
-def torch_model(name, classes=AutoModelForCausalLM, **more):
-    """Small, and every weight matters: norms are not 1, biases not 0, logits of order 1."""
-    torch.manual_seed(0)
-    family, changes = MODELS[name]
-    sizes = {k: v for k, v in SIZES.items() if not (family == "gpt2" and k == "intermediate_size")}
-    config = AutoConfig.for_model(family, **(sizes | changes | more))
-    model = classes.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for weight_name, weight in model.named_parameters():
-            centre = 1.0 if "norm" in weight_name or "ln_" in weight_name else 0.0
-            if family.startswith("gemma") or weight_name.endswith("bias"):
-                centre = 0.0
-            weight.copy_(centre + 0.3 * torch.randn_like(weight))
-    return model
-
-
-def torch_logits(model, **kwargs):
-    with torch.no_grad():
-        return model(torch.tensor(TOKENS), attention_mask=torch.tensor(MASK.astype(int)), **kwargs).logits.numpy()
-
-
-def jax_forward(model, params):
-    arguments = (TOKENS, POSITIONS, MASK.astype(np.int32))
-    return jax.jit(model.apply)({"params": params}, *map(jnp.asarray, arguments))
-
-
-def reload(folder, classes=AutoModelForCausalLM):
-    model, info = classes.from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    return model.eval()
 
 
 def test_every_family_is_tested():
@@ -138,54 +21,117 @@ def test_every_family_is_tested():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_torch_and_so_are_those_of_what_is_saved(name, tmp_path):
-    """In a batch with left padding; each row has its own positions."""
-    theirs = torch_model(name)
-    theirs.save_pretrained(tmp_path / "in")
-    config, params = load_hf(tmp_path / "in")
-    expected = torch_logits(theirs, position_ids=torch.tensor(POSITIONS))[MASK]
-    assert expected.std() > 0.3
-    assert_allclose(np.asarray(jax_forward(Transformer(config), params))[MASK], expected, atol=1e-4)
-
-    save_hf(tmp_path / "out", config, params)
-    back = reload(tmp_path / "out")
-    assert type(back) is type(theirs)
-    assert_allclose(torch_logits(back, position_ids=torch.tensor(POSITIONS))[MASK], expected, atol=1e-5)
-    again, same = load_hf(tmp_path / "out")
-    assert again == config
-    chex.assert_trees_all_equal(same, params)
-
-
-@pytest.mark.parametrize("name", RICHEST.values())
-def test_greedy_generation_is_that_of_transformers(name, tmp_path):
-    theirs = torch_model(name)
-    theirs.save_pretrained(tmp_path)
-    config, params = load_hf(tmp_path)
-    written = theirs.generate(
-        torch.tensor(TOKENS), attention_mask=torch.tensor(MASK.astype(int)), max_new_tokens=NEW, do_sample=False
-    )
-    completions = generate(
-        Transformer(config), params, jnp.asarray(TOKENS), jnp.asarray(MASK), jax.random.key(0),
-        max_new_tokens=NEW, temperature=0.0, eos_id=None, pad_id=PAD,
-    )  # fmt: skip
-    assert_array_equal(completions.tokens, written.numpy()[:, WIDTH:])
+    found = agreement(name, LANGUAGE, tmp_path)
+    assert found.spread > 0.3 and found.difference < 1e-4 and found.saved_difference < 1e-5 and found.same, found
 
 
 @pytest.mark.parametrize("name", RICHEST.values())
 def test_rewards_are_those_of_torch_and_so_are_those_of_what_is_saved(name, tmp_path):
-    theirs = torch_model(name, AutoModelForSequenceClassification, num_labels=1)
-    theirs.save_pretrained(tmp_path / "in")
-    config, params = load_hf_reward_model(tmp_path / "in")
-    expected = torch_logits(theirs, position_ids=torch.tensor(POSITIONS))[:, 0]
-    assert expected.std() > 0.1
-    values = jax_forward(ScalarModel(config), params)
-    assert_allclose(values[:, -1], expected, atol=1e-4)
+    found = agreement(name, REWARD, tmp_path)
+    assert found.spread > 0.1 and found.difference < 1e-4 and found.saved_difference < 1e-5 and found.same, found
 
-    save_hf_reward_model(tmp_path / "out", config, params)
-    path = tmp_path / "out" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": PAD}))  # a tokenizer says so otherwise
-    back = reload(tmp_path / "out", AutoModelForSequenceClassification)
-    assert type(back) is type(theirs)
-    assert_allclose(torch_logits(back, position_ids=torch.tensor(POSITIONS))[:, 0], expected, atol=1e-5)
-    again, same = load_hf_reward_model(tmp_path / "out")
-    assert again == config
-    chex.assert_trees_all_equal(same, params)
+
+@pytest.mark.parametrize("name", RICHEST.values())
+def test_greedy_generation_is_that_of_transformers(name, tmp_path):
+    assert_array_equal(*greedy(name, tmp_path))
+
+
+@pytest.mark.parametrize("name", RICHEST.values())
+def test_scanned_layers_equal_loop_layers(name, tmp_path):
+    torch_model(name).save_pretrained(tmp_path)
+    config, params = load_hf(tmp_path)
+    layers = [params[f"layer_{i}"] for i in range(config.n_layers)]
+    stacked = {key: value for key, value in params.items() if not key.startswith("layer_")}
+    stacked["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    arguments = tuple(map(jnp.asarray, (TOKENS, POSITIONS, MASK.astype(np.int32))))
+    scanned = Transformer(replace(config, scan_layers=True)).apply({"params": stacked}, *arguments)
+    assert_allclose(scanned[MASK], Transformer(config).apply({"params": params}, *arguments)[MASK], atol=1e-5)
+
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 12, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 4096,
+}  # fmt: skip
+LLAMA3 = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 512}
+LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.0, 2.0, 3.0]}
+PUBLISHED = {
+    "Llama 2": {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_scaling": None},
+    "Llama 3.2": {
+        "model_type": "llama", "rope_theta": 500000.0, "head_dim": 8, "tie_word_embeddings": True,
+        "rope_scaling": {"rope_type": "llama3", **LLAMA3},
+    },
+    "a longer Llama": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 8.0}},
+    "Mistral 0.1": {"model_type": "mistral", "sliding_window": 4096, "rope_theta": 10000.0},
+    "Mistral 0.3": {"model_type": "mistral", "sliding_window": None, "rope_theta": 1e6},
+    "Qwen2.5": {
+        "model_type": "qwen2", "max_window_layers": 7, "sliding_window": 32768, "use_sliding_window": False,
+        "rope_theta": 1e6, "tie_word_embeddings": True,
+    },
+    "Qwen2.5 with windows": {
+        "model_type": "qwen2", "max_window_layers": 7, "sliding_window": 32768, "use_sliding_window": True,
+    },
+    "Qwen3": {
+        "model_type": "qwen3", "head_dim": 16, "attention_bias": False, "max_window_layers": 28, "rope_scaling": None,
+        "rope_theta": 1000000, "sliding_window": None, "use_sliding_window": False,
+    },
+    "Gemma 2": {
+        "model_type": "gemma2", "head_dim": 16, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+        "hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 4096,
+    },
+    "Gemma 3 1B": {
+        "model_type": "gemma3_text", "head_dim": 16, "attn_logit_softcapping": None, "query_pre_attn_scalar": 256,
+        "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512,
+        "sliding_window_pattern": 6,
+    },
+    "Gemma 3, scaled": {
+        "model_type": "gemma3_text", "head_dim": 16, "rope_local_base_freq": 10000, "rope_theta": 1000000,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 512,
+    },
+    "OLMo 2": {"model_type": "olmo2", "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 500000},
+    "SmolLM3": {
+        "model_type": "smollm3", "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0] * 3,
+        "rope_theta": 5000000.0, "sliding_window": None, "use_sliding_window": False, "max_window_layers": 28,
+    },
+    "GPT-2": {
+        "model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2, "n_ctx": 1024, "n_positions": 1024,
+        "vocab_size": 64, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+    },
+    "Pythia": {
+        "model_type": "gpt_neox", "hidden_act": "gelu", "rotary_emb_base": 10000, "rotary_pct": 0.25,
+        "use_parallel_residual": True, "tie_word_embeddings": False,
+    },
+    "Phi-3 4k": {
+        "model_type": "phi3", "original_max_position_embeddings": 4096, "rope_scaling": None, "sliding_window": 2047,
+    },
+    "Phi-4 mini": {
+        "model_type": "phi3", "partial_rotary_factor": 0.75, "original_max_position_embeddings": 512,
+        "rope_scaling": LONGROPE, "sliding_window": 262144, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configs_as_first_published_are_read_as_transformers_reads_them(name):
+    """In the words of transformers 4, where those of 5 are others."""
+    given = (SIZES if PUBLISHED[name]["model_type"] != "gpt2" else {}) | PUBLISHED[name]
+    family = FAMILIES[given["model_type"]]
+    assert family.read(given) == family.read(AutoConfig.for_model(**copy.deepcopy(given)).to_dict())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_config_leaves_out_is_what_it_is_in_transformers_or_an_error(name):
+    family = FAMILIES[MODELS[name][0]]
+    written = torch_model(name).config.to_dict()
+    compared = 0
+    # Where ours are the same for all families: lengths are not enforced, and the shapes of tensors tell of heads.
+    others = {"model_type", "max_position_embeddings", "original_max_position_embeddings", "num_key_value_heads"}
+    for left_out in set(written) - others:
+        given = {key: value for key, value in written.items() if key != left_out}
+        try:
+            ours = family.read(given)
+        except ValueError as error:
+            assert f"{left_out} is missing" in str(error)
+            continue
+        assert ours == family.read(AutoConfig.for_model(**copy.deepcopy(given)).to_dict()), left_out
+        compared += 1
+    assert compared > 5
