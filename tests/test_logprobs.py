@@ -64,8 +64,11 @@ def test_gradients():
     check_grads(lambda x: token_entropy(jnp.asarray(x)), (logits,), 1, ["rev"], atol=0.02, rtol=0.02)
 
 
-def whole(hidden, kernel, targets):
+def whole(hidden, kernel, targets, softcap=None, temperature=1.0):
     logits = hidden @ kernel
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = logits / temperature
     return token_logprobs(logits, targets), token_entropy(logits)
 
 
@@ -80,14 +83,17 @@ def weighted(f):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
+@pytest.mark.parametrize(
+    "chunk_size, options",
+    [(1, {}), (3, {}), (7, {}), (100, {}), (3, {"softcap": 1.5, "temperature": 0.7}), (7, {"softcap": 1.5})],
+)
 @pytest.mark.parametrize("f", [chunked_logprobs, chunked_logprobs_and_entropy])
-def test_chunks_are_exact(f, chunk_size):
+def test_chunks_are_exact(f, chunk_size, options):
     def full(*args):
-        return whole(*args)[:1] if f is chunked_logprobs else whole(*args)
+        return whole(*args, **options)[:1] if f is chunked_logprobs else whole(*args, **options)
 
     def chunked(*args):
-        return f(*args, chunk_size=chunk_size)
+        return f(*args, chunk_size=chunk_size, **options)
 
     args = HIDDEN, KERNEL, jnp.asarray(TARGETS)
     jax.tree.map(

@@ -1,5 +1,7 @@
 """The training step, PPO's minibatches, and scoring of tokens."""
 
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -81,9 +83,9 @@ def test_cosine_warms_up_and_ends_at_zero():
     np.testing.assert_allclose(values, [0.0, 2.0, 1.0, 0.0], atol=1e-6)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_token_scores_are_those_of_the_tempered_logits(temperature):
-    model = Transformer(CONFIG)
+@pytest.mark.parametrize("temperature, softcap", [(1.0, None), (0.7, None), (0.7, 0.5)])
+def test_token_scores_are_those_of_the_tempered_logits(temperature, softcap):
+    model = Transformer(replace(CONFIG, final_softcap=softcap))
     tokens = experience(4).tokens
     params = model.init(jax.random.key(0), tokens.inputs)["params"]
     logprobs, entropy = token_scores(model, params, tokens, temperature=temperature)

@@ -192,7 +192,14 @@ def _by_name(shardings: Any) -> Callable[[str], Sharding | None]:
         return lambda name: None
     if callable(shardings):
         return shardings
-    return flat(shardings).__getitem__
+    by_name = flat(shardings)
+
+    def sharding_of(name: str) -> Sharding:
+        if name not in by_name:
+            raise ValueError(f"shardings have none for {name}: they need the tree of the parameters, or be a function")
+        return by_name[name]
+
+    return sharding_of
 
 
 def _family(config: ModelConfig) -> Family:
@@ -209,7 +216,7 @@ def _folder(path_or_name: str | Path) -> Path:
         raise ValueError(f"{folder} is a file; a checkpoint is a folder with config.json and model.safetensors")
     name = str(path_or_name)
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise FileNotFoundError(f"there is no folder {folder}")
+        raise FileNotFoundError(f"there is no folder {folder} (and names on the hub are owner/model)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -229,7 +236,9 @@ def _weight_files(folder: Path) -> list[Path]:
         if not isinstance(places, dict):
             raise ValueError(f"{index} has no weight_map")
         return [folder / shard for shard in sorted(set(places.values()))]
-    raise FileNotFoundError(f"{folder} has no model.safetensors (nor an index of shards)")
+    raise FileNotFoundError(
+        f"{folder} has no model.safetensors (nor an index of shards); pickled weights are not read: save it anew"
+    )
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], Family, ModelConfig]:
@@ -241,7 +250,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], Family, ModelConfig]:
     family = FAMILIES[hf["model_type"]]
     try:
         return hf, family, family.read(hf)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 

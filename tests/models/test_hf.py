@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from fnmatch import fnmatch
 
 import chex
 import jax
@@ -209,6 +210,23 @@ def test_a_hub_name_that_cannot_be_had(monkeypatch):
     fails("some/model", FileNotFoundError, "some/model", "hub", "no way")
 
 
+def test_a_hub_name_brings_safetensors_and_nothing_that_runs(folder, monkeypatch):
+    asked = []
+
+    def download(name, *, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    chex.assert_trees_all_equal(load_hf("some/model")[1], load_hf(folder)[1])
+    [(name, patterns)] = asked
+    assert name == "some/model"
+    had = ["config.json", "tokenizer.json", "tokenizer.model", "model.safetensors", "model-00001-of-00002.safetensors"]
+    left = ["pytorch_model.bin", "modeling_some.py", "model.pt", "training_args.bin", "adapter_model.safetensors"]
+    for file, wanted in [*((file, True) for file in had), *((file, False) for file in left)]:
+        assert any(fnmatch(file, pattern) for pattern in patterns) == wanted, file
+
+
 def test_a_file_instead_of_a_folder(folder):
     fails(folder / "model.safetensors", ValueError, "model.safetensors is a file")
 
@@ -241,6 +259,10 @@ def test_a_broken_config(folder, text, word):
         ({"head_dim": 5}, ["head_dim must be even"]),
         ({"num_attention_heads": 0, "head_dim": None}, ["num_attention_heads", "not 0"]),
         ({"num_key_value_heads": 3}, ["not a multiple"]),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, ["power"]),
+        ({"model_type": "mistral", "sliding_window": -1}, ["a window must be at least 1"]),
+        ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["sliding_attention"]}, ["1 windows"]),
+        ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["chunked"] * 2}, ["layer_types"]),
     ],
 )  # fmt: skip
 def test_a_config_that_is_not_supported(folder, changes, words):
@@ -255,7 +277,8 @@ def test_older_configs_are_read(folder):
 
 def test_missing_weights(folder):
     (folder / "model.safetensors").unlink()
-    fails(folder, FileNotFoundError, f"{folder} has no model.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    fails(folder, FileNotFoundError, f"{folder} has no model.safetensors", "pickled weights are not read")
 
 
 def test_a_missing_tensor(folder):

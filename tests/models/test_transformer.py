@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax.models import ModelConfig, Transformer, head_kernel, init_cache
+from rlhf_jax.models import LongRope, ModelConfig, Transformer, head_kernel, init_cache
 
 CONFIG = ModelConfig(
     vocab_size=13,
@@ -55,6 +55,12 @@ def params():
         ({"n_kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
         ({"head_dim": 5}, "head_dim must be even"),
         ({"max_length": 0}, "max_length must be at least 1"),
+        ({"rotary_fraction": 0.5}, "head_dim must be even for rotary positions, not 6·rotary_fraction 0.5"),
+        ({"rotary_fraction": 2.0}, "rotary_fraction 2.0"),
+        ({"rope_scaling": LongRope((1.0,), (1.0,) * 3, 1.0, 8)}, "long rope needs 3 short and long factors"),
+        ({"windows": (4,)}, "1 windows for 2 layers"),
+        ({"windows": (4, 0)}, "a window must be at least 1"),
+        ({"nope_layers": (2,)}, r"nope_layers \(2,\) are not all among 2 layers"),
     ],
 )
 def test_a_shape_that_cannot_be_is_an_error(change, message):
@@ -107,17 +113,19 @@ def test_left_padding_equals_separate_runs(params, scan):
         assert_allclose(ours[-n:], alone, atol=1e-5)
 
 
-def test_packed_documents_equal_separate_runs(params):
+@pytest.mark.parametrize("windows", [(), (2, None)])
+def test_packed_documents_equal_separate_runs(params, windows):
+    config = replace(CONFIG, windows=windows)
     lengths = [3, 1, 4]
     row = np.random.default_rng(1).integers(0, 13, (1, 10))
     segments = np.array([[1, 1, 1, 2, 3, 3, 3, 3, 0, 0]])
     positions = np.array([[0, 1, 2, 0, 0, 1, 2, 3, 0, 0]])
     row, segments, positions = map(jnp.asarray, (row, segments, positions))
-    packed = forward(CONFIG, params, row, positions, segments)[0]
+    packed = forward(config, params, row, positions, segments)[0]
     assert np.isfinite(packed).all()
     start = 0
     for n in lengths:
-        alone = forward(CONFIG, params, row[:, start : start + n])[0]
+        alone = forward(config, params, row[:, start : start + n])[0]
         assert_allclose(packed[start : start + n], alone, atol=1e-5)
         start += n
 
@@ -184,3 +192,35 @@ def test_decoding_with_a_cache_equals_one_full_pass(params, scan, dtype, toleran
     assert int(cache.used) == width + new
     decoded = np.concatenate(parts, axis=1)
     assert_allclose(decoded[mask], full[mask], atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"learned_positions": True, "max_length": 8}, {"rope_scaling": LongRope((1.0,) * 3, (2.0,) * 3, 1.0, 8)}],
+)
+def test_what_cannot_be_read_at_once_is_refused(change):
+    config = replace(CONFIG, **change)
+    params = new_params(config)
+    tokens = jnp.ones((1, 9), jnp.int32)
+    forward(config, params, tokens[:, :8])
+    with pytest.raises(ValueError, match="9 tokens is longer than the 8"):
+        forward(config, params, tokens)
+    with pytest.raises(ValueError, match="9 tokens is longer than the 8"):
+        cache = init_cache(config, 1, 9)
+        Transformer(config).apply(
+            {"params": params}, tokens[:, :2], tokens[:, :2], tokens[:, :2], cache, method="decode"
+        )
+
+
+def test_two_windows_of_three_see_the_last_five():
+    config = replace(CONFIG, windows=(3, 3), tie_embeddings=False)
+    params = new_params(config)
+
+    def last(embedding):
+        hidden = Transformer(config).apply(
+            {"params": params | {"embedding": embedding}}, jnp.arange(8)[None], method="hidden_states"
+        )
+        return jnp.square(hidden[0, -1] - 1.0).sum()
+
+    grads = jax.grad(last)(params["embedding"])
+    assert_array_equal(jnp.abs(grads).max(axis=1) > 0, [3 <= token < 8 for token in range(13)])

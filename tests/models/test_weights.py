@@ -71,6 +71,15 @@ def test_shardings_may_be_a_tree_and_leave_replicas(tmp_path):
     chex.assert_trees_all_equal(jax.device_get(loaded), jax.device_get(params))
 
 
+def test_a_sharding_that_is_missing_is_named(tmp_path):
+    params = new_params(LLAMA)
+    save_hf(tmp_path, LLAMA, params)
+    shardings = jax.tree.map(lambda _: NamedSharding(mesh(), PartitionSpec()), params)
+    del shardings["layer_1"]["key"]
+    with pytest.raises(ValueError, match="shardings have none for layer_1/key/kernel"):
+        load_hf(tmp_path, shardings=shardings)
+
+
 def test_a_reward_model_is_split_by_its_own_names(tmp_path):
     trunk = {name: leaf for name, leaf in new_params(LLAMA).items() if name != "head"}
     params = {"trunk": trunk, "head": {"kernel": jnp.arange(16.0), "bias": jnp.zeros(())}}
@@ -97,7 +106,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlhf_jax.models import load_hf
 
 mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-split = lambda name: NamedSharding(mesh, PartitionSpec("fsdp"))
+split = (lambda name: NamedSharding(mesh, PartitionSpec("fsdp"))) if sys.argv[3] == "split" else None
 
 def peak():  # ru_maxrss would begin with that of the process that started this one
     status = Path("/proc/self/status").read_text().split()
@@ -110,7 +119,8 @@ print(json.dumps([peak() - before, sum(leaf.nbytes for leaf in jax.tree.leaves(p
 """
 
 
-def test_the_host_holds_the_model_and_at_most_one_shard_more(tmp_path):
+@pytest.mark.parametrize("dtype, placed", [(np.float32, "split"), (jnp.bfloat16, "split"), (jnp.bfloat16, "whole")])
+def test_the_host_holds_the_model_and_at_most_one_shard_more(dtype, placed, tmp_path):
     """The rise of the process's peak while a model of eight shards is read, a smaller one having been read before."""
     from safetensors.numpy import load_file, save_file
 
@@ -120,7 +130,7 @@ def test_the_host_holds_the_model_and_at_most_one_shard_more(tmp_path):
         shapes = param_shapes(config)
         noise = rng.normal(size=max(np.prod(s) for s in shapes.values())).astype(np.float32)
         save_hf(tmp_path / name, config, nested({n: noise[: np.prod(s)].reshape(s) for n, s in shapes.items()}))
-    whole = load_file(tmp_path / "large" / "model.safetensors")
+    whole = {n: t.astype(dtype) for n, t in load_file(tmp_path / "large" / "model.safetensors").items()}
     (tmp_path / "large" / "model.safetensors").unlink()
     places, largest = {}, 0
     for shard in range(8):
@@ -133,12 +143,12 @@ def test_the_host_holds_the_model_and_at_most_one_shard_more(tmp_path):
     index.write_text(json.dumps({"weight_map": places}))
 
     run = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large")],
+        [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large"), placed],
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
     grown, own = json.loads(run.stdout)
-    assert own == sum(tensor.nbytes for tensor in whole.values())
+    assert own == 4 * sum(tensor.size for tensor in whole.values())
     assert own > 5 * largest
     assert 0.9 * own < grown < own + 1.2 * largest
