@@ -93,7 +93,7 @@ class Source:
     resume: bool = False
     """Go on from the last whole checkpoint in run-dir."""
     model: str | None = None
-    """A Hugging Face folder (Llama, safetensors) to start from, with its tokenizer; by default a small new model."""
+    """A Hugging Face folder (safetensors) or hub name to start from, with its tokenizer; else a small new model."""
     demonstrations: str | None = None
     """jsonl[.gz] of instruction/input/output or prompt/completion; by default the world's demonstrators write."""
     comparisons: str | None = None

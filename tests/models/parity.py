@@ -204,12 +204,14 @@ def main() -> None:
 
     python tests/models/parity.py > experiments/results/families.md
 
-Small models with random weights (2 layers, width {SIZES["hidden_size"]}, {SIZES["num_attention_heads"]} heads), three
-prompts of {", ".join(map(str, LENGTHS))} tokens left-padded to {WIDTH}, float32 on CPU; jax {jax.__version__},
-transformers {transformers.__version__}, torch {torch.__version__.partition("+")[0]}. Logits and rewards are of order 1
-(σ beside them); Δ is the largest difference anywhere. Greedy: prompts after which our {NEW} tokens are those of
-transformers' `generate`. Saved: Δ of logits and of rewards from torch's class, loaded from what we wrote, and whether
-we load the same config and parameters from it, to the bit.
+Small models with random weights: 2 layers, width {SIZES["hidden_size"]}, {SIZES["num_attention_heads"]} heads.
+Three prompts of {", ".join(map(str, LENGTHS))} tokens, left-padded to {WIDTH}. Float32 on CPU:
+jax {jax.__version__}, transformers {transformers.__version__}, torch {torch.__version__.partition("+")[0]}.
+
+- σ: the standard deviation of torch's logits, or rewards. Δ: the largest difference from them anywhere.
+- greedy: prompts after which our {NEW} tokens are those of transformers' `generate`.
+- saved: Δ of the logits and of the rewards of torch's class when loaded from what we wrote, and whether we load the
+  same config and parameters from it, to the bit.
 
 | model | logits: σ | Δ | greedy | rewards: σ | Δ | saved: Δ | the same |
 |---|---|---|---|---|---|---|---|""")

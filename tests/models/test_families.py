@@ -84,7 +84,7 @@ PUBLISHED = {
         "sliding_window_pattern": 6,
     },
     "Gemma 3, scaled": {
-        "model_type": "gemma3_text", "head_dim": 16, "rope_local_base_freq": 10000, "rope_theta": 1000000,
+        "model_type": "gemma3_text", "head_dim": 16, "rope_local_base_freq": 20000, "rope_theta": 1000000,
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 512,
     },
     "OLMo 2": {"model_type": "olmo2", "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 500000},

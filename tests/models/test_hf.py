@@ -3,6 +3,7 @@ from dataclasses import replace
 from fnmatch import fnmatch
 
 import chex
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,15 @@ from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from rlhf_jax.models import ModelConfig, Transformer, load_hf, save_hf
+from rlhf_jax.models import (
+    ModelCard,
+    ModelConfig,
+    Transformer,
+    load_hf,
+    load_hf_reward_model,
+    save_hf,
+    save_hf_reward_model,
+)
 from rlhf_jax.sampling import generate
 
 TOKENS = np.random.default_rng(0).integers(0, 32, (2, 9))
@@ -121,6 +130,51 @@ def test_scanned_layers_are_saved_as_layers(tmp_path):
     expected = jax_logits(scanned, params)
     assert_allclose(jax_logits(config, loaded), expected, atol=1e-5)
     assert_allclose(torch_logits(LlamaForCausalLM.from_pretrained(tmp_path)), expected, atol=1e-4)
+
+
+def test_a_card_names_data_algorithm_and_metrics(tmp_path):
+    card = ModelCard(algorithm="DPO, β = 0.1", data="pairs.jsonl", base_model="some/base", metrics={"accuracy": 0.71})
+    save_hf(tmp_path, CONFIG, new_params(CONFIG), card=card)
+    found = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+    assert found.data.to_dict() == {"library_name": "transformers", "base_model": "some/base"}
+    for words in ("LlamaForCausalLM", "Algorithm: DPO, β = 0.1", "Data: pairs.jsonl", "| accuracy | 0.71 |"):
+        assert words in found.text
+    save_hf(tmp_path, CONFIG, new_params(CONFIG))
+    assert "Algorithm" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_config_that_no_model_of_its_family_has_is_not_saved(tmp_path):
+    for changes, words in [
+        ({"final_softcap": 30.0}, "final_softcap 30.0 cannot be saved as llama"),
+        ({"windows": (4, None)}, r"windows \(4, None\) cannot be saved as llama"),
+        ({"family": "bert"}, "family 'bert' is not supported, only gemma2"),
+    ]:
+        config = replace(CONFIG, **changes)
+        with pytest.raises(ValueError, match=words):
+            save_hf(tmp_path / "out", config, new_params(config))
+        assert not (tmp_path / "out").exists()
+
+
+def test_params_of_another_shape_are_not_saved(tmp_path):
+    params = new_params(CONFIG)
+    params["layer_1"]["key"]["kernel"] = params["layer_1"]["key"]["kernel"][:, :-1]
+    with pytest.raises(ValueError, match=r"layer_1/key/kernel is \(8, 5\), and should be \(8, 6\)"):
+        save_hf(tmp_path / "out", CONFIG, params)
+
+
+def test_reward_models_that_have_no_place(tmp_path):
+    trunk = {name: leaf for name, leaf in new_params(CONFIG).items() if name != "head"}
+    params = {"trunk": trunk, "head": {"kernel": jnp.ones(8), "bias": jnp.asarray(0.5)}}
+    with pytest.raises(ValueError, match=r"the head's bias 0\.5 has no place in a LlamaForSequenceClassification"):
+        save_hf_reward_model(tmp_path, CONFIG, params)
+    with pytest.raises(ValueError, match="not those of a ScalarModel"):
+        save_hf_reward_model(tmp_path, CONFIG, trunk)
+    params["head"]["bias"] = jnp.zeros(())
+    save_hf_reward_model(tmp_path, CONFIG, params)
+    fails(tmp_path, ValueError, str(tmp_path), "LlamaForSequenceClassification", "load_hf_reward_model")
+    change_config(tmp_path, id2label={"0": "bad", "1": "good"})
+    with pytest.raises(ValueError, match="2 labels, and a reward model has one"):
+        load_hf_reward_model(tmp_path)
 
 
 @pytest.mark.parametrize("wrong", [{"n_layers": 3}, {"tie_embeddings": True}, {"scan_layers": True}])

@@ -121,10 +121,10 @@ print(json.dumps([peak() - before, sum(leaf.nbytes for leaf in jax.tree.leaves(p
 
 @pytest.mark.parametrize("dtype, placed", [(np.float32, "split"), (jnp.bfloat16, "split"), (jnp.bfloat16, "whole")])
 def test_the_host_holds_the_model_and_at_most_one_shard_more(dtype, placed, tmp_path):
-    """The rise of the process's peak while a model of eight shards is read, a smaller one having been read before."""
+    """The rise of the process's peak while nine shards are read, the last of one large tensor, after another model."""
     from safetensors.numpy import load_file, save_file
 
-    large = replace(LLAMA, vocab_size=256, d_model=512, d_ff=2048, n_layers=8, head_dim=128, tie_embeddings=True)
+    large = replace(LLAMA, vocab_size=16384, d_model=512, d_ff=2048, n_layers=8, head_dim=128, tie_embeddings=True)
     rng = np.random.default_rng(0)
     for name, config in [("small", LLAMA), ("large", large)]:
         shapes = param_shapes(config)
@@ -133,9 +133,9 @@ def test_the_host_holds_the_model_and_at_most_one_shard_more(dtype, placed, tmp_
     whole = {n: t.astype(dtype) for n, t in load_file(tmp_path / "large" / "model.safetensors").items()}
     (tmp_path / "large" / "model.safetensors").unlink()
     places, largest = {}, 0
-    for shard in range(8):
-        names = [n for n in whole if f"layers.{shard}." in n or (shard == 0 and "layers" not in n)]
-        file = f"model-{shard + 1:05}-of-00008.safetensors"
+    for shard in range(9):
+        names = [n for n in whole if f"layers.{shard}." in n or (shard == 8 and "layers" not in n)]
+        file = f"model-{shard + 1:05}-of-00009.safetensors"
         save_file({n: whole[n] for n in names}, tmp_path / "large" / file)
         places |= dict.fromkeys(names, file)
         largest = max(largest, sum(whole[n].nbytes for n in names))
@@ -150,5 +150,5 @@ def test_the_host_holds_the_model_and_at_most_one_shard_more(dtype, placed, tmp_
     assert run.returncode == 0, run.stderr
     grown, own = json.loads(run.stdout)
     assert own == 4 * sum(tensor.size for tensor in whole.values())
-    assert own > 5 * largest
-    assert 0.9 * own < grown < own + 1.2 * largest
+    assert own > 3 * largest
+    assert 0.9 * own < grown < own + 0.6 * largest  # 1.2 would do; it is a block of 4 MiB, and noise
