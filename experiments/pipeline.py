@@ -17,7 +17,7 @@ import numpy as np
 from experiments import ppo, reward_model, sft
 from experiments.ppo import PPO
 from experiments.reward_model import RewardModel
-from experiments.setting import Setting, Source, load_setting
+from experiments.setting import Setting, Source, announce, load_setting
 from experiments.sft import SFT
 from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.data.tokens import join
@@ -101,8 +101,7 @@ def main(cfg: Config) -> dict[str, float]:
     """Runs everything; returns the final metrics, which are also in the run's summary.json."""
     setting = load_setting(cfg)
     with Run(cfg.run_dir, cfg, name="pipeline", resume=cfg.resume) as run, count_compilations() as compilations:
-        for note in setting.notes:
-            run.say(note)
+        announce(setting, run)
         try:
             epochs = sft.train(cfg.sft, setting, run, cfg.seed)
             comparisons = setting.compare(sft.make_sampler(setting, epochs[-1], cfg.seed))

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments import reward_model, sft
 from experiments.reward_model import RewardModel
-from experiments.setting import Setting, Source, load_setting
+from experiments.setting import Setting, Source, announce, load_setting
 from experiments.sft import SFT
 from rlhf_jax import checkpoint
 from rlhf_jax.advantages import gae
@@ -287,8 +287,7 @@ def main(cfg: Config) -> dict[str, float]:
     """SFT, reward model, PPO; returns the final metrics. `pipeline.py` adds the evaluation and the report."""
     setting = load_setting(cfg)
     with Run(cfg.run_dir, cfg, name="ppo", resume=cfg.resume) as run:
-        for note in setting.notes:
-            run.say(note)
+        announce(setting, run)
         sft_params = sft.train(cfg.sft, setting, run, cfg.seed)[-1]
         comparisons = setting.compare(sft.make_sampler(setting, sft_params, cfg.seed))
         reward_params, metrics = reward_model.train(cfg.reward_model, setting, comparisons, sft_params, run, cfg.seed)

@@ -16,17 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import sft
-from experiments.setting import Comparisons, Setting, Source, load_setting
+from experiments.setting import Comparisons, Setting, Source, announce, load_setting
 from experiments.sft import SFT
 from rlhf_jax import checkpoint
-from rlhf_jax.batches import Rankings, Tokens
+from rlhf_jax.batches import PackedRankings, Rankings, Tokens
+from rlhf_jax.data.preferences import packed_rewards
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import at_least
 from rlhf_jax.evaluate import calibration, length_baseline, preference_accuracy
 from rlhf_jax.log import Run, run_main
 from rlhf_jax.losses import ranking_loss
 from rlhf_jax.models import ScalarModel, from_language_model
-from rlhf_jax.train import cosine_decay, make_optimizer, make_state, make_train_step, response_rewards
+from rlhf_jax.train import cosine_decay, make_optimizer, make_state, make_train_step, response_rewards, token_values
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,11 @@ def train(
     optimizer = make_optimizer(cosine_decay(cfg.learning_rate, steps), weight_decay=cfg.weight_decay)
     state = make_state(model, params, optimizer)
 
-    def loss_fn(params, batch: Rankings):
-        rewards = response_rewards(model, params, batch.responses).reshape(batch.ranks.shape)
+    def loss_fn(params, batch: Rankings | PackedRankings):
+        if isinstance(batch, PackedRankings):
+            rewards = packed_rewards(token_values(model, params, batch.tokens), batch)
+        else:
+            rewards = response_rewards(model, params, batch.responses).reshape(batch.ranks.shape)
         return ranking_loss(rewards, batch.ranks, batch.mask)
 
     train_step = make_train_step(loss_fn)
@@ -116,7 +120,9 @@ def train(
         if step % steps_an_epoch == 0 or step == first:
             permutation = np.random.default_rng([seed, 2, step // steps_an_epoch]).permutation(prompts)
         start = step % steps_an_epoch * cfg.prompts_per_step
-        state, metrics = train_step(state, pick(comparisons.train, permutation[start : start + cfg.prompts_per_step]))
+        some = permutation[start : start + cfg.prompts_per_step]
+        batch = comparisons.pack(some) if comparisons.pack else pick(comparisons.train, some)
+        state, metrics = train_step(state, batch)
         last = step + 1 == steps
         if (step + 1) % max(1, steps // 8) == 0 or last:
             metrics |= evaluate(score, state.params, comparisons.heldout)
@@ -138,8 +144,7 @@ def main(cfg: Config) -> dict[str, float]:
     """SFT, comparisons of its answers, reward model; returns the final metrics."""
     setting = load_setting(cfg)
     with Run(cfg.run_dir, cfg, name="reward_model", resume=cfg.resume) as run:
-        for note in setting.notes:
-            run.say(note)
+        announce(setting, run)
         sft_params = sft.train(cfg.sft, setting, run, cfg.seed)[-1]
         comparisons = setting.compare(sft.make_sampler(setting, sft_params, cfg.seed))
         _, metrics = train(cfg, setting, comparisons, sft_params, run, cfg.seed)

@@ -1,30 +1,26 @@
-"""Where the stages get their text: the controlled world by default, real files with --model and two data files.
+"""Where the stages get their text: the controlled world by default, real text (`experiments/text.py`) with --model,
+--demonstrations and --comparisons.
 
 Both give the same `Setting`; only the world has a `judge` that knows the true utility.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import grain
 import jax
 import numpy as np
 from jaxtyping import Float
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from rlhf_jax.batches import Completions, Prompts, Rankings, Tokens
-from rlhf_jax.data.text import (
-    Report,
-    encode_comparisons,
-    encode_demonstrations,
-    encode_prompts,
-    read_comparisons,
-    read_demonstrations,
-)
+from rlhf_jax.batches import Completions, PackedRankings, Prompts, Rankings, Tokens
+from rlhf_jax.data.rejects import OnBadRow, Rejects
+from rlhf_jax.data.sample import sample
 from rlhf_jax.data.tokens import join, pack_sequences, pad_prompts, pad_sequences, take
 from rlhf_jax.errors import UserError, at_least
-from rlhf_jax.models import ModelConfig, load_hf
+from rlhf_jax.log import Run
+from rlhf_jax.models import ModelConfig
 from rlhf_jax.simulation import Annotators, Demonstrators, agreement_rate, calibrate_noise, ceiling
 from rlhf_jax.simulation.world import Problem, draw_problems, make_tokenizer, utilities
 
@@ -39,6 +35,8 @@ class Comparisons(NamedTuple):
     heldout: Rankings
     facts: dict[str, float]
     """What the world knows of its annotators: their agreement, and the ceiling that their noise sets."""
+    pack: Callable[[np.ndarray], PackedRankings] | None = None
+    """The training rankings of those prompts, packed; None where they are short and of one length."""
 
 
 class Setting(NamedTuple):
@@ -60,7 +58,13 @@ class Setting(NamedTuple):
     """True utility of completions; only for measuring."""
     facts: dict[str, float]
     notes: tuple[str, ...] = ()
-    """What could not be used of the files, and why."""
+    """As what the files were read."""
+    rejects: Rejects | None = None
+    """Which rows could not be used, and why."""
+    batches: Callable[[int, int], "grain.DatasetIterator[Tokens]"] | None = None
+    """batches(batch_size, seed): endless batches of demonstrations; None: `demonstrations` in a shuffled order."""
+    streaming: bool = False
+    """Whether `demonstrations` are only the first of those that `batches` gives."""
 
     @property
     def pad_id(self) -> int:
@@ -94,10 +98,30 @@ class Source:
     """Go on from the last whole checkpoint in run-dir."""
     model: str | None = None
     """A Hugging Face folder (safetensors) or hub name to start from, with its tokenizer; else a small new model."""
-    demonstrations: str | None = None
-    """jsonl[.gz] of instruction/input/output or prompt/completion; by default the world's demonstrators write."""
-    comparisons: str | None = None
-    """jsonl[.gz] of chosen/rejected; by default the world's annotators rank the SFT model's answers."""
+    demonstrations: str | tuple[str, ...] | None = None
+    """Files, folders or names on the Hub, NAME[:SPLIT]; by default the world's demonstrators write."""
+    demonstrations_format: str | None = None
+    """messages, sharegpt, prompt_completion, alpaca or text; by default recognised from the columns."""
+    demonstrations_columns: tuple[str, ...] = ()
+    """What its columns are called, OURS=THEIRS, as in prompt=question completion=answer."""
+    demonstrations_weights: tuple[float, ...] = ()
+    """How often each source is drawn from; by default as large as it is (streamed: all equally)."""
+    comparisons: str | tuple[str, ...] | None = None
+    """As demonstrations; by default the world's annotators rank the SFT model's answers."""
+    comparisons_format: str | None = None
+    """preference, instruction_preference, transcripts, ranking or scored; by default recognised."""
+    comparisons_columns: tuple[str, ...] = ()
+    """What its columns are called, OURS=THEIRS."""
+    comparisons_weights: tuple[float, ...] = ()
+    """Shares of the sources; as many comparisons are used as these allow without repeating one."""
+    prompts: str | tuple[str, ...] | None = None
+    """What PPO answers, a column prompt; by default the comparisons' prompts."""
+    prompts_columns: tuple[str, ...] = ()
+    """What its columns are called, OURS=THEIRS."""
+    on_bad_row: OnBadRow = "stop"
+    """Stop at a row that cannot be used, or skip, count and write it to rejected.jsonl in the run's folder."""
+    streaming: bool = False
+    """Read demonstrations as they are needed, for sets larger than memory; they are shuffled in a window."""
     max_length: int = 256
     """Real text: tokens of prompt and response together. Longer prompts lose their beginning."""
     max_new_tokens: int = 32
@@ -112,7 +136,21 @@ def load_setting(source: Source) -> Setting:
         return world_setting(source.seed)
     if not all(given):
         raise UserError("real text needs all three of --model, --demonstrations and --comparisons")
+    from experiments.text import text_setting  # it is made of what is defined here
+
     return text_setting(source)
+
+
+def announce(setting: Setting, run: Run) -> None:
+    """What a run says first: what was read, what was left out (also in rejected.jsonl), and a sample of the tokens."""
+    for note in setting.notes:
+        run.say(note)
+    if setting.rejects is not None:
+        setting.rejects.write_to(run.dir / "rejected.jsonl")
+        for line in setting.rejects.summary():
+            run.say(line)
+    run.say("a demonstration; what is learned is coloured, or in [[brackets]]:")
+    run.show(lambda colour: sample(setting.demonstrations, setting.tokenizer, colour=colour))
 
 
 # The controlled world. Sizes as in `simulation`: a prompt has at most 14 tokens (16 shifted), an answer 20.
@@ -199,91 +237,3 @@ def world_setting(seed: int) -> Setting:
         ANSWER_LENGTH, compare, judge, facts,
     )  # fmt: skip
     return setting
-
-
-HELDOUT_SHARE = 0.1
-
-
-def text_setting(source: Source) -> Setting:
-    """Real text: a pretrained model, demonstrations and comparisons from files.
-
-    A tenth of the demonstrations, and of the comparisons by the first turn of their conversation, is held out.
-    """
-    assert source.model and source.demonstrations and source.comparisons
-    try:
-        config, params = load_hf(source.model)
-        tokenizer = AutoTokenizer.from_pretrained(source.model, local_files_only=Path(source.model).is_dir())
-    except (ValueError, OSError) as error:
-        raise UserError(str(error).splitlines()[0]) from None
-    if source.max_length > config.max_length:
-        raise UserError(f"--max-length {source.max_length} is more than the model's {config.max_length}")
-    prompt_length = source.max_length - source.max_new_tokens
-    if prompt_length < 8:
-        raise UserError(f"--max-new-tokens {source.max_new_tokens} leaves no room for prompts in --max-length")
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    rng = np.random.default_rng([source.seed, 0])
-
-    demonstrations, demonstrations_report = read_demonstrations(source.demonstrations)
-    pairs, encoded_report = encode_demonstrations(demonstrations, tokenizer, source.max_length)
-    pairs = [pairs[i] for i in rng.permutation(len(pairs))]
-    cut = max(1, int(HELDOUT_SHARE * len(pairs)))
-
-    comparisons, comparisons_report = read_comparisons(source.comparisons)
-    openings = sorted({row.prompt[0]["content"] for row in comparisons})
-    kept = max(1, int(HELDOUT_SHARE * len(openings)))
-    heldout_openings = {openings[i] for i in rng.permutation(len(openings))[:kept]}
-    parts = [
-        [row for row in comparisons if (row.prompt[0]["content"] in heldout_openings) == heldout]
-        for heldout in (False, True)
-    ]
-    rankings, prompts, reports = [], [], []
-    for rows in parts:
-        triples, report = encode_comparisons(rows, tokenizer, source.max_length)
-        if not triples:
-            raise UserError(f"{source.comparisons}: too few comparisons to train on some and hold out others")
-        reports.append(report)
-        # The preferred one is not always first: nothing may learn the place.
-        ranks = np.where(rng.random((len(triples), 1)) < 0.5, [0, 1], [1, 0]).astype(np.int32)
-        both = [(t[0], t[1 + rank]) for t, row in zip(triples, ranks.tolist(), strict=True) for rank in row]
-        tokens = pad_sequences(both, length=source.max_length, pad_id=pad_id)
-        rankings.append(Rankings(tokens, ranks, np.ones(ranks.shape, bool)))
-        ids = encode_prompts([row.prompt for row in rows], tokenizer)
-        prompts.append(pad_prompts([shorten(i, prompt_length) for i in ids], length=prompt_length, pad_id=pad_id))
-    heldout = take(prompts[1], np.arange(min(HELDOUT, len(prompts[1].row))))
-    notes = [
-        *describe(source.demonstrations, len(demonstrations), demonstrations_report, encoded_report),
-        *describe(source.comparisons, len(comparisons), comparisons_report, *reports),
-    ]
-    return Setting(
-        config,
-        params,
-        tokenizer,
-        demonstrations=pack_sequences(pairs[cut:], length=source.max_length, pad_id=pad_id),
-        validation=pad_sequences(pairs[:cut], length=source.max_length, pad_id=pad_id),
-        prompts=prompts[0],
-        heldout=heldout,
-        shifted=None,
-        max_new_tokens=source.max_new_tokens,
-        compare=lambda sample: Comparisons(rankings[0], rankings[1], {}),
-        judge=None,
-        facts={},
-        notes=tuple(notes),
-    )
-
-
-def shorten(ids: list[int], length: int) -> list[int]:
-    """A prompt without its beginning, where it is too long; its first token (BOS) stays."""
-    return ids if len(ids) <= length else ids[:1] + ids[len(ids) - length + 1 :]
-
-
-def describe(path: str, rows: int, *reports: Report) -> list[str]:
-    """What was read of a file and, reason by reason, which lines were not used or were changed."""
-    lines: dict[str, list[int]] = {}
-    for report in reports:
-        for reason, numbers in report.items():
-            lines.setdefault(reason, []).extend(numbers)
-    notes = [f"{path}: {rows} rows read"]
-    for reason, numbers in lines.items():
-        some = ", ".join(str(n) for n in sorted(numbers)[:5]) + (", …" if len(numbers) > 5 else "")
-        notes.append(f"{path}: {reason}: {len(numbers)} rows (lines {some})")
-    return notes

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
 
-from experiments.setting import Setting, Source, load_setting
+from experiments.setting import Setting, Source, announce, load_setting
 from rlhf_jax import checkpoint
 from rlhf_jax.batches import Completions, Prompts, Tokens
 from rlhf_jax.data.tokens import take
@@ -108,13 +108,21 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
     validation_loss = make_validation_loss(setting)
 
     rows = len(setting.demonstrations.mask)
-    steps_an_epoch = max(1, rows // cfg.batch_size)
+    # A stream has no epochs: what is done after each is done four times in a run.
+    steps_an_epoch = max(1, cfg.steps // 4 if setting.streaming else rows // cfg.batch_size)
     state, first, epochs = resume(run, state)
+    batches = setting.batches(cfg.batch_size, seed) if setting.batches else None
+    if batches is not None and first:
+        batches.set_state(checkpoint.inspect(run.dir, "sft", first).data_state)
     for step in run.progress("sft", range(first, cfg.steps), show=("loss", "val_loss", "utility")):
-        if step % steps_an_epoch == 0 or step == first:
-            permutation = np.random.default_rng([seed, 1, step // steps_an_epoch]).permutation(rows)
-        start = step % steps_an_epoch * cfg.batch_size
-        state, metrics = train_step(state, take(setting.demonstrations, permutation[start : start + cfg.batch_size]))
+        if batches is not None:
+            batch = next(batches)
+        else:
+            if step % steps_an_epoch == 0 or step == first:
+                permutation = np.random.default_rng([seed, 1, step // steps_an_epoch]).permutation(rows)
+            start = step % steps_an_epoch * cfg.batch_size
+            batch = take(setting.demonstrations, permutation[start : start + cfg.batch_size])
+        state, metrics = train_step(state, batch)
         last = step + 1 == cfg.steps
         if (step + 1) % steps_an_epoch == 0 or last:
             epochs.append(jax.tree.map(np.asarray, state.params))
@@ -122,9 +130,13 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
             if setting.judge is not None:
                 completions = make_sampler(setting, state.params, seed)(setting.heldout, len(epochs))
                 metrics["utility"] = setting.judge(setting.heldout, completions).mean()
-            checkpoint.save(run.dir, "sft", step + 1, state)
+            data_state = None if batches is None else batches.get_state()
+            checkpoint.save(run.dir, "sft", step + 1, state, data_state=data_state)
         if step % 20 == 0 or last or "val_loss" in metrics:
             run.log("sft", step + 1, metrics)
+    if setting.streaming and setting.rejects is not None:
+        for line in setting.rejects.summary():
+            run.say(line)
     return epochs
 
 
@@ -132,8 +144,7 @@ def main(cfg: Config) -> dict[str, float]:
     """Trains; returns the final metrics."""
     setting = load_setting(cfg)
     with Run(cfg.run_dir, cfg, name="sft", resume=cfg.resume) as run:
-        for note in setting.notes:
-            run.say(note)
+        announce(setting, run)
         params = train(cfg, setting, run, cfg.seed)[-1]
         metrics = dict(setting.facts)
         if setting.judge is not None:

@@ -41,6 +41,29 @@ class Rankings(NamedTuple):
     """False where a prompt has fewer than K responses."""
 
 
+class PackedRankings(NamedTuple):
+    """K answers to each of P prompts, several answers to a row: each a document that repeats its prompt."""
+
+    tokens: Tokens
+    owner: Int[Array, "B T"]
+    """Number p·K + k of the answer that a target belongs to; P·K where it belongs to none."""
+    row: Int[Array, "P K"]
+    column: Int[Array, "P K"]
+    """Where the answer's last token is in `tokens.inputs`: a reward model reads there."""
+    ranks: Int[Array, "P K"]
+    """0 is best; equal ranks form no pair."""
+    mask: Bool[Array, "P K"]
+    """False where a prompt has fewer than K answers, and for prompts that only fill the batch."""
+    margin: Float[Array, " P"]
+
+
+class Unpaired(NamedTuple):
+    """Answers that were found good or not, each on its own (KTO)."""
+
+    tokens: Tokens
+    good: Bool[Array, " B"]
+
+
 class Prompts(NamedTuple):
     """Left-padded prompts, for rollouts."""
 

@@ -41,15 +41,24 @@ class Checkpoint(NamedTuple):
     sha256: dict[str, str]
     """Of the content of each part that it has: params, opt_state, rest."""
     data_position: dict[str, int]
+    data_state: Any = None
+    """What the iterator over the data needs to go on, where there is one."""
 
 
 def save(
-    run_dir: str | Path, stage: str, step: int, state: Any, *, data_position: Mapping[str, int] | None = None
+    run_dir: str | Path,
+    stage: str,
+    step: int,
+    state: Any,
+    *,
+    data_position: Mapping[str, int] | None = None,
+    data_state: Any = None,
 ) -> Path:
     """Writes `state` as checkpoint `step` of `stage`, in place of an older one of that number.
 
     `data_position` says for people where the data stood, such as {"epoch": 2, "row": 640}; by default it is
-    the step, for stages whose batches follow from seed and step alone.
+    the step, for stages whose batches follow from seed and step alone. `data_state` is the JSON value that the
+    others' iterator goes on from.
     """
     leaves = {name: _stored(leaf) for name, leaf in _named(state).items()}
     parts: dict[str, Any] = {}
@@ -70,6 +79,7 @@ def save(
         "stage": stage,
         "step": step,
         "data_position": dict(data_position or {"step": step}),
+        "data_state": data_state,
         "sha256": {part: digest.hexdigest() for part, digest in parts.items()},
         "files": {str(path.relative_to(temporary)): _sha256(path) for path in _files(temporary)},
     }
@@ -134,7 +144,10 @@ def inspect(run_dir: str | Path, stage: str, step: int) -> Checkpoint:
         return Checkpoint(stage, step, path, missing, {}, {})
     except (ValueError, KeyError, TypeError):
         return Checkpoint(stage, step, path, "manifest.json cannot be read", {}, {})
-    return Checkpoint(stage, step, path, _damage(path, content["files"]), content["sha256"], content["data_position"])
+    damage = _damage(path, content["files"])
+    return Checkpoint(
+        stage, step, path, damage, content["sha256"], content["data_position"], content.get("data_state")
+    )
 
 
 def main(arguments: list[str]) -> int:

@@ -29,6 +29,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 from tensorboardX import SummaryWriter
 
 from rlhf_jax.errors import UserError
@@ -114,6 +115,13 @@ class Run:
     def say(self, text: str) -> None:
         """One line for the user, above the progress bar if there is one."""
         self._console.print(text, markup=False)
+
+    def show(self, draw: Callable[[bool], Text]) -> None:
+        """What draw(colour) gives; colour is False where none is wanted (NO_COLOR) or there is no terminal."""
+        text = draw(self._console.is_terminal and not self._console.no_color)
+        encoding = self._console.encoding
+        text.plain = text.plain.encode(encoding, "replace").decode(encoding)
+        self._console.print(text)
 
     def warn(self, text: str) -> None:
         """One line that the user should not miss."""

@@ -11,7 +11,11 @@ from jaxtyping import Array, Bool, Int
 from rlhf_jax.batches import Completions, Prompts, Tokens
 
 Ids = Sequence[int]
+Document = Sequence[Ids]
+"""Stretches of ids that are in turn given and learned: (prompt, response), or a conversation of several turns."""
 Batch = TypeVar("Batch")
+
+SMALLEST_BUCKET = 32
 
 
 def shift(tokens: Int[Array, "B L"], real: Bool[Array, "B L"], response: Bool[Array, "B L"]) -> Tokens:
@@ -39,63 +43,90 @@ def join(prompts: Prompts, completions: Completions, *, pad_id: int) -> Tokens:
     )
 
 
-def pad_sequences(pairs: Sequence[tuple[Ids, Ids]], *, length: int, pad_id: int) -> Tokens:
-    """(prompt, response) ids -> right-padded numpy `Tokens` of T = `length`.
+def pad_sequences(documents: Sequence[Document], *, length: int, pad_id: int) -> Tokens:
+    """Documents -> right-padded numpy `Tokens` of T = `length`, one to a row.
 
     Masks come from lengths, so an EOS is learned also where it is the padding token.
-    Raises ValueError when a pair is longer than `length`.
+    Raises ValueError when a document is longer than `length`.
     """
-    tokens = np.full((len(pairs), length + 1), pad_id, np.int32)
-    real = np.zeros(tokens.shape, bool)
-    response = np.zeros(tokens.shape, bool)
-    for row, (prompt, answer) in enumerate(pairs):
-        end = len(prompt) + len(answer)
-        if end > length:
-            raise ValueError(f"sequence {row} has {end} tokens, more than the batch's length of {length}")
-        tokens[row, :end] = [*prompt, *answer]
-        real[row, :end] = True
-        response[row, len(prompt) : end] = True
-    positions = np.maximum(np.cumsum(real, axis=1, dtype=np.int32) - 1, 0)
-    return _host(
-        Tokens, tokens[:, :-1], tokens[:, 1:], response[:, 1:], positions[:, :-1], real[:, :-1].astype(np.int32)
-    )
+    for row, document in enumerate(documents):
+        if size(document) > length:
+            raise ValueError(f"sequence {row} has {size(document)} tokens, more than the batch's length of {length}")
+    tokens = lay([[document] for document in documents], length, pad_id)
+    positions = np.maximum(np.cumsum(tokens.segment_ids, axis=1, dtype=np.int32) - 1, 0)
+    return _host(Tokens, tokens.inputs, tokens.targets, tokens.mask, positions, tokens.segment_ids)
 
 
-def pack_sequences(pairs: Sequence[tuple[Ids, Ids]], *, length: int, pad_id: int) -> Tokens:
-    """(prompt, response) ids -> numpy `Tokens` of T = `length`, several documents to a row.
+def pack_sequences(documents: Sequence[Document], *, length: int, pad_id: int) -> Tokens:
+    """Documents -> numpy `Tokens` of T = `length`, several to a row.
 
-    First fit in the order given, over the last 64 open rows. Positions restart and segment ids count up with each
-    document, so that nothing leaks from one into the next. Raises ValueError when a pair is longer than `length`.
+    Positions restart and segment ids count up with each document, so that nothing leaks from one into the next.
+    Raises ValueError when a document is longer than `length`.
     """
-    rows: list[list[tuple[Ids, Ids]]] = []
+    rows = first_fit([size(document) for document in documents], length=length)
+    return lay([[documents[number] for number in row] for row in rows], length, pad_id)
+
+
+def first_fit(sizes: Sequence[int], *, length: int) -> list[list[int]]:
+    """Numbers of the documents that share each row: first fit in the order given, over the last 64 open rows.
+
+    Raises ValueError when one is longer than `length`.
+    """
+    rows: list[list[int]] = []
     room: list[int] = []
-    for number, (prompt, answer) in enumerate(pairs):
-        size = len(prompt) + len(answer)
-        if size > length:
-            raise ValueError(f"sequence {number} has {size} tokens, more than the row's length of {length}")
+    for number, needed in enumerate(sizes):
+        if needed > length:
+            raise ValueError(f"sequence {number} has {needed} tokens, more than the row's length of {length}")
         open_rows = range(max(0, len(rows) - 64), len(rows))
-        row = next((r for r in open_rows if room[r] >= size), None)
+        row = next((r for r in open_rows if room[r] >= needed), None)
         if row is None:
             rows.append([])
             room.append(length)
             row = len(rows) - 1
-        rows[row].append((prompt, answer))
-        room[row] -= size
+        rows[row].append(number)
+        room[row] -= needed
+    return rows
+
+
+def size(document: Document) -> int:
+    """Tokens of a document."""
+    return sum(map(len, document))
+
+
+def bucket(needed: int, *, longest: int | None = None, smallest: int = SMALLEST_BUCKET) -> int:
+    """The size to pad `needed` to: a power of two times `smallest`, at most `longest`.
+
+    So batches of any lengths have few shapes, and a program is compiled at most once for each.
+    Raises ValueError when `needed` is more than `longest`.
+    """
+    if longest is not None and needed > longest:
+        raise ValueError(f"{needed} are more than {longest}")
+    size = smallest
+    while size < needed:
+        size *= 2
+    return size if longest is None else min(size, longest)
+
+
+def lay(rows: Sequence[Sequence[Document]], length: int, pad_id: int) -> Tokens:
+    """numpy `Tokens` of the documents of each row, one after the other."""
     tokens = np.full((len(rows), length + 1), pad_id, np.int32)
-    response = np.zeros(tokens.shape, bool)
+    learned = np.zeros(tokens.shape, bool)
     positions = np.zeros(tokens.shape, np.int32)
     segments = np.zeros(tokens.shape, np.int32)
     for row, documents in enumerate(rows):
         start = 0
-        for segment, (prompt, answer) in enumerate(documents, 1):
-            middle, end = start + len(prompt), start + len(prompt) + len(answer)
-            tokens[row, start:end] = [*prompt, *answer]
+        for segment, document in enumerate(documents, 1):
+            at = start
+            for number, ids in enumerate(document):
+                tokens[row, at : at + len(ids)] = ids
+                learned[row, at : at + len(ids)] = number % 2 == 1
+                at += len(ids)
             # The first token of a document is nobody's target: the input before it is another document's.
-            response[row, max(middle, start + 1) : end] = True
-            positions[row, start:end] = np.arange(end - start)
-            segments[row, start:end] = segment
-            start = end
-    return _host(Tokens, tokens[:, :-1], tokens[:, 1:], response[:, 1:], positions[:, :-1], segments[:, :-1])
+            learned[row, start] = False
+            positions[row, start:at] = np.arange(at - start)
+            segments[row, start:at] = segment
+            start = at
+    return _host(Tokens, tokens[:, :-1], tokens[:, 1:], learned[:, 1:], positions[:, :-1], segments[:, :-1])
 
 
 def pad_prompts(prompts: Sequence[Ids], *, length: int, pad_id: int) -> Prompts:
@@ -115,6 +146,6 @@ def take(batch: Batch, rows: Any) -> Batch:
     return jax.tree.map(lambda x: x[rows], batch)
 
 
-def _host(kind: Callable[..., Batch], *arrays: np.ndarray) -> Batch:
+def _host(kind: Callable[..., Batch], *arrays: Any) -> Batch:
     """A batch that is still numpy: what flows between the parts is annotated as it is on the device."""
     return kind(*arrays)

@@ -66,6 +66,7 @@ def test_pipeline_on_real_text(shared_data, tmp_path):
             model=str(shared_data / "model" / "stories260K-hf"),
             demonstrations=str(shared_data / "sft" / "dolly_3k.jsonl.gz"),
             comparisons=str(shared_data / "preference" / "hh_helpful_base.eval.jsonl.gz"),
+            on_bad_row="skip",
             max_length=96,
             max_new_tokens=8,
             sft=sft.SFT(steps=4, batch_size=4, learning_rate=1e-3),

@@ -1,0 +1,137 @@
+"""Messages: checked one by one, and read out of transcripts."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf_jax.data.rejects import BadRow
+
+Conversation = tuple[dict[str, Any], ...]
+"""Messages {"role": …, "content": text}; an assistant's may have tool_calls and reasoning_content beside it."""
+
+ROLES = {
+    "system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "developer": "system",
+    "human": "user", "gpt": "assistant", "model": "assistant", "function": "tool", "ipython": "tool",
+}  # fmt: skip
+"""Names of speakers, with those of ShareGPT and of older files."""
+TURN = re.compile(r"\n\n(Human|Assistant):")
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def message(role: str, content: str) -> dict[str, Any]:
+    """A message that holds only text."""
+    return {"role": role, "content": content}
+
+
+def check_text(row: Mapping[str, Any], field: str) -> str:
+    """The text of a field. Raises BadRow when it is not text, or text that no UTF-8 file can hold."""
+    value = row[field]
+    if not isinstance(value, str):
+        raise BadRow(f"field {field!r} is {'null' if value is None else type(value).__name__}, not text")
+    _check_characters(value, field)
+    return value
+
+
+def messages(row: Mapping[str, Any], field: str) -> Conversation:
+    """The messages of a field that holds text (one user's turn, or a transcript) or a list of messages."""
+    value = row[field]
+    if not isinstance(value, list):
+        text = check_text(row, field)
+        begun = text.lstrip().startswith(("Human:", "Assistant:"))
+        return turns(text, field) if begun else (message("user", text.strip()),)
+    if not value:
+        raise BadRow(f"field {field!r} has no messages")
+    return tuple(_message(each, field, number) for number, each in enumerate(value, 1))
+
+
+def turns(transcript: str, field: str) -> Conversation:
+    """The turns of a Human/Assistant transcript; an Assistant without words at its end asks for an answer."""
+    before, *parts = TURN.split("\n\n" + transcript.lstrip())
+    if "Assistant" not in parts[::2] and field in ("chosen", "rejected"):
+        raise BadRow("no Assistant turn")
+    if before.strip():
+        raise BadRow(f"field {field!r} has words before the first turn of its transcript")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    found = [message(roles[who], text.strip()) for who, text in zip(parts[::2], parts[1::2], strict=True)]
+    if field not in ("chosen", "rejected", "messages") and found[-1] == message("assistant", ""):
+        found.pop()
+    return tuple(found)
+
+
+def common_prompt(sides: Sequence[Conversation], unfinished: str) -> tuple[Conversation, list[Conversation]]:
+    """The prompt that whole conversations share, and the last answer of each. Raises BadRow when they do not."""
+    for side in sides:
+        if side[-1]["role"] != "assistant":
+            raise BadRow(unfinished)
+    if any(side[:-1] != sides[0][:-1] for side in sides):
+        raise BadRow("prompts differ")
+    return sides[0][:-1], [side[-1:] for side in sides]
+
+
+def require_prompt(prompt: Conversation) -> Conversation:
+    """The prompt, when it asks anything. Raises BadRow otherwise."""
+    if not any(turn["content"].strip() for turn in prompt if turn["role"] != "system"):
+        raise BadRow("empty prompt")
+    if prompt[-1]["role"] == "assistant":
+        raise BadRow("the prompt ends with the assistant")
+    return prompt
+
+
+def require_answer(turn: Mapping[str, Any], reason: str) -> None:
+    """Raises BadRow unless a message says something or calls a tool."""
+    if not turn["content"].strip() and not turn.get("tool_calls"):
+        raise BadRow(reason)
+
+
+def said(answer: Conversation) -> tuple:
+    """What two answers are compared by."""
+    return tuple({**turn, "content": turn["content"].strip()} for turn in answer)
+
+
+def _message(value: Any, field: str, number: int) -> dict[str, Any]:
+    where = f"message {number} of {field!r}"
+    if not isinstance(value, dict):
+        raise BadRow(f"{where} is {type(value).__name__}, not an object")
+    value = {key: item for key, item in value.items() if item is not None}
+    role = value.pop("role", value.pop("from", None))
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        raise BadRow(f"{where} has no known role: {str(role)[:40]!r}")
+    if not {"content", "value", "tool_calls"} & value.keys():
+        raise BadRow(f"{where} has no content")
+    content = _joined(value.pop("content", value.pop("value", "")), where)
+    calls = value.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise BadRow(f"{where} has tool_calls that are not a list of objects")
+    if not calls:
+        value.pop("tool_calls", None)
+    _check_characters(value, where)
+    _check_characters(content, where)
+    return {"role": ROLES[role.lower()], "content": content, **value}
+
+
+def _joined(content: Any, where: str) -> str:
+    """Text, or the text of parts {"type": "text", "text": …}."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise BadRow(f"{where} has a content that is {type(content).__name__}, not text")
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise BadRow(f"{where} has a part that is not text")
+    return "".join(part["text"] for part in content)
+
+
+def _check_characters(value: Any, where: str) -> None:
+    """Raises BadRow for half of a surrogate pair or a NUL in any text inside a value."""
+    if isinstance(value, str):
+        if SURROGATE.search(value):
+            raise BadRow(f"{where}: a lone surrogate, which is no character")
+        if "\0" in value:
+            raise BadRow(f"{where}: a NUL character")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_characters(key, where)
+            _check_characters(item, where)
+    elif isinstance(value, list):
+        for item in value:
+            _check_characters(item, where)

@@ -1,0 +1,138 @@
+"""Rows that cannot be used: where they stand, why, and whether that stops the run or is counted and written down."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rlhf_jax.errors import UserError
+
+SHOWN = 5
+"""Line numbers that a summary names for each reason."""
+LONGEST = 4000
+"""Characters of a rejected row that are written down."""
+
+OnBadRow = Literal["stop", "skip"]
+
+
+class Place(NamedTuple):
+    """Where a row stands: a file and its line, or a Hub set's split and its row, from 1."""
+
+    source: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}"
+
+
+class BadRow(Exception):
+    """Why one row cannot be used. It becomes a UserError or a count, never a traceback."""
+
+
+class _Count(NamedTuple):
+    rows: int
+    lines: tuple[int, ...]
+
+
+class Rejects:
+    """What became of the rows that are not used as they stand.
+
+    `reject` raises a UserError with place and reason under the policy "stop"; under "skip" it counts the row and
+    keeps it for rejected.jsonl. `note` counts a row that is used, but changed (a prompt made shorter).
+    """
+
+    def __init__(self, policy: OnBadRow = "stop"):
+        self.policy = policy
+        self.used: dict[str, int] = {}
+        """Source -> rows that became something to learn from."""
+        self._rejected: dict[tuple[str, str], _Count] = {}
+        self._noted: dict[tuple[str, str], _Count] = {}
+        self._pending: list[dict[str, Any]] = []
+        self._seen: set[Place] = set()
+        self._path: Path | None = None
+
+    def reject(self, place: Place, reason: str, row: Any) -> None:
+        """Stops with "source:line: reason", or counts the row and goes on. A row is counted once."""
+        reason = _one_line(reason)
+        if self.policy == "stop":
+            raise UserError(f"{place}: {reason} (--on-bad-row=skip leaves such rows out and counts them)")
+        if place in self._seen:
+            return
+        self._seen.add(place)
+        _add(self._rejected, place, reason)
+        text = row if isinstance(row, str) else json.dumps(row, default=str)
+        entry = {"source": place.source, "line": place.line, "reason": reason, "row": text[:LONGEST]}
+        if self._path is None:
+            self._pending.append(entry)
+        else:
+            _append(self._path, [entry])
+
+    def note(self, place: Place, reason: str) -> None:
+        """Counts a row that is used, but not as it stands."""
+        _add(self._noted, place, reason)
+
+    def use(self, place: Place) -> None:
+        """Counts a row that is used."""
+        self.used[place.source] = self.used.get(place.source, 0) + 1
+
+    def write_to(self, path: str | Path) -> None:
+        """Rejected rows go into this jsonl file: those so far at once, later ones as they come.
+
+        What a resumed run wrote there before is kept, and counted once. Without rejected rows there is no file.
+        """
+        self._path = Path(path)
+        before = set()
+        if self._path.exists():
+            for line in self._path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                    place = Place(entry["source"], entry["line"])
+                except (ValueError, KeyError, TypeError):
+                    continue  # torn by a kill
+                before.add(place)
+                if place not in self._seen:
+                    self._seen.add(place)
+                    _add(self._rejected, place, entry["reason"])
+        _append(self._path, [e for e in self._pending if Place(e["source"], e["line"]) not in before])
+        self._pending = []
+
+    def counts(self) -> dict[str, int]:
+        """Reason -> rejected rows, over all sources."""
+        totals: dict[str, int] = {}
+        for (_, reason), count in self._rejected.items():
+            totals[reason] = totals.get(reason, 0) + count.rows
+        return totals
+
+    def notes(self) -> dict[str, int]:
+        """Reason -> rows that were changed, over all sources."""
+        totals: dict[str, int] = {}
+        for (_, reason), count in self._noted.items():
+            totals[reason] = totals.get(reason, 0) + count.rows
+        return totals
+
+    def summary(self) -> list[str]:
+        """Lines for people: what was used of each source and, reason by reason, what was not or was changed."""
+        lines = []
+        for source in dict.fromkeys([*self.used, *(s for s, _ in self._rejected), *(s for s, _ in self._noted)]):
+            lines.append(f"{source}: {self.used.get(source, 0)} rows used")
+            for counted, word in ((self._rejected, "rows left out"), (self._noted, "rows")):
+                for (name, reason), count in counted.items():
+                    if name == source:
+                        some = ", ".join(map(str, count.lines)) + (", …" if count.rows > SHOWN else "")
+                        lines.append(f"{source}: {reason}: {count.rows} {word} (lines {some})")
+        return lines
+
+
+def _append(path: Path, entries: list[dict[str, Any]]) -> None:
+    if entries:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+
+def _add(counted: dict[tuple[str, str], _Count], place: Place, reason: str) -> None:
+    before = counted.get((place.source, reason), _Count(0, ()))
+    lines = before.lines if before.rows >= SHOWN else (*before.lines, place.line)
+    counted[place.source, reason] = _Count(before.rows + 1, lines)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]
