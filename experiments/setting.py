@@ -116,6 +116,8 @@ class Source:
     """Shares of the sources; as many comparisons are used as these allow without repeating one."""
     prompts: str | tuple[str, ...] | None = None
     """What PPO answers, a column prompt; by default the comparisons' prompts."""
+    prompts_format: str | None = None
+    """prompts; by default recognised."""
     prompts_columns: tuple[str, ...] = ()
     """What its columns are called, OURS=THEIRS."""
     on_bad_row: OnBadRow = "stop"

@@ -251,7 +251,7 @@ def make_comparisons(
 
 def read_prompts(source: Source, reader: Reader, rng: np.random.Generator) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts of their own for PPO: to train on, and held out."""
-    found = reader.read(names(source.prompts), "prompts", None, source.prompts_columns)
+    found = reader.read(names(source.prompts), "prompts", source.prompts_format, source.prompts_columns)
     rows = [read.row for some in found for read, _ in some]
     parts = part_by_opening(rows, [row.prompt for row in rows], rng)
     if not all(parts):

@@ -8,7 +8,7 @@ message, which goes wrong with templates that drop past reasoning or end in an E
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -83,7 +83,7 @@ def render_template(
             rlhf_jax_mark=mark,
             **special_tokens,
         )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError) as error:
+    except Exception as error:  # a template is a program, and may fail in any way
         raise BadRow(f"refused by the chat template: {error}") from None
     return _unmarked(marked, nonce, len(chat))
 
@@ -125,10 +125,16 @@ def template_spans(
         start, end = span
         if number == len(conversation) - 1:
             end = len(text)  # what some templates write after the last turn, an EOS, is the model's too
-        begin = start + _header(template, conversation, number, special_tokens, tools, text[start:end], header)
+
+        def saying(word: str, number: int = number) -> str | None:
+            return _saying(word, template, conversation, number, special_tokens, tools)
+
+        begin = start + _header(text[start:end], header, saying)
         end = start + len(text[start:end].rstrip())
-        if begin >= end:
+        if begin >= end or _hides(text[begin:end], turn, saying):
             raise BadRow(f"the chat template shows nothing of message {number + 1}, an answer")
+        if any(_name(call) not in text[begin:end] for call in turn.get("tool_calls") or ()):
+            raise BadRow(f"the chat template does not show the tool calls of message {number + 1}")
         spans[number] = begin, end
     return text, spans
 
@@ -143,15 +149,7 @@ def generation_prompt(template: str, special_tokens: tuple[tuple[str, str], ...]
     return asked.text[asked.tail :]
 
 
-def _header(
-    template: str,
-    conversation: Sequence[dict[str, Any]],
-    number: int,
-    special_tokens: dict[str, Any],
-    tools: Tools,
-    turn: str,
-    prompt: str,
-) -> int:
+def _header(turn: str, prompt: str, saying: Callable[[str], str | None]) -> int:
     """How many characters of an assistant's turn are given to the model.
 
     Usually the generation prompt. Where a turn does not begin with that, it is what the turn has in common with the
@@ -159,17 +157,37 @@ def _header(
     """
     if turn.startswith(prompt):
         return len(prompt)
-    others = []
-    for word in ("0", "A"):
-        # Not the message itself but its words are another's: what stays is the template's.
-        changed = {k: v for k, v in conversation[number].items() if k not in REASONING}
-        other = [*conversation[:number], {**changed, "content": word}, *conversation[number + 1 :]]
-        text, turns, _ = render_template(template, other, special_tokens, tools=tools)
-        span = turns[number]
-        if span is None:
-            return 0
-        others.append(text[span[0] : span[1]])
-    return min(_common(turn, others[0]), _common(turn, others[1]), _common(*others))
+    first, second = saying("0"), saying("A")
+    if first is None or second is None:
+        return 0
+    return min(_common(turn, first), _common(turn, second), _common(first, second))
+
+
+def _hides(shown: str, turn: dict[str, Any], saying: Callable[[str], str | None]) -> bool:
+    """Whether an answer's words are not to be seen, escaped or cut as they may be."""
+    words = turn["content"].split()
+    return bool(words) and words[-1] not in shown and saying("0") == saying("A")
+
+
+def _saying(
+    word: str,
+    template: str,
+    conversation: Sequence[dict[str, Any]],
+    number: int,
+    special_tokens: dict[str, Any],
+    tools: Tools,
+) -> str | None:
+    """A message's turn if it said something else: what stays is the template's."""
+    changed = {key: value for key, value in conversation[number].items() if key not in REASONING}
+    other = [*conversation[:number], {**changed, "content": word}, *conversation[number + 1 :]]
+    text, turns, _ = render_template(template, other, special_tokens, tools=tools)
+    span = turns[number]
+    return None if span is None else text[slice(*span)]
+
+
+def _name(call: dict[str, Any]) -> str:
+    function = call.get("function")
+    return str((function if isinstance(function, dict) else call).get("name", ""))
 
 
 def _common(a: str, b: str) -> int:

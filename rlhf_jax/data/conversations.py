@@ -23,11 +23,16 @@ def message(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
+def type_name(value: Any) -> str:
+    """What a value is, for messages."""
+    return "null" if value is None else type(value).__name__
+
+
 def check_text(row: Mapping[str, Any], field: str) -> str:
     """The text of a field. Raises BadRow when it is not text, or text that no UTF-8 file can hold."""
     value = row[field]
     if not isinstance(value, str):
-        raise BadRow(f"field {field!r} is {'null' if value is None else type(value).__name__}, not text")
+        raise BadRow(f"field {field!r} is {type_name(value)}, not text")
     _check_characters(value, field)
     return value
 
@@ -91,7 +96,7 @@ def said(answer: Conversation) -> tuple:
 def _message(value: Any, field: str, number: int) -> dict[str, Any]:
     where = f"message {number} of {field!r}"
     if not isinstance(value, dict):
-        raise BadRow(f"{where} is {type(value).__name__}, not an object")
+        raise BadRow(f"{where} is {type_name(value)}, not an object")
     value = {key: item for key, item in value.items() if item is not None}
     role = value.pop("role", value.pop("from", None))
     if not isinstance(role, str) or role.lower() not in ROLES:
@@ -114,7 +119,7 @@ def _joined(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise BadRow(f"{where} has a content that is {type(content).__name__}, not text")
+        raise BadRow(f"{where} has a content that is {type_name(content)}, not text")
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise BadRow(f"{where} has a part that is not text")

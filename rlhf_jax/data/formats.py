@@ -10,6 +10,7 @@ A prompt, chosen or rejected is text, a list of messages {"role", "content"}, or
 "\\n\\nAssistant:" turns as in HH-RLHF (Bai et al. 2022, https://arxiv.org/abs/2204.05862).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from rlhf_jax.data.conversations import (
     require_prompt,
     said,
     turns,
+    type_name,
 )
 from rlhf_jax.data.rejects import BadRow, Place
 from rlhf_jax.errors import UserError
@@ -141,8 +143,7 @@ def _ranked(row: Mapping[str, Any], place: Place) -> Comparison:
         raise BadRow(f"'responses' and {field!r} are not lists of equal length")
     if len(responses) < 2:
         raise BadRow("fewer than two answers")
-    if any(isinstance(n, bool) or not isinstance(n, int | float) or n != n for n in numbers):
-        raise BadRow(f"field {field!r} holds something that is not a number")
+    numbers = [_number(n, field) for n in numbers]
     order = sorted(set(numbers), reverse=field == "scores")
     if len(order) < 2:
         raise BadRow("every answer has the same rank")
@@ -156,7 +157,7 @@ def _prompt(row: Mapping[str, Any], place: Place) -> Prompt:
 
 def _unpaired(row: Mapping[str, Any], place: Place) -> Unpaired:
     if not isinstance(row["label"], bool):
-        raise BadRow(f"field 'label' is {_type(row['label'])}, not true or false")
+        raise BadRow(f"field 'label' is {type_name(row['label'])}, not true or false")
     prompt = require_prompt(messages(row, "prompt"))
     return Unpaired(prompt, _answer(row, "completion", prompt), row["label"], place, _tools(row))
 
@@ -242,10 +243,8 @@ def _compare(
         for b, j in list(zip(answers, ranks, strict=True))[:k]
     ):
         raise BadRow(EQUAL)
-    margin = row.get("margin") or 0.0
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or margin != margin:
-        raise BadRow(f"field 'margin' is {_type(margin)}, not a number")
-    return Comparison(prompt, tuple(answers), ranks, place, float(margin), _tools(row))
+    margin = 0.0 if row.get("margin") is None else _number(row["margin"], "margin")
+    return Comparison(prompt, tuple(answers), ranks, place, margin, _tools(row))
 
 
 def _answer(row: Mapping[str, Any], field: str, prompt: Conversation) -> Conversation:
@@ -253,7 +252,7 @@ def _answer(row: Mapping[str, Any], field: str, prompt: Conversation) -> Convers
     value = row[field]
     if isinstance(value, list):
         answer = messages(row, field)
-        if len(answer) > len(prompt) and answer[: len(prompt)] == prompt:
+        if len(answer) > len(prompt) and said(answer[: len(prompt)]) == said(prompt):
             answer = answer[len(prompt) :]
         if any(turn["role"] != "assistant" for turn in answer[:1] + answer[-1:]):
             raise BadRow(f"field {field!r} does not begin and end with the assistant")
@@ -272,5 +271,13 @@ def _tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
     return tuple(tools) or None
 
 
-def _type(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
+def _number(value: Any, field: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow(f"field {field!r} holds {type_name(value)}, not a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise BadRow(f"field {field!r} holds a number that is not finite")
+    return number

@@ -45,7 +45,7 @@ def document_batches(
         shuffled = grain.MapDataset.source(documents).shuffle(seed=_seed(seed, number))
         mixed.append(shuffled[index::count].repeat())
     if weights is None:
-        weights = [len(documents) for documents in sources]
+        weights = [float(len(documents)) for documents in sources]
     everything = mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, weights=_weights(weights, mixed))
     one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
     return iter(_Pack(everything.to_iter_dataset(one), batch_size, length, pad_id))
@@ -152,21 +152,25 @@ class _PackIterator(grain.DatasetIterator):
         super().__init__(parent)
         self._batch_size, self._length, self._pad_id = batch_size, length, pad_id
         self._left: Document | None = None
-        self._state = parent.get_state()
+        """The document that opens the next batch."""
+        self._state: dict[str, Any] = {"parent": parent.get_state(), "skip": 0}
 
     def __next__(self) -> Tokens:
         rows: list[list[Document]] = [[] for _ in range(self._batch_size)]
         room = [self._length] * self._batch_size
+        # The parent's state is asked for once a batch, for it is slow. A resume reads this batch's documents again,
+        # all but the last of them in vain: that one opens the next batch.
+        parent, read = self._parent.get_state(), 0
         while True:
             if self._left is None:
-                # The document that opens the next batch is read again after a resume: its state is from before it.
-                self._state = self._parent.get_state()
                 self._left = next(self._parent)
+                read += 1
             needed = size(self._left)
             if needed > self._length:
                 raise ValueError(f"a document of {needed} tokens in rows of {self._length}")
             row = next((r for r in range(self._batch_size) if room[r] >= needed), None)
             if row is None:
+                self._state = {"parent": parent, "skip": read - 1}
                 return lay(rows, self._length, self._pad_id)
             rows[row].append(self._left)
             room[row] -= needed
@@ -176,5 +180,7 @@ class _PackIterator(grain.DatasetIterator):
         return self._state
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._parent.set_state(state)
+        self._parent.set_state(state["parent"])
+        for _ in range(state["skip"]):
+            next(self._parent)
         self._state, self._left = state, None

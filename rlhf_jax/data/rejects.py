@@ -59,8 +59,7 @@ class Rejects:
             return
         self._seen.add(place)
         _add(self._rejected, place, reason)
-        text = row if isinstance(row, str) else json.dumps(row, default=str)
-        entry = {"source": place.source, "line": place.line, "reason": reason, "row": text[:LONGEST]}
+        entry = {"source": place.source, "line": place.line, "reason": reason, "row": _text(row)[:LONGEST]}
         if self._path is None:
             self._pending.append(entry)
         else:
@@ -82,12 +81,17 @@ class Rejects:
         self._path = Path(path)
         before = set()
         if self._path.exists():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
+            content = self._path.read_text(encoding="utf-8")
+            if content and not content.endswith("\n"):
+                self._path.write_text(
+                    content + "\n", encoding="utf-8"
+                )  # torn by a kill: the next entry gets its own line
+            for line in content.splitlines():
                 try:
                     entry = json.loads(line)
                     place = Place(entry["source"], entry["line"])
                 except (ValueError, KeyError, TypeError):
-                    continue  # torn by a kill
+                    continue
                 before.add(place)
                 if place not in self._seen:
                     self._seen.add(place)
@@ -120,6 +124,15 @@ class Rejects:
                         some = ", ".join(map(str, count.lines)) + (", …" if count.rows > SHOWN else "")
                         lines.append(f"{source}: {reason}: {count.rows} {word} (lines {some})")
         return lines
+
+
+def _text(row: Any) -> str:
+    if isinstance(row, str):
+        return row
+    try:
+        return json.dumps(row, default=str)
+    except (ValueError, TypeError, RecursionError) as error:
+        return f"(cannot be written as JSON: {error})"
 
 
 def _append(path: Path, entries: list[dict[str, Any]]) -> None:

@@ -142,7 +142,7 @@ def _object(raw: bytes, encoding: str) -> dict[str, Any] | Broken:
     except RecursionError:
         return Broken("JSON nested too deeply", raw.decode("utf-8", "replace"))
     except ValueError as error:
-        return Broken(f"not JSON: {error}", raw.decode("utf-8", "replace"))
+        return Broken(f"not JSON: {getattr(error, 'msg', error)}", raw.decode("utf-8", "replace"))
     return _fields(row)
 
 
@@ -196,7 +196,9 @@ def _from_hub(name: str, split: str | None, start: int, streaming: bool) -> Iter
         raise UserError(
             f"{name}: there is no such file or folder here, and from the Hub: {_first_line(error)}"
         ) from None
-    yield from _from_datasets(opened, name, None if split and not isinstance(opened, dict) else split, start)
+    if split and not isinstance(opened, dict):
+        name, split = f"{name}:{split}", None
+    yield from _from_datasets(opened, name, split, start)
 
 
 def _from_datasets(opened: Any, name: str, split: str | None, start: int) -> Iterator[Item]:
@@ -209,9 +211,19 @@ def _from_datasets(opened: Any, name: str, split: str | None, start: int) -> Ite
         opened, name = opened[split], f"{name}:{split}"
     elif split is not None:
         raise UserError(f"{name}: was saved without splits, so there is no {split!r}")
-    rows = opened.skip(start) if start else opened
-    items = ((Place(name, number), _fields(row)) for number, row in enumerate(rows, start + 1))
+    if start and isinstance(opened, datasets.Dataset) and start >= len(opened):
+        return  # nothing is left, which `skip` would call an error
+    items = _counted(opened.skip(start) if start else opened, name, start)
     yield from items if start else _not_empty(name, items)
+
+
+def _counted(rows: Iterable[Any], name: str, start: int) -> Iterator[Item]:
+    number = start
+    try:
+        for number, row in enumerate(rows, start + 1):
+            yield Place(name, number), _fields(row)
+    except Exception as error:  # whatever a reader of some format, or the network, has to say
+        raise UserError(f"{name}: cannot be read after row {number}: {_first_line(error)}") from None
 
 
 def _not_empty(name: object, items: Iterable[Item]) -> Iterator[Item]:
