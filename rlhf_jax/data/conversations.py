@@ -50,7 +50,7 @@ def messages(row: Mapping[str, Any], field: str) -> Conversation:
 
 
 def turns(transcript: str, field: str) -> Conversation:
-    """The turns of a Human/Assistant transcript; an Assistant without words at its end asks for an answer."""
+    """The turns of a Human/Assistant transcript; in a prompt, an Assistant without words at its end asks for it."""
     before, *parts = TURN.split("\n\n" + transcript.lstrip())
     if "Assistant" not in parts[::2] and field in ("chosen", "rejected"):
         raise BadRow("no Assistant turn")
@@ -58,8 +58,10 @@ def turns(transcript: str, field: str) -> Conversation:
         raise BadRow(f"field {field!r} has words before the first turn of its transcript")
     roles = {"Human": "user", "Assistant": "assistant"}
     found = [message(roles[who], text.strip()) for who, text in zip(parts[::2], parts[1::2], strict=True)]
-    if field not in ("chosen", "rejected", "messages") and found[-1] == message("assistant", ""):
+    if field == "prompt" and found[-1] == message("assistant", ""):
         found.pop()
+    if not found:
+        raise BadRow(f"field {field!r} has no messages")
     return tuple(found)
 
 

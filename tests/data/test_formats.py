@@ -115,6 +115,8 @@ BAD = [
     ("prompt_completion", {"prompt": "a", "completion": "\ud800"}, "completion: a lone surrogate"),
     ("prompt_completion", {"prompt": "a", "completion": "\0"}, "completion: a NUL"),
     ("prompt_completion", {"prompt": side(" b") + "", "completion": "c"}, "the prompt ends with the assistant"),
+    ("prompt_completion", {"prompt": "Assistant:", "completion": "b"}, "field 'prompt' has no messages"),
+    ("sharegpt", {"conversations": "\n\nAssistant:"}, "empty answer"),
     ("alpaca", {"instruction": " ", "input": "", "output": "x"}, "empty prompt"),
     ("text", {"text": " "}, "empty text"),
     ("transcripts", {"chosen": side(" yes"), "rejected": side(" yes")}, "equal answers"),

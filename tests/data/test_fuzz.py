@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from rlhf_jax.data.encode import encode_rows
-from rlhf_jax.data.formats import COLUMNS, FORMATS
+from rlhf_jax.data.formats import COLUMNS, FORMATS, Prompt
 from rlhf_jax.data.rejects import Rejects
 from rlhf_jax.data.rows import find_format, read_rows
 from rlhf_jax.data.tokens import size
@@ -38,18 +38,40 @@ turn = st.fixed_dictionaries(
     optional={"tool_calls": st.lists(call, max_size=2) | anything, "reasoning_content": scalar, "name": scalar},
 )
 turns = st.lists(turn, max_size=4)
-good_turns = st.lists(st.text(min_size=1, max_size=6), min_size=2, max_size=6).map(
-    lambda texts: [{"role": ("user", "assistant")[n % 2], "content": t} for n, t in enumerate(texts)]
+word = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8) | odd
+asked = word.map(lambda t: [{"role": "user", "content": t}])
+said = word.map(lambda t: [{"role": "assistant", "content": t}])
+good_turns = st.lists(word, min_size=1, max_size=3).map(
+    lambda texts: [{"role": r, "content": f"{r[0]} {t}"} for t in texts for r in ("user", "assistant")]
 )
+PLAUSIBLE = {
+    "messages": good_turns, "conversations": good_turns, "prompt": word | asked, "completion": word | said,
+    "chosen": word | said, "rejected": word | said, "responses": st.lists(word, min_size=2, max_size=3, unique=True),
+    "ranks": st.permutations([0, 1]) | st.permutations([0, 1, 2]),
+    "scores": st.lists(st.floats(), min_size=2, max_size=3),
+    "label": st.booleans(), "margin": st.floats(0, 9), "tools": st.none() | st.lists(call, max_size=2),
+}  # fmt: skip
 value = text | turns | good_turns | st.lists(text | turns, max_size=3) | st.lists(number, max_size=3) | anything
-row = st.one_of(
-    [
-        st.fixed_dictionaries(
-            {column: value for column in form.columns}, optional={column: value for column in form.optional}
-        )
-        for form in FORMATS.values()
-    ]
-) | st.dictionaries(st.sampled_from(sorted(COLUMNS)) | text, value, max_size=4)  # fmt: skip
+
+
+@st.composite
+def plausible(draw, name):
+    """A row as one might be, in which at times one field is anything."""
+    form = FORMATS[name]
+    columns = {column: draw(PLAUSIBLE.get(column, word)) for column in form.columns}
+    columns |= {column: draw(PLAUSIBLE.get(column, word)) for column in form.optional if draw(st.booleans())}
+    if name == "transcripts" and draw(st.booleans()):
+        question = draw(word)
+        for side in ("chosen", "rejected"):
+            columns[side] = f"\n\nHuman: {question}\n\nAssistant: {draw(word)}"
+    if draw(st.integers(0, 2)) == 0:
+        columns[draw(st.sampled_from(sorted(columns)))] = draw(value)
+    return columns
+
+
+row = st.one_of([plausible(name) for name in FORMATS]) | st.dictionaries(
+    st.sampled_from(sorted(COLUMNS)) | text, value, max_size=4
+)
 
 
 @pytest.fixture(scope="module", params=["model/stories260K-hf", "tokenizer/minimind"])
@@ -76,7 +98,7 @@ def used_and_counted(path, form, tokenizer):
 
 def check(row, ids, tokenizer):
     """What comes through is fit to train on: it fits, and an EOS ends what is learned."""
-    if FORMATS["prompts"].kind == "prompts" and isinstance(ids, list):
+    if isinstance(row, Prompt):
         assert 0 < len(ids) <= LIMIT
         return
     if hasattr(ids, "responses"):
