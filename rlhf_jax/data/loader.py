@@ -44,9 +44,8 @@ def document_batches(
             raise UserError(f"{len(documents)} documents are too few for {count} hosts")
         shuffled = grain.MapDataset.source(documents).shuffle(seed=_seed(seed, number))
         mixed.append(shuffled[index::count].repeat())
-    if weights is None:
-        weights = [float(len(documents)) for documents in sources]
-    everything = mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, weights=_weights(weights, mixed))
+    weights = _weights([float(len(documents)) for documents in sources] if weights is None else weights, sources)
+    everything = mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, weights=weights)
     one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
     return iter(_Pack(everything.to_iter_dataset(one), batch_size, length, pad_id))
 
@@ -70,8 +69,8 @@ def streamed_batches(
         WindowShuffleIterDataset(_Rows(open_source, shard), window_size=window, seed=_seed(seed, number))
         for number, open_source in enumerate(sources)
     ]
-    weights = [1.0] * len(mixed) if weights is None else weights
-    everything = mixed[0] if len(mixed) == 1 else grain.IterDataset.mix(mixed, weights=_weights(weights, mixed))
+    weights = _weights([1.0] * len(mixed) if weights is None else weights, sources)
+    everything = mixed[0] if len(mixed) == 1 else grain.IterDataset.mix(mixed, weights=weights)
     return iter(_Pack(everything, batch_size, length, pad_id))
 
 

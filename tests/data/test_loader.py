@@ -167,6 +167,8 @@ def test_wrong_weights(weights):
     with pytest.raises(UserError, match="weight"):
         document_batches([documents(4)] * 2, batch_size=1, length=LENGTH, pad_id=0, seed=0, weights=weights)
     with pytest.raises(UserError, match="weight"):
+        memory(documents(4), weights=(*weights, 1.0))
+    with pytest.raises(UserError, match="weight"):
         streamed_batches([opener([])] * 2, batch_size=1, length=LENGTH, pad_id=0, seed=0, weights=weights)
 
 

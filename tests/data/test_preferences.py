@@ -151,3 +151,16 @@ def test_padding_of_rankings_pairs_and_unpaired_answers():
     assert unpaired.tokens.mask.shape == (2, 32) and unpaired.good.tolist() == [True, False]
     rows.append(EncodedUnpaired([5] * 40, [EOS], True))
     assert pad_unpaired(rows, longest=48, pad_id=PAD).tokens.mask.shape == (3, 48)
+
+
+def test_ragged_batches_have_few_shapes():
+    batches = [
+        pack_rankings(rankings([2, 3, 4, 2, 3], seed=s), length=32, pad_id=PAD, prompts=5, answers=4)
+        for s in range(40)
+    ]
+    shapes = {jax.tree.map(np.shape, tuple(batch)) for batch in batches}
+    assert len(shapes) <= 2 < len({int(batch.tokens.segment_ids.astype(bool).sum()) for batch in batches})
+    compiled = jax.jit(lambda batch: packed_logprobs(batch.tokens.mask.astype(jnp.float32), batch).sum())
+    for batch in batches:
+        compiled(on_device(batch))
+    assert compiled._cache_size() == len(shapes)
