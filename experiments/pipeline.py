@@ -5,7 +5,7 @@ scores highest (§3.5 there); where validation loss would have chosen is shown b
     python experiments/pipeline.py
 About 4 minutes on 2 CPU cores, then open runs/pipeline-<n>/report.html: true utility rises from 0.8 (SFT, capped by
 its demonstrators' 0.9) to 2.2. The same stages on real text, where no true utility exists:
-    python experiments/pipeline.py --model FOLDER --demonstrations FILE --comparisons FILE
+    python experiments/pipeline.py --model FOLDER --demonstrations FILE --comparisons FILE --on-bad-row=skip
 """
 
 import json
