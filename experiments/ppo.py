@@ -34,7 +34,7 @@ from rlhf_jax.diagnostics import explained_variance
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.kl import adaptive_beta, kl_k1, kl_k2, kl_k3, kl_shaped_rewards
 from rlhf_jax.log import Run, count_compilations, run_main
-from rlhf_jax.losses import ppo_clip_loss, sft_loss, value_clip_loss
+from rlhf_jax.losses import ppo_clip_loss, value_clip_loss
 from rlhf_jax.masking import masked_mean, masked_sum, masked_whiten
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer
 from rlhf_jax.sampling import generate
@@ -46,6 +46,7 @@ from rlhf_jax.train import (
     make_train_step,
     ppo_update,
     response_rewards,
+    sft_objective,
     token_scores,
     token_values,
 )
@@ -192,7 +193,7 @@ def make_iteration(cfg: PPO, config: ModelConfig, *, max_new_tokens: int, eos_id
         )
         loss -= cfg.entropy_coef * masked_mean(entropy, mask)
         if demonstrations is not None:
-            ptx, _ = sft_loss(token_scores(model, params, demonstrations)[0], demonstrations.mask)
+            ptx, _ = sft_objective(model, params, demonstrations)
             loss += cfg.ptx_coef * ptx
             metrics["ptx_loss"] = ptx
         return loss, metrics

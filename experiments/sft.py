@@ -7,6 +7,7 @@ demonstrators' mean: imitation caps at the quality of what it imitates.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,14 +17,13 @@ from flax.training.train_state import TrainState
 
 from experiments.setting import Setting, Source, announce, load_setting
 from rlhf_jax import checkpoint
-from rlhf_jax.batches import Completions, Prompts, Tokens
+from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import at_least
 from rlhf_jax.log import Run, run_main
-from rlhf_jax.losses import sft_loss
 from rlhf_jax.models import Transformer
 from rlhf_jax.sampling import generate
-from rlhf_jax.train import cosine_decay, make_optimizer, make_state, make_train_step, token_scores
+from rlhf_jax.train import cosine_decay, make_optimizer, make_state, make_train_step, sft_objective
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,7 @@ def make_sampler(setting: Setting, params: Any, seed: int, *, batch_size: int = 
 
 def make_loss(setting: Setting):
     """loss_fn(params, tokens) -> (loss, metrics)."""
-    model = Transformer(setting.model)
-
-    def loss_fn(params: Any, batch: Tokens):
-        logprobs, _ = token_scores(model, params, batch)
-        return sft_loss(logprobs, batch.mask)
-
-    return loss_fn
+    return partial(sft_objective, Transformer(setting.model))
 
 
 def make_validation_loss(setting: Setting):

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from rlhf_jax.batches import Experience, Tokens
 from rlhf_jax.data.tokens import take
-from rlhf_jax.logprobs import chunked_logprobs_and_entropy
+from rlhf_jax.logprobs import chunked_logprobs, chunked_logprobs_and_entropy
+from rlhf_jax.losses import chunked_sft_loss
 from rlhf_jax.models import ScalarModel, Transformer, head_kernel, last_token_rewards
 
 Params = Any
@@ -49,19 +50,37 @@ def make_state(model: Any, params: Params, optimizer: optax.GradientTransformati
     return TrainState.create(apply_fn=model.apply, params=jax.tree.map(jnp.copy, params), tx=optimizer)
 
 
+def hidden_states(model: Transformer, params: Params, tokens: Tokens) -> Float[Array, "B T D"]:
+    """What the heads read at each input."""
+    return model.apply({"params": params}, tokens.inputs, tokens.positions, tokens.segment_ids, method="hidden_states")
+
+
+def response_logprobs(model: Transformer, params: Params, tokens: Tokens) -> Float[Array, "B T"]:
+    """Log-probability of every target in the mask; the head reads nothing else, and [B, T, V] never exists."""
+    return chunked_logprobs(
+        hidden_states(model, params, tokens), head_kernel(params), tokens.targets,
+        chunk_size=HEAD_CHUNK, mask=tokens.mask, softcap=model.config.final_softcap,
+    )  # fmt: skip
+
+
 def token_scores(
     model: Transformer, params: Params, tokens: Tokens, *, temperature: float = 1.0
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Log-probability of every target, and the entropy of the distribution it came from, at a temperature.
+    """As `response_logprobs`, with the entropy of each distribution beside it, at a temperature.
 
     The [B, T, V] logits never exist at once.
     """
-    hidden = model.apply(
-        {"params": params}, tokens.inputs, tokens.positions, tokens.segment_ids, method="hidden_states"
-    )
     return chunked_logprobs_and_entropy(
-        hidden, head_kernel(params), tokens.targets, chunk_size=HEAD_CHUNK,
-        softcap=model.config.final_softcap, temperature=temperature,
+        hidden_states(model, params, tokens), head_kernel(params), tokens.targets, chunk_size=HEAD_CHUNK,
+        mask=tokens.mask, softcap=model.config.final_softcap, temperature=temperature,
+    )  # fmt: skip
+
+
+def sft_objective(model: Transformer, params: Params, tokens: Tokens) -> tuple[Float[Array, ""], Metrics]:
+    """`sft_loss` of the responses, its gradient computed along with the logits."""
+    return chunked_sft_loss(
+        hidden_states(model, params, tokens), head_kernel(params), tokens.targets, tokens.mask,
+        chunk_size=HEAD_CHUNK, softcap=model.config.final_softcap,
     )  # fmt: skip
 
 

@@ -9,9 +9,11 @@ import pytest
 from jax.test_util import check_grads
 from numpy.testing import assert_allclose, assert_array_equal
 
+from rlhf_jax import logprobs as logprobs_module
 from rlhf_jax.logprobs import (
     chunked_logprobs,
     chunked_logprobs_and_entropy,
+    chunked_weighted_logprobs,
     sequence_logprobs,
     token_entropy,
     token_logprobs,
@@ -101,6 +103,50 @@ def test_chunks_are_exact(f, chunk_size, options):
     )
 
 
+MASK = np.asarray([[0, 1, 0, 1, 1, 0, 0], [1, 0, 1, 1, 1, 0, 1]], bool)  # holes; 3 and 5 of 7
+
+
+@pytest.mark.parametrize("mask", [MASK, MASK & False, MASK | True, MASK & [[True], [False]]])
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 100])
+@pytest.mark.parametrize("f", [chunked_logprobs, chunked_logprobs_and_entropy])
+def test_masked_chunks_are_exact_and_zero_elsewhere(f, chunk_size, mask):
+    def full(hidden, kernel, targets):
+        return tuple(
+            jnp.where(mask, x, 0.0) for x in whole(hidden, kernel, targets)[: 1 if f is chunked_logprobs else 2]
+        )
+
+    def chunked(*args):
+        return f(*args, chunk_size=chunk_size, mask=jnp.asarray(mask))
+
+    garbage = jnp.where(mask[:, :, None], HIDDEN, jnp.nan)
+    targets = jnp.where(mask, TARGETS, 10**6)
+    got = weighted(chunked)(garbage, KERNEL, targets)
+    expected = weighted(full)(HIDDEN, KERNEL, jnp.asarray(TARGETS))
+    jax.tree.map(lambda a, e: assert_allclose(a, e, rtol=1e-4, atol=1e-5), got, expected)
+
+
+@pytest.mark.parametrize("mask", [MASK, MASK & False, MASK | True])
+@pytest.mark.parametrize("chunk_size", [1, 3, 100])
+def test_weighted_chunks_are_exact(chunk_size, mask):
+    """Value and gradients, also of the weights, scaled by what comes back from the rest of a loss."""
+
+    def chunked(hidden, kernel, weights):
+        targets = jnp.where(mask, TARGETS, 10**6)
+        hidden = jnp.where(mask[:, :, None], hidden, jnp.nan)
+        return jnp.tanh(
+            chunked_weighted_logprobs(hidden, kernel, targets, weights, jnp.asarray(mask), chunk_size=chunk_size) / 50
+        )
+
+    def full(hidden, kernel, weights):
+        logprobs, _ = whole(hidden, kernel, jnp.asarray(TARGETS))
+        return jnp.tanh(jnp.where(mask, weights * logprobs, 0.0).sum() / 50)
+
+    args = HIDDEN, KERNEL, jnp.asarray(WEIGHTS[0])
+    got, expected = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(*args) for f in (chunked, full))
+    jax.tree.map(lambda a, e: assert_allclose(a, e, rtol=1e-4, atol=1e-6), got, expected)
+    assert_allclose(jax.jit(chunked)(*args), expected[0], rtol=1e-5)
+
+
 def test_the_gradient_in_half_precision_does_not_worsen_with_the_number_of_chunks():
     length = 256
     hidden = jnp.asarray(RNG.normal(size=(B, length, D)), jnp.bfloat16)
@@ -139,6 +185,23 @@ def test_chunks_never_hold_all_logits():
     assert max(sizes(whole)) >= everything
     assert max(sizes(lambda *args: chunked_logprobs(*args, chunk_size=16))) < everything / 3
     assert max(sizes(lambda *args: chunked_logprobs_and_entropy(*args, chunk_size=16))) < everything / 3
+    weights = jnp.ones((3, 64))
+    assert max(sizes(lambda *a: chunked_weighted_logprobs(*a, weights, weights > 0, chunk_size=16))) < everything / 3
+
+
+def test_masked_columns_cost_nothing():
+    """The head is a loop over as many chunks as the longest response has, not over the whole sequence."""
+    chunks = []
+
+    def score(logits, targets):
+        jax.debug.callback(lambda: chunks.append(1))
+        return (token_logprobs(logits, targets),)
+
+    mask, targets = jnp.arange(64)[None] < jnp.asarray([[3], [10]]), jnp.zeros((2, 64), int)
+    f = jax.jit(lambda h: logprobs_module._chunked(score, 4, None, h, jnp.ones((8, 5)), targets, mask, 1.0)[0].sum())
+    jax.grad(f)(jnp.ones((2, 64, 8)))
+    jax.effects_barrier()
+    assert len(chunks) == 3 + 3  # forward and backward
 
 
 def test_a_masked_target_out_of_range_gives_no_gradient():

@@ -13,7 +13,15 @@ from rlhf_jax.batches import Experience
 from rlhf_jax.data.tokens import pad_sequences
 from rlhf_jax.logprobs import token_entropy, token_logprobs
 from rlhf_jax.models import ModelConfig, Transformer
-from rlhf_jax.train import cosine_decay, make_optimizer, make_state, make_train_step, ppo_update, token_scores
+from rlhf_jax.train import (
+    cosine_decay,
+    make_optimizer,
+    make_state,
+    make_train_step,
+    ppo_update,
+    response_logprobs,
+    token_scores,
+)
 
 CONFIG = ModelConfig(
     vocab_size=20, d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=32, rope_theta=1e4,
@@ -90,8 +98,11 @@ def test_token_scores_are_those_of_the_tempered_logits(temperature, softcap):
     params = model.init(jax.random.key(0), tokens.inputs)["params"]
     logprobs, entropy = token_scores(model, params, tokens, temperature=temperature)
     logits = model.apply({"params": params}, tokens.inputs, tokens.positions, tokens.segment_ids) / temperature
-    np.testing.assert_allclose(logprobs, token_logprobs(logits, tokens.targets), atol=1e-5)
-    np.testing.assert_allclose(entropy, token_entropy(logits), atol=1e-5)
+    expected = np.where(tokens.mask, token_logprobs(logits, tokens.targets), 0.0)
+    np.testing.assert_allclose(logprobs, expected, atol=1e-5)
+    np.testing.assert_allclose(entropy, np.where(tokens.mask, token_entropy(logits), 0.0), atol=1e-5)
+    if temperature == 1.0:
+        np.testing.assert_allclose(response_logprobs(model, params, tokens), expected, atol=1e-5)
 
 
 def test_a_state_may_be_donated_while_its_parameters_live_on():

@@ -4,10 +4,11 @@ from rlhf_jax.losses.dpo import dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_l
 from rlhf_jax.losses.grpo import grpo_loss
 from rlhf_jax.losses.ppo import ppo_clip_loss, value_clip_loss
 from rlhf_jax.losses.reward_model import bradley_terry_loss, plackett_luce_loss, ranking_loss
-from rlhf_jax.losses.sft import sft_loss
+from rlhf_jax.losses.sft import chunked_sft_loss, sft_loss
 
 __all__ = [
     "bradley_terry_loss",
+    "chunked_sft_loss",
     "dpo_loss",
     "grpo_loss",
     "ipo_loss",

@@ -1,8 +1,10 @@
 """Supervised fine-tuning."""
 
+import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
+from rlhf_jax.logprobs import chunked_weighted_logprobs
 from rlhf_jax.masking import masked_mean
 
 Metrics = dict[str, Array]
@@ -18,3 +20,24 @@ def sft_loss(logprobs: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> tuple[F
     """
     loss = -masked_mean(logprobs, mask)
     return loss, {"tokens": mask.sum()}
+
+
+def chunked_sft_loss(
+    hidden: Float[Array, "B T D"],
+    head_kernel: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    chunk_size: int,
+    softcap: float | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """`sft_loss` straight from hidden states: each token's weight is known, so its gradient is had with its logits.
+
+    The logits of only `chunk_size` columns exist at once, and they are computed once; the head reads no prompts.
+    """
+    tokens = mask.sum()
+    weights = mask.astype(jnp.float32) / jnp.maximum(tokens, 1).astype(jnp.float32)
+    loss = -chunked_weighted_logprobs(
+        hidden, head_kernel, targets, weights, mask, chunk_size=chunk_size, softcap=softcap
+    )
+    return loss, {"tokens": tokens}

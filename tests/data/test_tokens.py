@@ -8,9 +8,8 @@ import pytest
 
 from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.data.tokens import join, pack_sequences, pad_prompts, pad_sequences, take
-from rlhf_jax.losses import sft_loss
 from rlhf_jax.models import ModelConfig, Transformer
-from rlhf_jax.train import token_scores
+from rlhf_jax.train import sft_objective
 
 PAD, EOS = 0, 2
 
@@ -90,10 +89,7 @@ def test_packed_loss_and_gradient_are_those_of_the_separate_sequences():
 
     @jax.jit
     def loss_and_grad(tokens):
-        def loss(params):
-            return sft_loss(token_scores(model, params, tokens)[0], tokens.mask)[0]
-
-        return jax.value_and_grad(loss)(params)
+        return jax.value_and_grad(lambda p: sft_objective(model, p, tokens)[0])(params)
 
     packed, separate = (f(pairs, length=24, pad_id=PAD) for f in (pack_sequences, pad_sequences))
     assert len(packed.mask) < len(separate.mask) / 2 and packed.mask.sum() == separate.mask.sum()

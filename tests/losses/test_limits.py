@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from rlhf_jax import losses
+from rlhf_jax.logprobs import token_logprobs
 
 RNG = np.random.default_rng(1)
 B, T = 4, 6
@@ -44,6 +45,25 @@ def test_ppo_past_the_clip_has_no_gradient():
     grad = jax.grad(lambda x: losses.ppo_clip_loss(x, old, advantages, mask, clip_eps=0.2)[0])
     assert not np.any(grad(jnp.asarray([[1.0, -1.0]], jnp.float32)))
     assert np.all(grad(jnp.asarray([[-1.0, 1.0]], jnp.float32)) != 0)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 100])
+def test_sft_from_hidden_states_is_sft_from_logprobs(chunk_size):
+    hidden, kernel, targets = normal(B, T, 5), normal(5, 7), jnp.asarray(RNG.integers(0, 7, (B, T)))
+
+    def whole(hidden, kernel):
+        return losses.sft_loss(token_logprobs(hidden @ kernel, targets), MASK)
+
+    def chunked(hidden, kernel):
+        return losses.chunked_sft_loss(hidden, kernel, targets, MASK, chunk_size=chunk_size)
+
+    (loss, metrics), grads = jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True)(hidden, kernel)
+    (expected, expected_metrics), expected_grads = jax.value_and_grad(whole, argnums=(0, 1), has_aux=True)(
+        hidden, kernel
+    )
+    assert_allclose(loss, expected, rtol=1e-5)
+    assert metrics == expected_metrics
+    jax.tree.map(lambda a, e: assert_allclose(a, e, rtol=1e-4, atol=1e-6), grads, expected_grads)
 
 
 def test_values_with_a_wide_clip_are_regressed():

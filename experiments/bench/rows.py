@@ -1,0 +1,205 @@
+"""Time and memory of each kind of work, at a shape that is the same for every library one may compare with.
+
+    python experiments/bench/rows.py
+A Llama of 15.2M parameters (vocabulary 32000, width 288, 6 layers, tied) in float32; `vocabulary` has 151936 words
+instead, at width 256 and 2 layers. Prints a JSON line a row: median seconds a step (an iteration, a call), tokens a
+second, and, counted from the start of the row's own process, peak memory and seconds to the end of the first step.
+About ten minutes on 2 CPU cores; `--rows sft ppo` for some of them. `beside.py` puts a row beside another program.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+ROWS = ("sft", "reward_model", "dpo", "generate", "ppo", "vocabulary")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Times rows, each in a process of its own."""
+
+    rows: tuple[str, ...] = ROWS
+    """Some of sft, reward_model, dpo, generate, ppo, vocabulary."""
+    steps: int = 15
+    """Steps that count, after 3 that do not (PPO: a third as many, after 1)."""
+
+    def __post_init__(self) -> None:
+        from rlhf_jax.errors import UserError, at_least
+
+        at_least(self, steps=1)
+        if unknown := set(self.rows) - set(ROWS):
+            raise UserError(f"no row {sorted(unknown)[0]!r}; there are {', '.join(ROWS)}")
+
+
+class Work(NamedTuple):
+    """A row: what is done again and again (each call takes and returns the state), and the tokens it counts."""
+
+    state: Any
+    step: Callable[[Any, int], Any]
+    tokens: int
+    few: bool = False
+
+
+def build(row: str) -> Work:
+    """The work of a row, nothing of it run yet."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from experiments.ppo import PPO, Frozen, init_state, make_iteration
+    from rlhf_jax.batches import Prompts, Tokens
+    from rlhf_jax.logprobs import sequence_logprobs
+    from rlhf_jax.losses import bradley_terry_loss, dpo_loss
+    from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, from_language_model
+    from rlhf_jax.sampling import generate
+    from rlhf_jax.train import (
+        make_optimizer,
+        make_state,
+        make_train_step,
+        response_logprobs,
+        response_rewards,
+        sft_objective,
+    )  # fmt: skip
+
+    large = row == "vocabulary"
+    config = ModelConfig(
+        vocab_size=151936 if large else 32000, d_model=256 if large else 288, n_layers=2 if large else 6,
+        n_heads=4 if large else 6, n_kv_heads=4 if large else 6, head_dim=64 if large else 48, d_ff=768,
+        rope_theta=1e4, norm_eps=1e-6, tie_embeddings=True, max_length=1024,
+    )  # fmt: skip
+    model, scalar = Transformer(config), ScalarModel(config)
+    key = jax.random.key(0)
+    params = jax.jit(lambda: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])()
+
+    def ids(seed: int, rows: int, length: int) -> np.ndarray:
+        return np.random.default_rng(seed).integers(2, config.vocab_size, (rows, length), np.int32)
+
+    def tokens(inputs: np.ndarray, prompt: int) -> Tokens:
+        """Whole rows of `inputs`; all but `prompt` tokens are the response."""
+        rows, length = inputs.shape
+        positions = np.broadcast_to(np.arange(length, dtype=np.int32), inputs.shape)
+        mask = (positions >= prompt - 1) & (positions < length - 1)
+        return Tokens(inputs, np.roll(inputs, -1, 1), mask, positions, np.ones((rows, length), np.int32))
+
+    def training(model: Any, params: Any, loss: Callable, batch: Callable[[int], Tokens]) -> Work:
+        step = make_train_step(loss)
+
+        def call(state: Any, i: int) -> Any:
+            state, metrics = step(state, batch(i))
+            float(metrics["loss"])
+            return state
+
+        return Work(make_state(model, params, make_optimizer(1e-4)), call, batch(0).mask.size)
+
+    if row in ("sft", "vocabulary"):
+        shape = (4, 512) if large else (8, 256)
+        return training(model, params, partial(sft_objective, model), lambda i: tokens(ids(i, *shape), 64))
+
+    if row == "reward_model":
+
+        def pair_loss(params: Any, batch: Tokens) -> Any:
+            rewards = response_rewards(scalar, params, batch)
+            return bradley_terry_loss(rewards[:8], rewards[8:])
+
+        start = from_language_model(params, key, config)
+        return training(scalar, start, pair_loss, lambda i: tokens(ids(i, 16, 256), 64))
+
+    if row == "dpo":
+        reference = params
+
+        def preference_loss(params: Any, batch: Tokens) -> Any:
+            def score(params: Any) -> Any:
+                return sequence_logprobs(response_logprobs(model, params, batch), batch.mask)
+
+            ours, theirs = score(params), score(reference)
+            return dpo_loss(ours[:8], ours[8:], theirs[:8], theirs[8:], beta=0.1)
+
+        def pairs(i: int) -> Tokens:
+            return tokens(np.concatenate([np.tile(ids(i, 8, 64), (2, 1)), ids(1000 + i, 16, 192)], axis=1), 64)
+
+        return training(model, params, preference_loss, pairs)
+
+    every = np.ones((32, 64), bool)
+    if row == "generate":
+
+        def sample(state: Any, i: int) -> Any:
+            completions = generate(
+                model, params, ids(i, 32, 64), every, jax.random.key(i),
+                max_new_tokens=128, temperature=1.0, eos_id=None, pad_id=0,
+            )  # fmt: skip
+            assert completions.mask.all()
+            return state
+
+        return Work(None, sample, 32 * 128)
+
+    cfg = PPO(responses=32, epochs=4, minibatches=4, beta=0.05, learning_rate=1e-4)
+    iteration = make_iteration(cfg, config, max_new_tokens=64, eos_id=-1, pad_id=0)
+    whole = jax.jit(iteration.whole, donate_argnums=0)
+    rewards = from_language_model(params, key, config)
+    prompts = Prompts(jnp.asarray(ids(0, 32, 64)), jnp.asarray(every), jnp.arange(32))
+    frozen = Frozen(params, rewards, prompts, None)
+
+    def iterate(state: Any, i: int) -> Any:
+        state, metrics, _, _ = whole(state, frozen, jax.random.key(i))
+        float(metrics["loss"])
+        return state
+
+    return Work(init_state(cfg, config, params, rewards), iterate, 32 * 64, few=True)
+
+
+def measure(row: str, steps: int) -> dict[str, Any]:
+    """Does the work of a row in this process."""
+    work = build(row)
+    state, seconds, cold = work.state, [], 0.0
+    work = work._replace(state=None)  # it is donated
+    dropped, counted = (1, max(1, steps // 3)) if work.few else (3, steps)
+    for i in range(dropped + counted):
+        began = time.perf_counter()
+        state = work.step(state, i)
+        seconds.append(time.perf_counter() - began)
+        cold = cold or process_age()
+    median = statistics.median(seconds[dropped:])
+    return {
+        "row": row,
+        "seconds_per_step": round(median, 4),
+        "tokens_per_s": round(work.tokens / median, 1),
+        "n": counted,
+        "cold_start_s": round(cold, 2),
+        "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+
+
+def process_age() -> float:
+    """Seconds since this process was started, imports and all."""
+    with open("/proc/self/stat", encoding="ascii") as file:
+        ticks = int(file.read().rsplit(")", 1)[1].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def main(cfg: Config) -> dict[str, float]:
+    """Prints a line a row; returns tokens a second of each."""
+    if len(cfg.rows) == 1:
+        lines = [measure(cfg.rows[0], cfg.steps)]
+        print(json.dumps(lines[0]), flush=True)
+    else:
+        lines = []
+        for row in cfg.rows:
+            command = [sys.executable, __file__, "--rows", row, "--steps", str(cfg.steps)]
+            line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            print(line, end="", flush=True)
+            lines.append(json.loads(line))
+    return {line["row"]: line["tokens_per_s"] for line in lines}
+
+
+if __name__ == "__main__":
+    from rlhf_jax.log import run_main
+
+    run_main(main, Config)
