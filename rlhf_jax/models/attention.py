@@ -12,6 +12,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.rope import rope_frequencies
 
 EVERYTHING = 2**31 - 1  # A window that nothing lies outside of.
+BLOCKS, LEAST_BLOCK = 4, 64
 
 
 class LayerNumbers(NamedTuple):
@@ -75,3 +76,29 @@ def attend(
     attended = weights.reshape(batch, config.n_kv_heads, groups * length, -1) @ values
     attended = attended.reshape(batch, config.n_kv_heads, groups, length, head_dim)
     return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
+
+
+def attend_causally(
+    config: ModelConfig,
+    queries: Float[Array, "B T N K"],
+    keys: Float[Array, "B H T K"],
+    values: Float[Array, "B H T K"],
+    visible: Bool[Array, "#B T T"],
+) -> Float[Array, "B T NK"]:
+    """`attend` where nothing after a query is visible: each of a few blocks of queries reads only keys up to its end.
+
+    Four blocks read 5/8 of the scores that one would, in time and in memory.
+    """
+    length = queries.shape[1]
+    size = max(-(-length // BLOCKS), LEAST_BLOCK)
+    blocks = [
+        attend(
+            config,
+            queries[:, i : i + size],
+            keys[:, :, : i + size],
+            values[:, :, : i + size],
+            visible[:, i : i + size, : i + size],
+        )
+        for i in range(0, length, size)
+    ]
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)

@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from rlhf_jax.logprobs import soft_cap
-from rlhf_jax.models.attention import LayerNumbers, Scene, attend, layer_numbers, stacked_numbers
+from rlhf_jax.models.attention import LayerNumbers, Scene, attend, attend_causally, layer_numbers, stacked_numbers
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.rope import LongRope, rotate
 
@@ -162,7 +162,8 @@ class Block(nn.Module):
         visible = scene.visible
         if numbers.window is not None and scene.distances is not None:
             visible = visible & (scene.distances < numbers.window)
-        return attend(config, queries, keys, values, visible), layer
+        see = attend_causally if layer is None else attend
+        return see(config, queries, keys, values, visible), layer
 
 
 class Transformer(nn.Module):
