@@ -45,6 +45,7 @@ from rlhf_jax.train import (
     make_state,
     make_train_step,
     ppo_update,
+    response_logprobs,
     response_rewards,
     sft_objective,
     token_scores,
@@ -154,7 +155,7 @@ def make_iteration(cfg: PPO, config: ModelConfig, *, max_new_tokens: int, eos_id
 
         # Re-scored at training shapes, so that the first ratio is exactly 1.
         old_logprobs, entropy = token_scores(model, state.policy.params, tokens, temperature=cfg.temperature)
-        ref_logprobs, _ = token_scores(model, frozen.reference, tokens, temperature=cfg.temperature)
+        ref_logprobs = response_logprobs(model, frozen.reference, tokens, temperature=cfg.temperature)
         values = token_values(scalar_model, state.critic.params, tokens)
         rewards = kl_shaped_rewards(scores, old_logprobs, ref_logprobs, mask, beta=state.beta)
         advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, lam=cfg.lam)
@@ -187,11 +188,16 @@ def make_iteration(cfg: PPO, config: ModelConfig, *, max_new_tokens: int, eos_id
     def policy_loss(params: Params, batch: tuple[Experience, Tokens | None]) -> tuple[Array, Metrics]:
         experience, demonstrations = batch
         mask = experience.tokens.mask
-        logprobs, entropy = token_scores(model, params, experience.tokens, temperature=cfg.temperature)
+        if cfg.entropy_coef:
+            logprobs, entropy = token_scores(model, params, experience.tokens, temperature=cfg.temperature)
+            bonus = cfg.entropy_coef * masked_mean(entropy, mask)
+        else:
+            logprobs = response_logprobs(model, params, experience.tokens, temperature=cfg.temperature)
+            bonus = 0.0
         loss, metrics = ppo_clip_loss(
             logprobs, experience.old_logprobs, experience.advantages, mask, clip_eps=cfg.clip_eps
         )
-        loss -= cfg.entropy_coef * masked_mean(entropy, mask)
+        loss -= bonus
         if demonstrations is not None:
             ptx, _ = sft_objective(model, params, demonstrations)
             loss += cfg.ptx_coef * ptx

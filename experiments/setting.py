@@ -4,6 +4,8 @@
 Both give the same `Setting`; only the world has a `judge` that knows the true utility.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ from rlhf_jax.models import ModelConfig
 from rlhf_jax.simulation import Annotators, Demonstrators, agreement_rate, calibrate_noise, ceiling
 from rlhf_jax.simulation.world import Problem, draw_problems, make_tokenizer, utilities
 
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 Sampler = Callable[[Prompts, int], Completions]
 """sampler(prompts, seed) -> numpy Completions of the model after SFT."""
 
@@ -135,12 +138,25 @@ def load_setting(source: Source) -> Setting:
     at_least(source, seed=0, max_length=1, max_new_tokens=1)
     given = [source.model, source.demonstrations, source.comparisons]
     if not any(given):
+        keep_freed_memory()
         return world_setting(source.seed)
     if not all(given):
         raise UserError("real text needs all three of --model, --demonstrations and --comparisons")
     from experiments.text import text_setting  # it is made of what is defined here
 
     return text_setting(source)
+
+
+def keep_freed_memory() -> None:
+    """Has the C library (glibc) keep what XLA frees.
+
+    It gives large buffers back to the kernel, which clears them page by page when they are had again: at every step
+    of a small model on a CPU, a third of its time. For large models it costs more memory than it is worth.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
+            libc.mallopt(option, value)
 
 
 def announce(setting: Setting, run: Run) -> None:

@@ -55,11 +55,13 @@ def hidden_states(model: Transformer, params: Params, tokens: Tokens) -> Float[A
     return model.apply({"params": params}, tokens.inputs, tokens.positions, tokens.segment_ids, method="hidden_states")
 
 
-def response_logprobs(model: Transformer, params: Params, tokens: Tokens) -> Float[Array, "B T"]:
+def response_logprobs(
+    model: Transformer, params: Params, tokens: Tokens, *, temperature: float = 1.0
+) -> Float[Array, "B T"]:
     """Log-probability of every target in the mask; the head reads nothing else, and [B, T, V] never exists."""
     return chunked_logprobs(
-        hidden_states(model, params, tokens), head_kernel(params), tokens.targets,
-        chunk_size=HEAD_CHUNK, mask=tokens.mask, softcap=model.config.final_softcap,
+        hidden_states(model, params, tokens), head_kernel(params), tokens.targets, chunk_size=HEAD_CHUNK,
+        mask=tokens.mask, softcap=model.config.final_softcap, temperature=temperature,
     )  # fmt: skip
 
 

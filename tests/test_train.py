@@ -101,8 +101,8 @@ def test_token_scores_are_those_of_the_tempered_logits(temperature, softcap):
     expected = np.where(tokens.mask, token_logprobs(logits, tokens.targets), 0.0)
     np.testing.assert_allclose(logprobs, expected, atol=1e-5)
     np.testing.assert_allclose(entropy, np.where(tokens.mask, token_entropy(logits), 0.0), atol=1e-5)
-    if temperature == 1.0:
-        np.testing.assert_allclose(response_logprobs(model, params, tokens), expected, atol=1e-5)
+    alone = response_logprobs(model, params, tokens, temperature=temperature)
+    np.testing.assert_allclose(alone, expected, atol=1e-5)
 
 
 def test_a_state_may_be_donated_while_its_parameters_live_on():
