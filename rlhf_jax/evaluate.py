@@ -54,6 +54,68 @@ def length_baseline(chosen_lengths: ArrayLike, rejected_lengths: ArrayLike) -> R
     return win_rate(chosen_lengths, rejected_lengths)
 
 
+class JudgedWinRate(NamedTuple):
+    """A win rate by a judge who saw each pair in both orders."""
+
+    win: Rate
+    """A win in both orders counts 1, a loss in both 0, anything else ½."""
+    consistent: Rate
+    """Share of pairs judged alike in both orders."""
+    first_shown: Rate
+    """Share of verdicts for the response shown first: ½ when the place makes no difference, a tie being ½."""
+
+
+def judged_win_rate(shown_first: ArrayLike, shown_second: ArrayLike) -> JudgedWinRate:
+    """Win rate of our responses, from how far they were preferred (1 to 0) when shown first and shown second.
+
+    A preference above ½ is a win. Raises ValueError on NaN, without pairs, or for sides of different lengths.
+    Reference: Zheng et al. 2023, §3.4, https://arxiv.org/abs/2306.05685.
+    """
+    first, second = np.asarray(shown_first, np.float64), np.asarray(shown_second, np.float64)
+    win_rate(first, second)  # which checks both sides
+    ahead, ahead_second = np.sign(first - 0.5), np.sign(second - 0.5)
+    same = ahead == ahead_second
+    for_first = (2 + ahead - ahead_second) / 4
+    return JudgedWinRate(
+        win=wilson_interval(float(np.sum(np.where(same, (1 + ahead) / 2, 0.5))), first.size),
+        consistent=wilson_interval(int(same.sum()), first.size),
+        first_shown=wilson_interval(float(for_first.sum()), first.size),
+    )
+
+
+class Perplexity(NamedTuple):
+    """exp of the mean negative log-likelihood a token, and a 95% interval over documents."""
+
+    perplexity: float
+    low: float
+    high: float
+    """The interval is NaN for a single document."""
+    tokens: int
+
+
+def perplexity(logprobs: ArrayLike, tokens: ArrayLike) -> Perplexity:
+    """Perplexity of documents, from the sum of log-probabilities and the number of tokens of each, [N] both.
+
+        PPL = exp(−Σ_d ℓ_d / Σ_d n_d)
+
+    Every token counts alike. The interval is exp(log PPL ± 1.96 s), s² = N/(N−1) Σ_d (ℓ_d + n_d log PPL)² / (Σ n_d)²,
+    the variance of a ratio: tokens of one document are not independent. Raises ValueError without tokens.
+    """
+    sums, counts = np.asarray(logprobs, np.float64), np.asarray(tokens, np.float64)
+    if sums.shape != counts.shape or sums.ndim != 1:
+        raise ValueError(f"one log-probability and one count a document, not {sums.shape} and {counts.shape}")
+    total = counts.sum()
+    if not total > 0:
+        raise ValueError("perplexity needs at least one token")
+    mean, documents = -sums.sum() / total, len(sums)
+    error = np.nan
+    if documents > 1:
+        error = Z95 * np.sqrt(documents / (documents - 1) * np.sum((sums + counts * mean) ** 2)) / total
+    with np.errstate(over="ignore"):
+        value, low, high = (float(np.exp(x)) for x in (mean, mean - error, mean + error))
+    return Perplexity(value, low, high, int(total))
+
+
 class Calibration(NamedTuple):
     """A reliability table, one row a bin that is not empty, and its expected calibration error."""
 

@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from rlhf_jax.evaluate import calibration, length_baseline, preference_accuracy, wilson_interval, win_rate
+from rlhf_jax.evaluate import (
+    calibration,
+    judged_win_rate,
+    length_baseline,
+    perplexity,
+    preference_accuracy,
+    wilson_interval,
+    win_rate,
+)
 
 
 def test_wilson_by_hand():
@@ -68,3 +76,51 @@ def test_extreme_margins_stay_in_the_table():
     assert table.error == 0.0 and table.counts.sum() == 3
     with pytest.raises(ValueError, match="at least one pair"):
         calibration([], [], bins=10)
+
+
+def test_judged_win_rate_by_hand():
+    # Both orders: win, loss, tie, torn between, torn between, and a tie beside a win.
+    rates = judged_win_rate([0.9, 0.0, 0.5, 1.0, 0.4, 0.5], [0.6, 0.3, 0.5, 0.0, 0.7, 1.0])
+    assert rates.win == wilson_interval(1 + 0 + 4 * 0.5, 6)
+    assert rates.consistent == wilson_interval(3, 6)
+    # For the first shown: 1 and 0 (its rival), 0 and 1, ½ and ½, 1 and 1, 0 and 0, ½ and 0.
+    assert rates.first_shown == wilson_interval(0.5 + 0.5 + 0.5 + 1 + 0 + 0.25, 6)
+
+
+def test_judged_win_rate_of_the_sides_turned_round():
+    rng = np.random.default_rng(3)
+    a, b = rng.integers(0, 3, (2, 40)) / 2
+    there, back = judged_win_rate(a, b), judged_win_rate(1 - b, 1 - a)
+    assert there.win.rate + back.win.rate == 1.0 and there.consistent == back.consistent
+    # Who is shown first stays the same.
+    assert there.first_shown == back.first_shown
+
+
+def test_perplexity_by_hand():
+    # Documents of 1 and 3 tokens with nats 1 and 5: 6 nats over 4 tokens.
+    value, low, high, tokens = perplexity([-1.0, -5.0], [1, 3])
+    # Residuals 1 - 1.5 and 5 - 4.5; s = √(2 · 0.5) / 4.
+    expected = [np.exp(1.5), np.exp(1.5 - 1.959964 / 4), np.exp(1.5 + 1.959964 / 4)]
+    assert_allclose([value, low, high], expected, rtol=1e-6)
+    assert tokens == 4
+    # Guessing among V words is a perplexity of V, whatever the lengths.
+    assert_allclose(perplexity([-2 * np.log(7), -5 * np.log(7)], [2, 5])[:3], [7, 7, 7])
+    assert np.isnan(perplexity([-1.0], [2]).low) and perplexity([-1e6, -1e6], [1, 1]).perplexity == np.inf
+
+
+def test_perplexity_holds_its_95_percent():
+    rng = np.random.default_rng(4)
+    inside = []
+    for _ in range(2000):
+        counts = rng.integers(1, 30, 60)
+        # A document has a difficulty of its own.
+        sums = -counts * rng.gamma(4.0, 0.5, 60)
+        _, low, high, _ = perplexity(sums, counts)
+        inside.append(low <= np.exp(2.0) <= high)
+    assert 0.92 < np.mean(inside) < 0.97
+
+
+@pytest.mark.parametrize(("sums", "counts"), [([], []), ([0.0], [0]), ([1.0], [1, 2]), ([[1.0]], [[1]])])
+def test_what_has_no_perplexity_is_refused(sums, counts):
+    with pytest.raises(ValueError):
+        perplexity(sums, counts)
