@@ -31,7 +31,8 @@ def wilson_interval(successes: float | int, trials: int) -> Rate:
     p, z2 = successes / trials, Z95**2
     centre = (p + z2 / (2 * trials)) / (1 + z2 / trials)
     half = Z95 * np.sqrt(p * (1 - p) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
-    return Rate(float(p), max(0.0, float(centre - half)), min(1.0, float(centre + half)))
+    # It contains p̂, also where rounding would have it otherwise (at 0 and 1).
+    return Rate(float(p), min(p, max(0.0, float(centre - half))), max(p, min(1.0, float(centre + half))))
 
 
 def win_rate(a: ArrayLike, b: ArrayLike) -> Rate:

@@ -20,6 +20,10 @@ def test_wilson_by_hand():
     # At p = 1 the interval is [n / (n + z²), 1].
     assert_allclose(wilson_interval(5, 5), [1.0, 5 / (5 + 3.841459), 1.0], atol=1e-6)
     assert_allclose(wilson_interval(0, 5), [0.0, 0.0, 3.841459 / (5 + 3.841459)], atol=1e-6)
+    for trials in range(1, 60):
+        for successes in range(trials + 1):
+            rate, low, high = wilson_interval(successes, trials)
+            assert 0 <= low <= rate <= high <= 1
 
 
 def test_wilson_holds_its_95_percent():
