@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import ppo, reward_model, sft
@@ -23,6 +24,7 @@ from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.data.tokens import join
 from rlhf_jax.evaluate import win_rate
 from rlhf_jax.log import Run, count_compilations, run_main
+from rlhf_jax.models import ModelCard, save_hf, save_hf_reward_model
 from rlhf_jax.report import write_report
 
 
@@ -97,6 +99,28 @@ def write_examples(
             file.write(json.dumps(example, ensure_ascii=False) + "\n")
 
 
+def export(
+    setting: Setting, policy: Any, reward_params: Any, metrics: dict[str, float], run: Run, cfg: Config
+) -> None:
+    """Writes policy/ and reward_model/, which transformers, vLLM and lm-evaluation-harness load."""
+    data = f"{cfg.demonstrations or 'simulated demonstrations'}; {cfg.comparisons or 'simulated comparisons'}"
+
+    def card(algorithm: str, stage: str) -> ModelCard:
+        told = {name: value for name, value in metrics.items() if name.startswith(stage)}
+        return ModelCard(algorithm, data, cfg.model, told)
+
+    save_hf(
+        run.dir / "policy", setting.model, policy, tokenizer=setting.tokenizer,
+        card=card("PPO against a Bradley-Terry reward model, minus a KL penalty to SFT", "ppo_"),
+    )  # fmt: skip
+    # There is no place for the bias that makes demonstrations score 0.
+    unshifted = {**reward_params, "head": {**reward_params["head"], "bias": jnp.zeros(())}}
+    save_hf_reward_model(
+        run.dir / "reward_model", setting.model, unshifted, tokenizer=setting.tokenizer,
+        card=card("Bradley-Terry reward model, started from SFT", "reward_model_"),
+    )  # fmt: skip
+
+
 def main(cfg: Config) -> dict[str, float]:
     """Runs everything; returns the final metrics, which are also in the run's summary.json."""
     setting = load_setting(cfg)
@@ -114,6 +138,7 @@ def main(cfg: Config) -> dict[str, float]:
             metrics |= evaluate(setting, start, policy, reward_params, run, cfg.seed)
             metrics["compilations"] = compilations()
             run.summary(metrics)
+            export(setting, policy, reward_params, metrics, run, cfg)
         finally:
             # An interrupted run, too, can be looked at.
             run.say(f"report: {write_report(run.dir)}")

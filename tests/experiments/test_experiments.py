@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from experiments import pipeline, ppo, reward_model, setting, sft
 from experiments.ablations import kl_coefficient
 from rlhf_jax.log import run_main
-from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, from_language_model
+from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, from_language_model, load_hf, load_hf_reward_model
+from rlhf_jax.sampling import generate
 
 ROOT = Path(__file__).parents[2]
 SMALL = dict(
@@ -28,6 +30,29 @@ SMALL = dict(
 def small_world(monkeypatch):
     for name, size in dict(DEMONSTRATIONS=256, COMPARED=24, RANKED=4, HELDOUT_PAIRS=32, HELDOUT=32).items():
         monkeypatch.setattr(setting, name, size)
+
+
+def the_exported_folders_are_the_models(run):
+    """transformers continues a prompt greedily as `generate` does, and scores it as our reward model does."""
+    torch = pytest.importorskip("torch")
+    config, params = load_hf(run / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(run / "policy")
+    prompt = np.asarray([tokenizer.encode("count cat cat")])
+    ours = generate(
+        Transformer(config), params, prompt, prompt > -1, jax.random.key(0),
+        max_new_tokens=12, temperature=0.0, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    theirs = AutoModelForCausalLM.from_pretrained(run / "policy").generate(
+        torch.tensor(prompt), max_new_tokens=12, do_sample=False
+    )[0, prompt.shape[1] :]
+    assert np.asarray(ours.tokens)[np.asarray(ours.mask)].tolist() == theirs.tolist()
+
+    config, params = load_hf_reward_model(run / "reward_model")
+    score = ScalarModel(config).apply({"params": params}, prompt)[0, -1]
+    with torch.no_grad():
+        theirs = AutoModelForSequenceClassification.from_pretrained(run / "reward_model")(torch.tensor(prompt)).logits
+    np.testing.assert_allclose(score, theirs[0, 0].numpy(), atol=1e-5)
+    assert "ppo_kl_k1" in (run / "policy" / "README.md").read_text(encoding="utf-8")
 
 
 def test_pipeline_in_the_world(small_world, tmp_path):
@@ -49,6 +74,8 @@ def test_pipeline_in_the_world(small_world, tmp_path):
     assert iterations[0]["compilations"] == iterations[-1]["compilations"]
     for name in ("config.json", "summary.json", "examples.jsonl", "report.html", "checkpoints/ppo/3"):
         assert (tmp_path / "run" / name).exists()
+
+    the_exported_folders_are_the_models(tmp_path / "run")
 
     # Resumed after a crash in PPO: SFT and the reward model are read back, and the end is the same.
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "ppo")
