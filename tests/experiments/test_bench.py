@@ -1,0 +1,53 @@
+"""What the timing scripts read and refuse; the work itself is too large for a test."""
+
+import sys
+
+import jax
+import pytest
+
+from experiments.bench import beside, rows
+from rlhf_jax.errors import UserError
+
+
+def test_the_last_line_of_a_program_is_read():
+    program = 'print("hello"); print("RESULT", \'{"tokens_per_s": 8.0, "seconds_per_step": 2.0}\')'
+    assert beside.last_line([sys.executable, "-c", program]) == {"tokens_per_s": 8.0, "seconds_per_step": 2.0}
+
+
+def test_speed_is_tokens_a_second_or_else_steps():
+    assert beside.speed({"tokens_per_s": 8.0, "seconds_per_step": 2.0}) == 8.0
+    assert beside.speed({"seconds_per_step": 0.5}) == 2.0
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["no-such-program"], "no-such-program"),
+        ([sys.executable, "-c", "raise SystemExit(3)"], "exit status 3"),
+        ([sys.executable, "-c", "pass"], "no JSON object"),
+        ([sys.executable, "-c", "print('{broken')"], "no JSON object"),
+        ([sys.executable, "-c", "print('{}')"], "neither tokens_per_s nor seconds_per_step"),
+    ],
+)
+def test_a_program_that_says_nothing_of_use_is_named(command, message):
+    with pytest.raises(UserError, match=message):
+        beside.last_line(command)
+
+
+def test_an_unknown_row_is_refused():
+    with pytest.raises(UserError, match="no row 'sftt'; there are sft, reward_model"):
+        rows.Config(rows=("sft", "sftt"))
+
+
+def test_both_programs_are_run_in_turn_and_the_best_of_each_counts(monkeypatch):
+    said = iter([{"tokens_per_s": 3.0, "peak_rss_mib": 10}, {"tokens_per_s": 2.0, "peak_rss_mib": 40}] * 2)
+    monkeypatch.setattr(beside, "last_line", lambda command: next(said))
+    ratios = beside.main(beside.Config(row="sft", other="other", rounds=2))
+    assert ratios == {"speed": 1.5, "peak_rss_mib": 0.25}
+
+
+@pytest.mark.parametrize("row", ["sft", "reward_model", "dpo"])
+def test_a_row_is_of_the_size_that_it_says(row):
+    work = rows.build(row)
+    assert work.tokens == {"sft": 8 * 256}.get(row, 16 * 256)
+    assert sum(leaf.size for leaf in jax.tree.leaves(work.state.params)) == 15_191_712 + 289 * (row == "reward_model")
