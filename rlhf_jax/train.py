@@ -35,9 +35,15 @@ def make_optimizer(
             learning_rate,
             b2=0.95,
             weight_decay=weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+            mask=lambda params: jax.tree_util.tree_map_with_path(_decays, params),
         ),
     )
+
+
+def _decays(path: tuple[Any, ...], param: Array) -> bool:
+    """Matrices; scanned layers stack norms and biases into what looks like one."""
+    name = getattr(path[-1], "key", None) if path else None
+    return param.ndim > 1 and name not in ("scale", "bias")
 
 
 def cosine_decay(learning_rate: float, steps: int, *, warmup: float = 0.02) -> optax.Schedule:

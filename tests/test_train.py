@@ -69,12 +69,19 @@ def test_a_step_follows_the_gradient_and_is_compiled_once():
     assert set(metrics) == {"loss", "grad_norm", "x"} and int(state.step) == 3
 
 
-def test_weight_decay_spares_vectors():
-    params = {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_weight_decay_spares_norms_and_biases_also_of_scanned_layers(scan_layers):
+    config = replace(CONFIG, n_layers=2, scan_layers=scan_layers, qkv_bias=True)
+    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.tree.map(jnp.ones_like, params)
     optimizer = make_optimizer(0.1, weight_decay=0.5)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-    np.testing.assert_allclose(updates["kernel"], -0.05)
-    np.testing.assert_array_equal(updates["scale"], 0.0)
+    names = set()
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        names.add(name := path[-1].key)
+        expected = {"kernel": -0.05, "embedding": -0.05, "scale": 0.0, "bias": 0.0}[name]
+        np.testing.assert_allclose(update, expected, err_msg=jax.tree_util.keystr(path))
+    assert names == {"kernel", "embedding", "scale", "bias"}
 
 
 def test_the_gradient_is_clipped_before_adam_sees_it():
