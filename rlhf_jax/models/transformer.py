@@ -15,6 +15,9 @@ from rlhf_jax.models.attention import LayerNumbers, Scene, attend, attend_causal
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.rope import LongRope, rotate
 
+LORA_LEAVES = ("lora_a", "lora_b", "lora_scale")
+"""What an adapter adds beside a kernel."""
+
 
 class KVCache(NamedTuple):
     """Keys and values of what was read so far: [B, H, S, K] a layer, S slots.
@@ -69,7 +72,10 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Module):
-    """x W, and + b with a `bias`; `kernel` is [in, out]."""
+    """x W, and + b with a `bias`; `kernel` is [in, out]. Where its parameters hold an adapter, x W + s·(x A) B.
+
+    Reference: Hu et al. 2021, eq. 3, https://arxiv.org/abs/2106.09685; see `lora.py`.
+    """
 
     config: ModelConfig
     features: int
@@ -81,11 +87,19 @@ class Linear(nn.Module):
         init = nn.initializers.variance_scaling(self.scale, "fan_in", "normal")
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         # Flat rows: XLA's CPU backend contracts two leading axes at half the speed in the backward pass.
-        rows = x.reshape(-1, x.shape[-1]) @ kernel.astype(self.config.dtype)
+        inputs = x.reshape(-1, x.shape[-1])
+        rows = inputs @ kernel.astype(self.config.dtype)
+        if self.has_variable("params", "lora_a"):
+            rows = rows + self._low_rank(inputs)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             rows = rows + jnp.expand_dims(bias.astype(self.config.dtype), 0)
         return rows.reshape(*x.shape[:-1], -1)
+
+    def _low_rank(self, inputs: Array) -> Array:
+        a, b, scale = (self.get_variable("params", name) for name in LORA_LEAVES)
+        dtype = self.config.dtype
+        return inputs @ a.astype(dtype) @ (b * jax.lax.stop_gradient(scale)).astype(dtype)
 
 
 Layer = tuple[Array, Array]  # one layer's keys and values in the cache, [B, H, S, K]
