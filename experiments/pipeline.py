@@ -24,7 +24,7 @@ from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.data.tokens import join
 from rlhf_jax.evaluate import win_rate
 from rlhf_jax.log import Run, count_compilations, run_main
-from rlhf_jax.models import ModelCard, save_hf, save_hf_reward_model
+from rlhf_jax.models import ModelCard, merge_lora, save_hf, save_hf_reward_model
 from rlhf_jax.report import write_report
 
 
@@ -110,11 +110,11 @@ def export(
         return ModelCard(algorithm, data, cfg.model, told)
 
     save_hf(
-        run.dir / "policy", setting.model, policy, tokenizer=setting.tokenizer,
+        run.dir / "policy", setting.model, merge_lora(policy), tokenizer=setting.tokenizer,
         card=card("PPO against a Bradley-Terry reward model, minus a KL penalty to SFT", "ppo_"),
     )  # fmt: skip
     # There is no place for the bias that makes demonstrations score 0.
-    unshifted = {**reward_params, "head": {**reward_params["head"], "bias": jnp.zeros(())}}
+    unshifted = {**merge_lora(reward_params), "head": {**reward_params["head"], "bias": jnp.zeros(())}}
     save_hf_reward_model(
         run.dir / "reward_model", setting.model, unshifted, tokenizer=setting.tokenizer,
         card=card("Bradley-Terry reward model, started from SFT", "reward_model_"),
@@ -132,7 +132,8 @@ def main(cfg: Config) -> dict[str, float]:
             reward_params, metrics = reward_model.train(
                 cfg.reward_model, setting, comparisons, epochs[-1], run, cfg.seed
             )
-            start = epochs[choose_epoch(setting, epochs, reward_params, run, cfg.seed)]
+            # On one trunk PPO starts where the reward model did.
+            start = epochs[-1 if cfg.ppo.lora_rank else choose_epoch(setting, epochs, reward_params, run, cfg.seed)]
             policy, ppo_metrics = ppo.train(cfg.ppo, setting, start, reward_params, run, cfg.seed)
             metrics |= setting.facts | ppo_metrics
             metrics |= evaluate(setting, start, policy, reward_params, run, cfg.seed)

@@ -4,6 +4,7 @@ Ouyang et al. 2022, eq. 2 (https://arxiv.org/abs/2203.02155), Ziegler et al. 201
 Schulman et al. 2017 (https://arxiv.org/abs/1707.06347). `make_iteration` is the algorithm in the papers' order:
 rollout → score → shape by KL → advantages → epochs of minibatches; one compiled program.
     python experiments/ppo.py
+With --reward-model.lora-rank and --lora-rank the four models are adapters and heads on one frozen SFT model.
 About 4 minutes on 2 CPU cores (it runs SFT and the reward model first). In the controlled world its answers beat
 SFT's by true utility on 19 of 20 held-out prompts, 7 nats away.
 
@@ -14,6 +15,7 @@ the reward model says of it; its tokens count like any others.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +25,7 @@ from flax.training.train_state import TrainState
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments import reward_model, sft
+from experiments.adapters import Adapters, split
 from experiments.reward_model import RewardModel
 from experiments.setting import Setting, Source, announce, load_setting
 from experiments.sft import SFT
@@ -36,7 +39,7 @@ from rlhf_jax.kl import adaptive_beta, kl_k1, kl_k2, kl_k3, kl_shaped_rewards
 from rlhf_jax.log import Run, count_compilations, run_main
 from rlhf_jax.losses import ppo_clip_loss, value_clip_loss
 from rlhf_jax.masking import masked_mean, masked_sum, masked_whiten
-from rlhf_jax.models import ModelConfig, ScalarModel, Transformer
+from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, merge_lora, split_lora, with_lora
 from rlhf_jax.sampling import generate
 from rlhf_jax.train import (
     Metrics,
@@ -54,7 +57,7 @@ from rlhf_jax.train import (
 
 
 @dataclass(frozen=True)
-class PPO:
+class PPO(Adapters):
     """What PPO can be told."""
 
     steps: int = 60
@@ -82,6 +85,7 @@ class PPO:
     """Score of an answer that does not end."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, steps=1, epochs=1, minibatches=1, responses=self.minibatches, learning_rate=0, beta=0)
         at_least(self, gamma=0, lam=0, clip_eps=0, value_clip_eps=0, temperature=1e-3, kl_horizon=1, ptx_coef=0)
         if self.responses % self.minibatches:
@@ -105,12 +109,17 @@ class State(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """What it does not: reference policy, reward model, prompts to draw from, demonstrations for PPO-ptx."""
+    """What it does not: reference policy, reward model, prompts to draw from, demonstrations for PPO-ptx.
+
+    A role's model is `with_lora(trunk, own)`. Without a trunk each has all parameters for itself; with one, policy,
+    reward model and critic have adapters (and heads), and the reference, {}, is the trunk.
+    """
 
     reference: Params
     reward_model: Params
     prompts: Prompts
     demonstrations: Tokens
+    trunk: Params = {}  # noqa: RUF012
 
 
 class Iteration(NamedTuple):
@@ -122,8 +131,26 @@ class Iteration(NamedTuple):
     whole: Callable[[State, Frozen, PRNGKeyArray], tuple[State, Metrics, Prompts, Completions]]
 
 
+def prepare(
+    cfg: PPO, setting: Setting, sft_params: Params, reward_params: Params, key: PRNGKeyArray
+) -> tuple[Params, Frozen]:
+    """The policy as it starts, and what is frozen: with `lora_rank` the SFT's weights, once for all four.
+
+    Raises UserError when the reward model is then not an adapter over them.
+    """
+    if not cfg.lora_rank:
+        frozen = Frozen(sft_params, merge_lora(reward_params), setting.prompts, setting.demonstrations)
+        return sft_params, jax.device_put(frozen)
+    trunk, policy = split(cfg, key, sft_params)
+    _, adapter = split_lora(reward_params["trunk"])
+    if not adapter:
+        raise UserError("PPO with a lora-rank needs a reward model on its trunk: set --reward-model.lora-rank too")
+    reward_model = {"trunk": adapter, "head": reward_params["head"]}
+    return policy, jax.device_put(Frozen({}, reward_model, setting.prompts, setting.demonstrations, trunk))
+
+
 def init_state(cfg: PPO, model: ModelConfig, policy: Params, reward_params: Params, *, beta: Any = None) -> State:
-    """The policy starts from SFT, the critic from the reward model."""
+    """The policy starts from SFT, the critic from the reward model; adapters, if these are."""
     optimizer = make_optimizer(cfg.learning_rate)
     return State(
         make_state(Transformer(model), policy, optimizer),
@@ -136,12 +163,15 @@ def make_iteration(cfg: PPO, config: ModelConfig, *, max_new_tokens: int, eos_id
     """One iteration of PPO for models of the shape `config`."""
     model, scalar_model = Transformer(config), ScalarModel(config)
 
+    def on_trunk(trunk: Params, own: Params) -> Params:
+        return with_lora({"trunk": trunk}, own)  # a ScalarModel's
+
     def rollout(state: State, frozen: Frozen, key: PRNGKeyArray) -> tuple[Prompts, Completions]:
         prompts_key, sample_key = jax.random.split(key)
         rows = jax.random.randint(prompts_key, (cfg.responses,), 0, len(frozen.prompts.row))
         prompts = take(frozen.prompts, rows)
         completions = generate(
-            model, state.policy.params, prompts.tokens, prompts.mask, sample_key,
+            model, with_lora(frozen.trunk, state.policy.params), prompts.tokens, prompts.mask, sample_key,
             max_new_tokens=max_new_tokens, temperature=cfg.temperature, eos_id=eos_id, pad_id=pad_id,
         )  # fmt: skip
         return prompts, completions
@@ -150,13 +180,14 @@ def make_iteration(cfg: PPO, config: ModelConfig, *, max_new_tokens: int, eos_id
         tokens = join(prompts, completions, pad_id=pad_id)
         mask = tokens.mask
         ended = ((completions.tokens == eos_id) & completions.mask).any(axis=1)
-        model_scores = response_rewards(scalar_model, frozen.reward_model, tokens)
+        model_scores = response_rewards(scalar_model, on_trunk(frozen.trunk, frozen.reward_model), tokens)
         scores = jnp.where(ended, model_scores, cfg.no_end_score)
 
         # Re-scored at training shapes, so that the first ratio is exactly 1.
-        old_logprobs, entropy = token_scores(model, state.policy.params, tokens, temperature=cfg.temperature)
-        ref_logprobs = response_logprobs(model, frozen.reference, tokens, temperature=cfg.temperature)
-        values = token_values(scalar_model, state.critic.params, tokens)
+        policy, reference = (with_lora(frozen.trunk, own) for own in (state.policy.params, frozen.reference))
+        old_logprobs, entropy = token_scores(model, policy, tokens, temperature=cfg.temperature)
+        ref_logprobs = response_logprobs(model, reference, tokens, temperature=cfg.temperature)
+        values = token_values(scalar_model, on_trunk(frozen.trunk, state.critic.params), tokens)
         rewards = kl_shaped_rewards(scores, old_logprobs, ref_logprobs, mask, beta=state.beta)
         advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, lam=cfg.lam)
         experience = Experience(
@@ -185,8 +216,9 @@ def make_iteration(cfg: PPO, config: ModelConfig, *, max_new_tokens: int, eos_id
             "sampler_gap_max": jnp.nanmax(gap),
         }
 
-    def policy_loss(params: Params, batch: tuple[Experience, Tokens | None]) -> tuple[Array, Metrics]:
-        experience, demonstrations = batch
+    def policy_loss(own: Params, batch: tuple[Params, Experience, Tokens | None]) -> tuple[Array, Metrics]:
+        trunk, experience, demonstrations = batch
+        params = with_lora(trunk, own)
         mask = experience.tokens.mask
         if cfg.entropy_coef:
             logprobs, entropy = token_scores(model, params, experience.tokens, temperature=cfg.temperature)
@@ -204,9 +236,10 @@ def make_iteration(cfg: PPO, config: ModelConfig, *, max_new_tokens: int, eos_id
             metrics["ptx_loss"] = ptx
         return loss, metrics
 
-    def value_loss(params: Params, experience: Experience) -> tuple[Array, Metrics]:
+    def value_loss(own: Params, batch: tuple[Params, Experience]) -> tuple[Array, Metrics]:
+        trunk, experience = batch
         return value_clip_loss(
-            token_values(scalar_model, params, experience.tokens),
+            token_values(scalar_model, on_trunk(trunk, own), experience.tokens),
             experience.old_values,
             experience.returns,
             experience.tokens.mask,
@@ -215,9 +248,9 @@ def make_iteration(cfg: PPO, config: ModelConfig, *, max_new_tokens: int, eos_id
 
     policy_step, critic_step = make_train_step(policy_loss), make_train_step(value_loss)
 
-    def minibatch(states: tuple[TrainState, TrainState], batch: tuple[Experience, Tokens | None]) -> Any:
-        policy, policy_metrics = policy_step(states[0], batch)
-        critic, critic_metrics = critic_step(states[1], batch[0])
+    def minibatch(trunk: Params, states: tuple[TrainState, TrainState], batch: Any) -> Any:
+        policy, policy_metrics = policy_step(states[0], (trunk, *batch))
+        critic, critic_metrics = critic_step(states[1], (trunk, batch[0]))
         metrics = {"value_" + name: value for name, value in critic_metrics.items()}
         return (policy, critic), policy_metrics | metrics
 
@@ -229,7 +262,7 @@ def make_iteration(cfg: PPO, config: ModelConfig, *, max_new_tokens: int, eos_id
             rows = jax.random.randint(ptx_key, shape, 0, len(frozen.demonstrations.mask))
             demonstrations = take(frozen.demonstrations, rows)
         (policy, critic), metrics = ppo_update(
-            minibatch, (state.policy, state.critic), experience, demonstrations, shuffle_key,
+            partial(minibatch, frozen.trunk), (state.policy, state.critic), experience, demonstrations, shuffle_key,
             epochs=cfg.epochs, minibatches=cfg.minibatches,
         )  # fmt: skip
         beta = state.beta
@@ -262,8 +295,8 @@ def train(
         eos_id=setting.eos_id,
         pad_id=setting.pad_id,
     )
-    state = init_state(cfg, setting.model, sft_params, reward_params)
-    frozen = jax.device_put(Frozen(sft_params, reward_params, setting.prompts, setting.demonstrations))
+    policy, frozen = prepare(cfg, setting, sft_params, reward_params, jax.random.key(seed + 4))
+    state = init_state(cfg, setting.model, policy, frozen.reward_model)
     step_fn = jax.jit(iteration.whole, donate_argnums=0)
     key = jax.random.key(seed + 2)
     show = ("score", "utility", "kl_k1", "length")
@@ -287,7 +320,9 @@ def train(
             run.log("ppo", step + 1, metrics)
             if (step + 1) % 20 == 0 or step + 1 == cfg.steps:
                 checkpoint.save(run.dir, "ppo", step + 1, state)
-    return state.policy.params, {f"ppo_{name}": float(value) for name, value in metrics.items()}
+    return with_lora(frozen.trunk, state.policy.params), {
+        f"ppo_{name}": float(value) for name, value in metrics.items()
+    }
 
 
 def main(cfg: Config) -> dict[str, float]:

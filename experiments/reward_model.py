@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import sft
+from experiments.adapters import Adapters, split
 from experiments.setting import Comparisons, Setting, Source, announce, load_setting
 from experiments.sft import SFT
 from rlhf_jax import checkpoint
@@ -26,12 +27,12 @@ from rlhf_jax.errors import at_least
 from rlhf_jax.evaluate import calibration, length_baseline, preference_accuracy
 from rlhf_jax.log import Run, run_main
 from rlhf_jax.losses import ranking_loss
-from rlhf_jax.models import ScalarModel, from_language_model
+from rlhf_jax.models import ScalarModel, from_language_model, with_lora
 from rlhf_jax.train import cosine_decay, make_optimizer, make_state, make_train_step, response_rewards, token_values
 
 
 @dataclass(frozen=True)
-class RewardModel:
+class RewardModel(Adapters):
     """What reward-model training can be told."""
 
     epochs: int = 2
@@ -41,6 +42,7 @@ class RewardModel:
     weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, epochs=1, prompts_per_step=1, learning_rate=0, weight_decay=0)
 
 
@@ -95,16 +97,19 @@ def evaluate(score, params: Any, heldout: Rankings) -> dict[str, Any]:
 def train(
     cfg: RewardModel, setting: Setting, comparisons: Comparisons, sft_params: Any, run: Run, seed: int
 ) -> tuple[Any, dict[str, float]]:
-    """Trains; returns the shifted parameters and the final metrics."""
+    """Trains; returns the shifted parameters, adapters over the SFT's weights if asked for, and the final metrics."""
     model = ScalarModel(setting.model)
     params = from_language_model(sft_params, jax.random.key(seed + 1), setting.model)
     prompts = len(comparisons.train.ranks)
     steps_an_epoch = max(1, prompts // cfg.prompts_per_step)
     steps = cfg.epochs * steps_an_epoch
     optimizer = make_optimizer(cosine_decay(cfg.learning_rate, steps), weight_decay=cfg.weight_decay)
-    state = make_state(model, params, optimizer)
+    frozen, own = jax.device_put(split(cfg, jax.random.key(seed + 3), params))
+    state = make_state(model, own, optimizer)
 
-    def loss_fn(params, batch: Rankings | PackedRankings):
+    def loss_fn(own, frozen_and_batch: tuple[Any, Rankings | PackedRankings]):
+        frozen, batch = frozen_and_batch
+        params = with_lora(frozen, own)
         if isinstance(batch, PackedRankings):
             rewards = packed_rewards(token_values(model, params, batch.tokens), batch)
         else:
@@ -122,16 +127,16 @@ def train(
         start = step % steps_an_epoch * cfg.prompts_per_step
         some = permutation[start : start + cfg.prompts_per_step]
         batch = comparisons.pack(some) if comparisons.pack else pick(comparisons.train, some)
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, (frozen, batch))
         last = step + 1 == steps
         if (step + 1) % max(1, steps // 8) == 0 or last:
-            metrics |= evaluate(score, state.params, comparisons.heldout)
+            metrics |= evaluate(score, with_lora(frozen, state.params), comparisons.heldout)
             checkpoint.save(run.dir, "reward_model", step + 1, state)
         if step % 20 == 0 or "val_accuracy" in metrics:
             run.log("reward_model", step + 1, metrics)
 
     # Ouyang et al. 2022, §3.5: a bias so that demonstrations score 0 on average.
-    params = jax.tree.map(jnp.copy, state.params)
+    params = with_lora(frozen, jax.tree.map(jnp.copy, state.params))
     params["head"]["bias"] -= score(params, setting.validation).mean()
     metrics = evaluate(score, params, comparisons.heldout) | comparisons.facts
     metrics["demonstrations_score"] = float(score(params, setting.validation).mean())

@@ -15,19 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
 
+from experiments.adapters import Adapters, split
 from experiments.setting import Setting, Source, announce, load_setting
 from rlhf_jax import checkpoint
 from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import at_least
 from rlhf_jax.log import Run, run_main
-from rlhf_jax.models import Transformer
+from rlhf_jax.models import Transformer, merge_lora, with_lora
 from rlhf_jax.sampling import generate
 from rlhf_jax.train import cosine_decay, make_optimizer, make_state, make_train_step, sft_objective
 
 
 @dataclass(frozen=True)
-class SFT:
+class SFT(Adapters):
     """What supervised fine-tuning can be told."""
 
     steps: int = 2500
@@ -38,6 +39,7 @@ class SFT:
     weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, steps=1, batch_size=1, learning_rate=0, weight_decay=0)
 
 
@@ -79,32 +81,39 @@ def make_validation_loss(setting: Setting):
     return lambda params: float(loss_fn(params, setting.validation)[0])
 
 
-def resume(run: Run, state: TrainState) -> tuple[TrainState, int, list[Any]]:
+def resume(run: Run, state: TrainState, frozen: Any) -> tuple[TrainState, int, list[Any]]:
     """Where a resumed run goes on: the state, its step, and the parameters after each epoch so far."""
     steps = sorted(c.step for c in checkpoint.checkpoints(run.dir) if c.stage == "sft" and not c.damage)
     if not run.resumed or not steps:
         return state, 0, []
     states = [checkpoint.restore(run.dir, "sft", step, like=state) for step in steps]
-    return states[-1], steps[-1], [jax.tree.map(np.asarray, s.params) for s in states]
+    return states[-1], steps[-1], [whole(frozen, s.params) for s in states]
+
+
+def whole(frozen: Any, own: Any) -> Any:
+    """Plain parameters on the host."""
+    return jax.tree.map(np.asarray, merge_lora(with_lora(frozen, own)))
 
 
 def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
-    """Trains and returns the parameters at the end of each epoch, the last ones last."""
+    """Trains and returns the parameters at the end of each epoch, adapters merged, the last ones last."""
     model = Transformer(setting.model)
     key = jax.random.key(seed)
     params = setting.params
     if params is None:
         params = model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]
     optimizer = make_optimizer(cosine_decay(cfg.learning_rate, cfg.steps), weight_decay=cfg.weight_decay)
-    state = make_state(model, params, optimizer)
+    frozen, own = jax.device_put(split(cfg, jax.random.fold_in(key, 1), params))
+    state = make_state(model, own, optimizer)
 
-    train_step = make_train_step(make_loss(setting))
+    loss_fn = make_loss(setting)
+    train_step = make_train_step(lambda own, batch: loss_fn(with_lora(batch[0], own), batch[1]))
     validation_loss = make_validation_loss(setting)
 
     rows = len(setting.demonstrations.mask)
     # A stream has no epochs: what is done after each is done four times in a run.
     steps_an_epoch = max(1, cfg.steps // 4 if setting.streaming else rows // cfg.batch_size)
-    state, first, epochs = resume(run, state)
+    state, first, epochs = resume(run, state, frozen)
     batches = setting.batches(cfg.batch_size, seed) if setting.batches else None
     if batches is not None and first:
         batches.set_state(checkpoint.inspect(run.dir, "sft", first).data_state)
@@ -116,13 +125,14 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
                 permutation = np.random.default_rng([seed, 1, step // steps_an_epoch]).permutation(rows)
             start = step % steps_an_epoch * cfg.batch_size
             batch = take(setting.demonstrations, permutation[start : start + cfg.batch_size])
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, (frozen, batch))
         last = step + 1 == cfg.steps
         if (step + 1) % steps_an_epoch == 0 or last:
-            epochs.append(jax.tree.map(np.asarray, state.params))
-            metrics["val_loss"] = validation_loss(state.params)
+            epochs.append(whole(frozen, state.params))
+            params = with_lora(frozen, state.params)
+            metrics["val_loss"] = validation_loss(params)
             if setting.judge is not None:
-                completions = make_sampler(setting, state.params, seed)(setting.heldout, len(epochs))
+                completions = make_sampler(setting, params, seed)(setting.heldout, len(epochs))
                 metrics["utility"] = setting.judge(setting.heldout, completions).mean()
             data_state = None if batches is None else batches.get_state()
             checkpoint.save(run.dir, "sft", step + 1, state, data_state=data_state)

@@ -37,7 +37,7 @@ from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.diagnostics import gao_fit
 from rlhf_jax.errors import at_least
 from rlhf_jax.log import Run, run_main
-from rlhf_jax.models import Transformer, from_language_model
+from rlhf_jax.models import Transformer, from_language_model, with_lora
 
 CURVES = ("score", "utility", "kl_k1", "length", "entropy")
 
@@ -71,16 +71,16 @@ def make_train(cfg: PPO, setting: Setting, start: Any, reward_params: Any) -> Ca
         eos_id=setting.eos_id,
         pad_id=setting.pad_id,
     )
-    frozen = jax.device_put(ppo.Frozen(start, reward_params, setting.prompts, setting.demonstrations))
+    policy, frozen = ppo.prepare(cfg, setting, start, reward_params, jax.random.key(0))
 
     def train(key: PRNGKeyArray, beta: Float[Array, ""]) -> tuple[Any, dict[str, Array], Prompts, Completions]:
         def step(state: ppo.State, key: PRNGKeyArray) -> tuple[ppo.State, Any]:
             state, metrics, prompts, completions = iteration.whole(state, frozen, key)
             return state, (metrics, prompts, completions)
 
-        state = ppo.init_state(cfg, setting.model, start, reward_params, beta=beta)
+        state = ppo.init_state(cfg, setting.model, policy, frozen.reward_model, beta=beta)
         state, (metrics, prompts, completions) = jax.lax.scan(step, state, jax.random.split(key, cfg.steps))
-        return state.policy.params, metrics, prompts, completions
+        return with_lora(frozen.trunk, state.policy.params), metrics, prompts, completions
 
     return train
 
@@ -95,7 +95,8 @@ def one_seed(seed: int, *, cfg: Config, folder: Path) -> dict[str, Any]:
         epochs = sft.train(cfg.sft, setting, run, seed)
         comparisons = setting.compare(sft.make_sampler(setting, epochs[-1], seed))
         reward_params, facts = reward_model.train(cfg.reward_model, setting, comparisons, epochs[-1], run, seed)
-        start = epochs[pipeline.choose_epoch(setting, epochs, reward_params, run, seed)]
+        # On one trunk PPO starts where the reward model did.
+        start = epochs[-1 if cfg.ppo.lora_rank else pipeline.choose_epoch(setting, epochs, reward_params, run, seed)]
         train = jax.jit(make_train(cfg.ppo, setting, start, reward_params))
         assert setting.judge is not None
         curves, finals = [], []

@@ -41,7 +41,7 @@ def init_lora(
     names = [name for name in kernels if re.search(targets, name)]
     if not names:
         raise ValueError(f"targets {targets!r} match no kernel; there are kernels such as {next(iter(kernels), None)}")
-    adapter = {}
+    adapter: dict[str, jax.Array] = {}
     for name, name_key in zip(names, jax.random.split(key, len(names)), strict=True):
         *layers, width, features = kernels[name].shape
         a = jax.random.normal(name_key, (*layers, width, rank)) * width**-0.5

@@ -1,11 +1,14 @@
 """The experiments run from end to end, small: the world, real text, resuming, and what a user gets wrong."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +17,20 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from experiments import pipeline, ppo, reward_model, setting, sft
 from experiments.ablations import kl_coefficient
+from experiments.adapters import split
+from rlhf_jax.errors import UserError
 from rlhf_jax.log import run_main
-from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, from_language_model, load_hf, load_hf_reward_model
+from rlhf_jax.models import (
+    ModelConfig,
+    ScalarModel,
+    Transformer,
+    from_language_model,
+    load_hf,
+    load_hf_reward_model,
+    merge_lora,
+    with_lora,
+)
+from rlhf_jax.models.weights import flat
 from rlhf_jax.sampling import generate
 
 ROOT = Path(__file__).parents[2]
@@ -181,6 +196,85 @@ def test_train_is_pure_and_vmaps_over_beta():
     alone = jax.jit(lambda beta: train(jax.random.key(0), beta)[1]["score"])
     np.testing.assert_allclose(together, [alone(beta) for beta in betas], atol=1e-4)
     np.testing.assert_array_equal(alone(betas[0]), alone(betas[0]))
+
+
+ADAPTERS = dict(lora_rank=2, lora_alpha=4.0)
+
+
+def lora_iteration(*, merged):
+    """PPO on one trunk with adapters that have been trained, or on the four full models that they make."""
+    config, (params, reward_params, prompts, demonstrations, _) = tiny_frozen()
+    cfg = ppo.PPO(responses=8, epochs=1, minibatches=2, ptx_coef=1.0, **ADAPTERS)
+
+    def moved(own, seed):
+        rng = np.random.default_rng(seed)
+        return jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32), own)
+
+    _, own = split(cfg, jax.random.key(2), reward_params)
+    reward_model_own, critic = moved(own, 0), moved(own, 1)
+    policy = moved(split(cfg, jax.random.key(3), params)[1], 2)
+    if merged:
+        whole = [merge_lora(with_lora({"trunk": params}, own)) for own in (reward_model_own, critic)]
+        frozen = ppo.Frozen(params, whole[0], prompts, demonstrations)
+        state = ppo.init_state(cfg, config, merge_lora(with_lora(params, policy)), whole[1])
+    else:
+        frozen = ppo.Frozen({}, reward_model_own, prompts, demonstrations, params)
+        state = ppo.init_state(cfg, config, policy, critic)
+    return ppo.make_iteration(cfg, config, max_new_tokens=4, eos_id=2, pad_id=0), state, frozen
+
+
+def test_ppo_on_one_trunk_samples_and_scores_as_four_full_models_do():
+    answers = {}
+    for merged in (False, True):
+        iteration, state, frozen = lora_iteration(merged=merged)
+        prompts, completions = jax.jit(iteration.rollout)(state, frozen, jax.random.key(0))
+        answers[merged] = completions, jax.jit(iteration.score)(state, frozen, prompts, completions)
+    np.testing.assert_array_equal(answers[False][0].tokens, answers[True][0].tokens)
+    experience, metrics = answers[False][1]
+    assert abs(float(metrics["kl_k1"])) > 0.01 and float(metrics["sampler_gap_max"]) < 1e-4
+    chex.assert_trees_all_close(answers[False], answers[True], atol=1e-4)
+    assert np.abs(np.asarray(experience.old_values)).max() > 0.1
+
+
+def test_ppo_on_one_trunk_moves_adapters_and_head_only():
+    iteration, state, frozen = lora_iteration(merged=False)
+    before = jax.tree.map(np.asarray, state)
+    after, metrics, *_ = jax.jit(iteration.whole)(state, frozen, jax.random.key(0))
+    trained = {name for role in (after.policy, after.critic) for name in flat(role.params)}
+    assert {name.rpartition("/")[2] for name in trained if name.startswith(("layer", "trunk"))} == {
+        "lora_a", "lora_b", "lora_scale"
+    }  # fmt: skip
+    assert len(jax.tree.leaves(after.policy.opt_state)) <= 2 * len(flat(after.policy.params)) + 4
+    for role in ("policy", "critic"):
+        leaves, old = (flat(getattr(s, role).params) for s in (after, before))
+        moved = {name for name in leaves if not np.array_equal(leaves[name], old[name])}
+        assert moved == {name for name in leaves if not name.endswith("lora_scale")}
+    assert float(metrics["ratio"]) > 0 and np.isfinite(metrics["ptx_loss"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_pipeline_with_adapters(small_world, tmp_path, dtype):
+    lora = ADAPTERS | {"frozen_dtype": dtype}
+    stages = {name: replace(stage, **lora) for name, stage in SMALL.items()}
+    metrics = pipeline.main(pipeline.Config(run_dir=str(tmp_path / "run"), **stages))
+    assert all(np.isfinite(value) for value in metrics.values())
+    again = pipeline.main(pipeline.Config(run_dir=str(tmp_path / "run"), resume=True, **stages))
+    same = ("win_rate", "ppo_score", "sft_score", "reward_model_val_accuracy")
+    assert {name: again[name] for name in same} == {name: metrics[name] for name in same}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ppo": {"lora_rank": 2}}, "set --reward-model.lora-rank too"),
+        ({"sft": {"lora_rank": 2, "lora_targets": "q_proj"}}, "lora-targets 'q_proj'"),
+        ({"sft": {"lora_rank": 2, "lora_targets": "(q"}}, "lora-targets '(q'"),
+    ],
+)
+def test_adapters_that_cannot_be_are_a_users_mistake(small_world, tmp_path, changes, message):
+    stages = {name: replace(stage, **changes.get(name, {})) for name, stage in SMALL.items()}
+    with pytest.raises(UserError, match=re.escape(message)):
+        pipeline.main(pipeline.Config(run_dir=str(tmp_path / "run"), **stages))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,53 @@
+"""What a stage trains: its weights, or low-rank adapters over them (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+
+Either way a stage has a frozen tree and one of its own, and `with_lora(frozen, own)` is the model: nothing is frozen
+where weights are trained. Only the own tree has gradients and an optimiser's state.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
+
+from rlhf_jax.errors import UserError, at_least
+from rlhf_jax.models import cast_frozen, init_lora
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What a stage can be told about adapters."""
+
+    lora_rank: int = 0
+    """Train adapters of this rank over frozen weights; 0 trains the weights."""
+    lora_alpha: float = 32.0
+    """An adapter is added α/r times."""
+    lora_targets: str = "(query|key|value|output|gate|up|down)/kernel"
+    """A regular expression, looked for in names such as layer_0/query/kernel."""
+    lora_rank_stabilized: bool = False
+    """α/√r times (rsLoRA)."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen weights."""
+
+    def __post_init__(self) -> None:
+        at_least(self, lora_rank=0, lora_alpha=0)
+
+
+def split(cfg: Adapters, key: PRNGKeyArray, params: Any) -> tuple[Any, Any]:
+    """(frozen, own) of a language model's or a ScalarModel's parameters; a scalar head is always the stage's own.
+
+    Raises UserError for targets that match nothing.
+    """
+    if not cfg.lora_rank:
+        return {}, params
+    scalar = {name: params[name] for name in ("head",) if "trunk" in params}
+    frozen = {name: value for name, value in params.items() if name not in scalar}
+    try:
+        adapter = init_lora(
+            key, frozen, rank=cfg.lora_rank, alpha=cfg.lora_alpha, targets=cfg.lora_targets,
+            rank_stabilized=cfg.lora_rank_stabilized,
+        )  # fmt: skip
+    except (ValueError, re.error) as error:
+        raise UserError(f"lora-targets {cfg.lora_targets!r}: {error}") from None
+    return cast_frozen(frozen, jnp.dtype(cfg.frozen_dtype)), adapter | scalar
