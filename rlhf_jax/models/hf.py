@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.families import FAMILIES, Cut, Family
-from rlhf_jax.models.weights import find_tensors, flat, join, match, nested, param_shapes, read_params
+from rlhf_jax.models.weights import find_tensors, flat, join, layers_apart, match, nested, param_shapes, read_params
 
 SCORE = "score.weight"
 FILES = ["*.json", "model*.safetensors", "*.model", "merges.txt", "*.jinja"]
@@ -82,7 +82,7 @@ def save_hf(
     The tokenizer too if given, and a README.md that says what `card` does. Each file is written whole or not at all.
     Raises ValueError when `params` are not those of `config`, or no model of that family has such a config.
     """
-    family = _family(config)
+    family = family_of(config)
     name = family.language_model or f"{family.classes}ForCausalLM"
     _save(Path(path), config, name, _layers_apart(config, params), {}, {}, tokenizer, card)
 
@@ -98,7 +98,7 @@ def save_hf_reward_model(
     """
     if set(params) != {"trunk", "head"}:
         raise ValueError(f"parameters {sorted(params)} are not those of a ScalarModel: ['head', 'trunk']")
-    family = _family(config)
+    family = family_of(config)
     name = f"{family.classes}ForSequenceClassification"
     if bias := float(params["head"]["bias"]):
         raise ValueError(f"the head's bias {bias:.4g} has no place in a {name}; with bias 0 all rewards shift alike")
@@ -134,7 +134,7 @@ def _save(
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if tokenizer is not None:
         ends = {name: getattr(tokenizer, name) for name in ends}
-    family = _family(config)
+    family = family_of(config)
     hf = {"architectures": [class_name], **family.write(config), "dtype": "float32", **ends, **more}
     for name, cut in family.places(config.n_layers).items():
         if all(part in leaves for part in cut.parts):
@@ -146,22 +146,15 @@ def _save(
     temporary.replace(folder / "model.safetensors")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    _write(folder / "config.json", json.dumps(hf, indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(hf, indent=2) + "\n")
     generation = {"do_sample": True, **{name: value for name, value in ends.items() if value is not None}}
-    _write(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
-    _write(folder / "README.md", _card(class_name, leaves, card or ModelCard()))
+    write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+    write_text(folder / "README.md", _card(class_name, leaves, card or ModelCard()))
 
 
 def _layers_apart(config: ModelConfig, params: Any) -> dict[str, Any]:
     """Leaves by name, scanned layers one by one. Raises ValueError unless they are those of the config."""
-    leaves = flat(params)
-    if config.scan_layers:
-        stacked = {name.removeprefix("layers/"): leaf for name, leaf in leaves.items() if name.startswith("layers/")}
-        if not stacked:
-            raise ValueError("parameters are not those of this config, which has scan_layers: there are no layers")
-        leaves = {name: leaf for name, leaf in leaves.items() if not name.startswith("layers/")}
-        for name, leaf in stacked.items():
-            leaves |= {f"layer_{i}/{name}": leaf[i] for i in range(config.n_layers)}
+    leaves = layers_apart(config, flat(params))
     shapes = param_shapes(config)
     for name in [*shapes, *leaves]:
         has, wants = np.shape(leaves[name]) if name in leaves else "none", shapes.get(name, "none")
@@ -202,7 +195,8 @@ def _by_name(shardings: Any) -> Callable[[str], Sharding | None]:
     return sharding_of
 
 
-def _family(config: ModelConfig) -> Family:
+def family_of(config: ModelConfig) -> Family:
+    """Its tables. Raises ValueError for a family that has none."""
     if config.family not in FAMILIES:
         raise ValueError(f"family {config.family!r} is not supported, only {', '.join(sorted(FAMILIES))}")
     return FAMILIES[config.family]
@@ -232,7 +226,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").exists():  # before the index, as transformers has it
         return [folder / "model.safetensors"]
     if index.exists():
-        places = _read_json(index).get("weight_map")
+        places = read_json(index).get("weight_map")
         if not isinstance(places, dict):
             raise ValueError(f"{index} has no weight_map")
         return [folder / shard for shard in sorted(set(places.values()))]
@@ -243,7 +237,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], Family, ModelConfig]:
     path = folder / "config.json"
-    hf = _read_json(path)
+    hf = read_json(path)
     if hf.get("model_type") not in FAMILIES:
         names = ", ".join(sorted(FAMILIES))
         raise ValueError(f"{path}: model_type {hf.get('model_type')!r} is not supported, only {names}")
@@ -254,7 +248,8 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], Family, ModelConfig]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's object. Raises FileNotFoundError or ValueError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -266,7 +261,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

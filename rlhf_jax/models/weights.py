@@ -62,6 +62,33 @@ def nested(leaves: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def layers_apart(config: ModelConfig, leaves: dict[str, Any]) -> dict[str, Any]:
+    """Leaves by name, scanned layers one by one. Raises ValueError where they should be scanned and are not."""
+    if not config.scan_layers:
+        return leaves
+    stacked = {name.removeprefix("layers/"): leaf for name, leaf in leaves.items() if name.startswith("layers/")}
+    if not stacked:
+        raise ValueError("parameters are not those of this config, which has scan_layers: there are no layers")
+    leaves = {name: leaf for name, leaf in leaves.items() if not name.startswith("layers/")}
+    for name, leaf in stacked.items():
+        leaves |= {f"layer_{i}/{name}": leaf[i] for i in range(config.n_layers)}
+    return leaves
+
+
+def layers_stacked(config: ModelConfig, leaves: dict[str, Any]) -> dict[str, Any]:
+    """`layers_apart`, undone. Raises ValueError for a leaf that only some of the layers have."""
+    if not config.scan_layers:
+        return leaves
+    found = {name: leaf for name, leaf in leaves.items() if not name.startswith("layer_")}
+    for name in {name.partition("/")[2]: None for name in leaves if name.startswith("layer_")}:
+        names = [f"layer_{i}/{name}" for i in range(config.n_layers)]
+        layers = [leaves[name] for name in names if name in leaves]
+        if len(layers) < len(names) or len({layer.shape for layer in layers}) > 1:
+            raise ValueError(f"{name} is not alike in all {config.n_layers} layers, which scan_layers needs")
+        found[f"layers/{name}"] = jnp.stack(layers)
+    return found
+
+
 def tensor_shape(cut: Cut, shapes: dict[str, Shape]) -> Shape:
     """Of the tensor that holds those parts."""
     *rest, _ = shapes[cut.parts[0]]

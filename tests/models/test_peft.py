@@ -1,0 +1,187 @@
+"""Adapters written for PEFT and read from it give the same logits as its torch models."""
+
+import json
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from parity import LANGUAGE, MASK, POSITIONS, RICHEST, TOKENS, torch_model, torch_outputs
+from safetensors.numpy import load_file, save_file
+
+from rlhf_jax.models import Transformer, init_lora, load_hf, load_peft, save_peft, with_lora
+from rlhf_jax.models.weights import flat, nested
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3"]
+EVERYTHING = "(query|key|value|output|gate|up|down)/kernel"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """base(family) -> (torch's model, our config, our params)."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            theirs = torch_model(RICHEST[family])
+            theirs.save_pretrained(folder)
+            made[family] = folder, load_hf(folder)
+        return torch_model(RICHEST[family]), *made[family][1]
+
+    return make
+
+
+def logits(config, params):
+    arguments = map(jnp.asarray, (TOKENS, POSITIONS, MASK.astype(np.int32)))
+    return np.asarray(jax.jit(Transformer(config).apply)({"params": params}, *arguments))[MASK]
+
+
+def trained(params, **options):
+    """An adapter whose B is not zero."""
+    options = dict(rank=3, alpha=5.0, targets=EVERYTHING) | options
+    adapter = flat(init_lora(jax.random.key(0), params, **options))
+    rng = np.random.default_rng(0)
+    b = {name: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype) for name, x in adapter.items() if "lora_b" in name}
+    return nested(adapter | b)
+
+
+def same(ours, theirs):
+    ours, theirs = flat(ours), flat(theirs)
+    assert set(ours) == set(theirs)
+    for name in ours:
+        assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_loads_what_we_save(base, tmp_path, family):
+    theirs, config, params = base(family)
+    adapter = trained(params)
+    save_peft(tmp_path, config, adapter, base_model="owner/model")
+    model = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+    expected = torch_outputs(model, LANGUAGE)
+    assert_allclose(logits(config, with_lora(params, adapter)), expected, atol=1e-4, rtol=1e-4)
+    assert np.abs(expected - logits(config, params)).max() > 0.01
+    same(load_peft(tmp_path, config), adapter)
+    card = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert card["target_modules"] == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_we_load_what_peft_saves(base, tmp_path, family, use_rslora):
+    theirs, config, params = base(family)
+    torch.manual_seed(1)
+    options = peft.LoraConfig(
+        r=4, lora_alpha=6, use_rslora=use_rslora, target_modules=["q_proj", "o_proj", "up_proj"],
+        init_lora_weights=False, rank_pattern={"up_proj": 2}, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model = peft.get_peft_model(theirs, options).eval()
+    model.save_pretrained(tmp_path)
+    adapter = load_peft(tmp_path, config)
+    assert len(flat(adapter)) == 3 * 3 * config.n_layers
+    expected = torch_outputs(model, LANGUAGE)
+    assert_allclose(logits(config, with_lora(params, adapter)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_scanned_layers_and_some_modules_only(base, tmp_path):
+    theirs, config, params = base("llama")
+    adapter = trained(params, targets="layer_1/(query|down)", rank_stabilized=True)
+    save_peft(tmp_path / "some", config, adapter)
+    model = peft.PeftModel.from_pretrained(theirs, tmp_path / "some").eval()
+    expected = torch_outputs(model, LANGUAGE)
+    assert_allclose(logits(config, with_lora(params, adapter)), expected, atol=1e-4, rtol=1e-4)
+    scanned = replace(config, scan_layers=True)
+    with pytest.raises(ValueError, match="query/lora_a is not alike in all 2 layers, which scan_layers needs"):
+        load_peft(tmp_path / "some", scanned)
+
+    save_peft(tmp_path / "all", config, trained(params))
+    stacked = load_peft(tmp_path / "all", scanned)
+    assert set(stacked) == {"layers"}
+    save_peft(tmp_path / "again", scanned, stacked)
+    same(load_peft(tmp_path / "again", config), trained(params))
+
+
+@pytest.mark.parametrize(
+    "family, targets, message",
+    [
+        ("phi3", "query", "layer_0/query cannot be saved for phi3: it is one tensor with others there"),
+        ("gpt_neox", "value", "layer_0/value cannot be saved for gpt_neox: it is one tensor with others there"),
+    ],
+)
+def test_a_part_of_a_fused_tensor_is_refused(base, tmp_path, family, targets, message):
+    _, config, params = base(family)
+    with pytest.raises(ValueError, match=message):
+        save_peft(tmp_path, config, trained(params, targets=targets))
+    save_peft(tmp_path, config, trained(params, targets="output|down"))
+    same(load_peft(tmp_path, config), trained(params, targets="output|down"))
+
+
+def test_an_adapter_that_cannot_be_saved(base, tmp_path):
+    _, config, params = base("llama")
+    mixed = with_lora(trained(params, targets="query"), trained(params, targets="up", rank=2))
+    for adapter, message in [
+        ({}, "init_lora makes one"),
+        (params, "init_lora makes one"),
+        (mixed, re.escape("modules differ in rank [2, 3]")),
+        ({"layer_7": trained(params)["layer_0"]}, "layer_7/down cannot be saved for llama: it is none of its modules"),
+        ({"layer_0": {"up": trained(params)["layer_0"]["down"]}}, re.escape("layer_0/up is adapted (40, 32)")),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            save_peft(tmp_path / "out", config, adapter)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"peft_type": "IA3"}, "adapter_config.json: peft_type 'IA3' is not supported, only 'LORA'"),
+        ({"use_dora": True}, "use_dora True is not supported, only False"),
+        ({"bias": "all"}, "bias 'all' is not supported, only 'none'"),
+        ({"modules_to_save": ["score"]}, "modules_to_save"),
+        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
+        ({"lora_alpha": None}, "lora_alpha is None, and should be a number"),
+    ],
+)
+def test_more_than_lora_is_refused(base, tmp_path, change, message):
+    _, config, params = base("llama")
+    save_peft(tmp_path, config, trained(params))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message) as error:
+        load_peft(tmp_path, config)
+    assert "\n" not in str(error.value)
+
+
+def test_broken_tensors_are_named(base, tmp_path):
+    _, config, params = base("llama")
+    save_peft(tmp_path, config, trained(params))
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    query = "base_model.model.model.layers.0.self_attn.q_proj"
+    for change, message in [
+        ({f"{query}.lora_A.weight": None}, "layers.0.self_attn.q_proj has only one of lora_A and lora_B"),
+        ({f"{query}.lora_A.weight": np.zeros((3, 5), np.float32)}, "q_proj has lora_A .3, 5. .* not fit its weight"),
+        ({"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": tensors[f"{query}.lora_A.weight"]},
+         "layers.9.mlp.up_proj.lora_A.weight has no place"),
+    ]:  # fmt: skip
+        save_file({name: x for name, x in (tensors | change).items() if x is not None}, path)
+        with pytest.raises(ValueError, match=message):
+            load_peft(tmp_path, config)
+    save_file({}, path)
+    with pytest.raises(ValueError, match="holds no adapter"):
+        load_peft(tmp_path, config)
+    path.write_bytes(b"{}")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_peft(tmp_path, config)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model.safetensors; pickled adapters are not read"):
+        load_peft(tmp_path, config)
