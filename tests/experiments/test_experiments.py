@@ -32,6 +32,7 @@ from rlhf_jax.models import (
 )
 from rlhf_jax.models.weights import flat
 from rlhf_jax.sampling import generate
+from rlhf_jax.train import token_scores, token_values
 
 ROOT = Path(__file__).parents[2]
 SMALL = dict(
@@ -233,7 +234,15 @@ def test_ppo_on_one_trunk_samples_and_scores_as_four_full_models_do():
     experience, metrics = answers[False][1]
     assert abs(float(metrics["kl_k1"])) > 0.01 and float(metrics["sampler_gap_max"]) < 1e-4
     chex.assert_trees_all_close(answers[False], answers[True], atol=1e-4)
-    assert np.abs(np.asarray(experience.old_values)).max() > 0.1
+    # Each role by itself, from its full model.
+    config, _ = tiny_frozen()
+    roles = [
+        (experience.old_values, token_values(ScalarModel(config), state.critic.params, experience.tokens)),
+        (experience.old_logprobs, token_scores(Transformer(config), state.policy.params, experience.tokens)[0]),
+        (experience.ref_logprobs, token_scores(Transformer(config), frozen.reference, experience.tokens)[0]),
+    ]
+    for ours, expected in roles:
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
 def test_ppo_on_one_trunk_moves_adapters_and_head_only():
