@@ -53,20 +53,22 @@ def the_exported_folders_are_the_models(run):
     torch = pytest.importorskip("torch")
     config, params = load_hf(run / "policy")
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
-    prompt = np.asarray([tokenizer.encode("count cat cat")])
+    prompt = jnp.asarray([tokenizer.encode("count cat cat")])
     ours = generate(
         Transformer(config), params, prompt, prompt > -1, jax.random.key(0),
         max_new_tokens=12, temperature=0.0, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
     )  # fmt: skip
     theirs = AutoModelForCausalLM.from_pretrained(run / "policy").generate(
-        torch.tensor(prompt), max_new_tokens=12, do_sample=False
+        torch.tensor(np.asarray(prompt)), max_new_tokens=12, do_sample=False
     )[0, prompt.shape[1] :]
     assert np.asarray(ours.tokens)[np.asarray(ours.mask)].tolist() == theirs.tolist()
 
     config, params = load_hf_reward_model(run / "reward_model")
     score = ScalarModel(config).apply({"params": params}, prompt)[0, -1]
     with torch.no_grad():
-        theirs = AutoModelForSequenceClassification.from_pretrained(run / "reward_model")(torch.tensor(prompt)).logits
+        theirs = AutoModelForSequenceClassification.from_pretrained(run / "reward_model")(
+            torch.tensor(np.asarray(prompt))
+        ).logits
     np.testing.assert_allclose(score, theirs[0, 0].numpy(), atol=1e-5)
     assert "ppo_kl_k1" in (run / "policy" / "README.md").read_text(encoding="utf-8")
 
