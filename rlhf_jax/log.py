@@ -42,6 +42,8 @@ PLAIN_LINES = 10
 NOT_A_BUG = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 INTERRUPTED = 130
 """What a shell expects of a program that Ctrl-C ended: 128 + SIGINT."""
+ONE_PRESS = 1.0
+"""Seconds within which interrupts count as one: a launcher passes on the Ctrl-C that came here by itself."""
 
 
 class Run:
@@ -58,6 +60,9 @@ class Run:
         self._console = Console(stderr=False, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._shown: dict[tuple[str, str], float] = {}
+        self._interrupted = -math.inf
+        self._writing = 0
+        self._handler: Any = None
         config = json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
         if resume:
             self._compare(config)
@@ -66,8 +71,6 @@ class Run:
         _end_torn_line(self.dir / "metrics.jsonl")
         self._metrics = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")
         self._events = SummaryWriter(str(self.dir / "tensorboard"), flush_secs=5)
-        self._interrupted = False
-        self._handler: Any = None
 
     def __enter__(self) -> "Run":
         if threading.current_thread() is threading.main_thread():
@@ -77,20 +80,37 @@ class Run:
 
     def _interrupt(self, *_: Any) -> None:
         """Python drops what is raised inside a garbage collector's callback, and jax has one: hence the note."""
-        self._interrupted = True
-        raise KeyboardInterrupt
+        repeated = time.monotonic() - self._interrupted < ONE_PRESS
+        self._interrupted = time.monotonic()
+        if not (repeated or self._writing):
+            raise KeyboardInterrupt
+
+    def _obey(self) -> None:
+        if self._interrupted > -math.inf:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """An interrupt waits for the end: inside a queue's `put` it would leave a lock that `close` waits for."""
+        self._writing += 1
+        try:
+            yield
+        finally:
+            self._writing -= 1
+        if not self._writing:
+            self._obey()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         status = "finished" if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
-        with _deaf_to_ctrl_c():
-            if self._bar is not None:
-                self._bar.stop()
-            self._metrics.close()
-            self._events.close()
-            _write_json(self.dir / "status.json", {"status": status})
-            self.say(f"{status}: the run is in {self.dir}")
+        self._writing += 1  # no interrupt cuts the closing short
+        if self._bar is not None:
+            self._bar.stop()
+        self._metrics.close()
+        self._events.close()
+        _write_json(self.dir / "status.json", {"status": status})
+        self.say(f"{status}: the run is in {self.dir}")
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
 
@@ -98,12 +118,13 @@ class Run:
         """Writes scalars (Python, numpy or jax) of one step; NaN and infinities become null in the JSON."""
         scalars = {name: _scalar(name, value) for name, value in metrics.items()}
         line = {"stage": stage, "step": int(step), "time": round(time.time(), 3), **_finite(scalars)}
-        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
-        self._metrics.flush()
-        for name, value in scalars.items():
-            self._shown[stage, name] = value
-            if math.isfinite(value):
-                self._events.add_scalar(f"{stage}/{name}", value, step)
+        self._shown |= {(stage, name): value for name, value in scalars.items()}
+        with self._undisturbed():
+            self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+            self._metrics.flush()
+            for name, value in scalars.items():
+                if math.isfinite(value):
+                    self._events.add_scalar(f"{stage}/{name}", value, step)
 
     def summary(self, metrics: Mapping[str, Any]) -> None:
         """Writes summary.json, the final numbers."""
@@ -114,18 +135,21 @@ class Run:
 
     def say(self, text: str) -> None:
         """One line for the user, above the progress bar if there is one."""
-        self._console.print(text, markup=False)
+        with self._undisturbed():
+            self._console.print(text, markup=False)
 
     def show(self, draw: Callable[[bool], Text]) -> None:
         """What draw(colour) gives; colour is False where none is wanted (NO_COLOR) or there is no terminal."""
         text = draw(self._console.is_terminal and not self._console.no_color)
         encoding = self._console.encoding
         text.plain = text.plain.encode(encoding, "replace").decode(encoding)
-        self._console.print(text)
+        with self._undisturbed():
+            self._console.print(text)
 
     def warn(self, text: str) -> None:
         """One line that the user should not miss."""
-        self._console.print(f"warning: {text}", style="yellow", markup=False)
+        with self._undisturbed():
+            self._console.print(f"warning: {text}", style="yellow", markup=False)
 
     def progress(
         self, stage: str, items: Iterable[Item], *, show: Sequence[str] = (), total: int | None = None
@@ -134,8 +158,7 @@ class Run:
         total = len(items) if total is None else total  # type: ignore[arg-type]
         draw = self._drawn if self._console.is_terminal else self._printed
         for item in draw(stage, items, show, total):
-            if self._interrupted:
-                raise KeyboardInterrupt
+            self._obey()
             yield item
 
     def _drawn(self, stage: str, items: Iterable[Item], show: Sequence[str], total: int) -> Iterator[Item]:
@@ -149,10 +172,15 @@ class Run:
             *columns, TextColumn("{task.fields[numbers]}"), console=self._console, refresh_per_second=4
         )
         task = self._bar.add_task(stage, total=total, numbers="")
-        with self._bar:
+        with self._undisturbed():
+            self._bar.start()
+        try:
             for item in items:
                 yield item
-                self._bar.update(task, advance=1, numbers=self._numbers(stage, show))
+                with self._undisturbed():
+                    self._bar.update(task, advance=1, numbers=self._numbers(stage, show))
+        finally:
+            self._bar.stop()
 
     def _printed(self, stage: str, items: Iterable[Item], show: Sequence[str], total: int) -> Iterator[Item]:
         began = time.perf_counter()
@@ -229,19 +257,6 @@ def run_main(main: Callable[[ConfigT], Any], config: type[ConfigT]) -> None:
         return
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
-
-
-@contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """A second Ctrl-C (launchers pass theirs on, too) must not cut the closing of the files short."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _open_folder(run_dir: str | Path | None, name: str, resume: bool) -> Path:

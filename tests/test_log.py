@@ -204,6 +204,34 @@ def test_a_ctrl_c_that_python_drops_ends_the_run_at_its_next_step(tmp_path):
     assert strict((tmp_path / "status.json").read_text()) == {"status": "interrupted"}
 
 
+def test_a_ctrl_c_while_a_line_is_written_waits_for_its_end(tmp_path):
+    """Inside the events' queue it would leave a lock behind, and closing would wait for it for ever."""
+    written = []
+
+    def add_scalar(name, value, step):
+        signal.raise_signal(signal.SIGINT)
+        written.append(name)
+
+    with pytest.raises(KeyboardInterrupt), Run(tmp_path, Config()) as run:
+        run._events.add_scalar = add_scalar
+        run.log("sft", 1, {"loss": 1.0, "kl": 0.5})
+        written.append("after the interrupt")
+    assert written == ["sft/loss", "sft/kl"]
+    assert strict((tmp_path / "status.json").read_text()) == {"status": "interrupted"}
+
+
+def test_a_ctrl_c_that_comes_twice_is_one(tmp_path):
+    """A launcher passes on the interrupt that the terminal has sent to both."""
+    unwound = []
+    with pytest.raises(KeyboardInterrupt), Run(tmp_path, Config()):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            unwound.append("to its end")
+    assert unwound == ["to its end"]
+
+
 def test_a_second_ctrl_c_does_not_cut_the_closing_short(tmp_path):
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match="the first"), Run(tmp_path, Config()) as run:
