@@ -48,10 +48,26 @@ def small_world(monkeypatch):
         monkeypatch.setattr(setting, name, size)
 
 
-def the_exported_folders_are_the_models(run):
+@pytest.fixture
+def trained(monkeypatch):
+    """What the stages of the pipeline return, by name."""
+    returned = {}
+    for stage in (reward_model, ppo):
+
+        def train(*args, stage=stage, train=stage.train):
+            params, metrics = train(*args)
+            returned[stage.__name__] = params
+            return params, metrics
+
+        monkeypatch.setattr(stage, "train", train)
+    return returned
+
+
+def the_exported_folders_are_the_models(run, trained):
     """transformers continues a prompt greedily as `generate` does, and scores it as our reward model does."""
     torch = pytest.importorskip("torch")
     config, params = load_hf(run / "policy")
+    chex.assert_trees_all_equal(params, trained["experiments.ppo"])
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
     prompt = jnp.asarray([tokenizer.encode("count cat cat")])
     ours = generate(
@@ -64,6 +80,8 @@ def the_exported_folders_are_the_models(run):
     assert np.asarray(ours.tokens)[np.asarray(ours.mask)].tolist() == theirs.tolist()
 
     config, params = load_hf_reward_model(run / "reward_model")
+    chex.assert_trees_all_equal(params["trunk"], trained["experiments.reward_model"]["trunk"])
+    chex.assert_trees_all_equal(params["head"]["kernel"], trained["experiments.reward_model"]["head"]["kernel"])
     score = ScalarModel(config).apply({"params": params}, prompt)[0, -1]
     with torch.no_grad():
         theirs = AutoModelForSequenceClassification.from_pretrained(run / "reward_model")(
@@ -73,7 +91,7 @@ def the_exported_folders_are_the_models(run):
     assert "ppo_kl_k1" in (run / "policy" / "README.md").read_text(encoding="utf-8")
 
 
-def test_pipeline_in_the_world(small_world, tmp_path):
+def test_pipeline_in_the_world(small_world, trained, tmp_path):
     metrics = pipeline.main(pipeline.Config(run_dir=str(tmp_path / "run"), **SMALL))
     assert {"sft_utility", "ppo_utility", "win_rate", "reward_model_val_accuracy", "shifted_win_rate"} <= set(metrics)
     assert all(np.isfinite(value) for value in metrics.values())
@@ -93,7 +111,7 @@ def test_pipeline_in_the_world(small_world, tmp_path):
     for name in ("config.json", "summary.json", "examples.jsonl", "report.html", "checkpoints/ppo/3"):
         assert (tmp_path / "run" / name).exists()
 
-    the_exported_folders_are_the_models(tmp_path / "run")
+    the_exported_folders_are_the_models(tmp_path / "run", trained)
 
     # Resumed after a crash in PPO: SFT and the reward model are read back, and the end is the same.
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "ppo")
