@@ -196,7 +196,7 @@ def test_a_ctrl_c_that_python_drops_ends_the_run_at_its_next_step(tmp_path):
     """As when it falls into a callback of the garbage collector, whose exceptions are ignored."""
     steps = []
     with pytest.raises(KeyboardInterrupt), Run(tmp_path, Config()) as run:
-        for step in run.progress("sft", range(5)):
+        for step in run.progress("sft", range(100)):
             steps.append(step)
             with contextlib.suppress(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
