@@ -55,7 +55,8 @@ def chunked_logprobs(
     Exact in value and in gradient: each chunk's logits are computed again in the backward pass, so that no
     [B, T, V] array exists in either. Chunks run along T, so that rows may stay sharded. With a mask, each row's
     masked entries are 0 and not computed (as many as in the row that has fewest). The logits go through `soft_cap`,
-    then are divided by the temperature. Raises ValueError if chunk_size is not positive.
+    then are divided by the temperature, which gets no gradient; jax.grad and vjp work, jvp and jacfwd do not. Raises
+    ValueError if chunk_size is not positive.
     """
     return _chunked(_logprobs, chunk_size, softcap, hidden, head_kernel, targets, mask, temperature)[0]
 
