@@ -150,8 +150,8 @@ def load_setting(source: Source) -> Setting:
 def keep_freed_memory() -> None:
     """Has the C library (glibc) keep what XLA frees.
 
-    It gives large buffers back to the kernel, which clears them page by page when they are had again: at every step
-    of a small model on a CPU, a third of its time. For large models it costs more memory than it is worth.
+    It gives large buffers back to the kernel, which clears them page by page when they are had again: at every step.
+    For larger models that costs more memory than it is worth (experiments/results/speed.md).
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):

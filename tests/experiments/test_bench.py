@@ -2,10 +2,12 @@
 
 import sys
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 
-from experiments.bench import beside, rows
+from experiments.bench import beside, profile, rows
 from rlhf_jax.errors import UserError
 
 
@@ -51,3 +53,29 @@ def test_a_row_is_of_the_size_that_it_says(row):
     work = rows.build(row)
     assert work.tokens == {"sft": 8 * 256}.get(row, 16 * 256)
     assert sum(leaf.size for leaf in jax.tree.leaves(work.state.params)) == 15_191_712 + 289 * (row == "reward_model")
+
+
+def test_an_operation_is_placed_where_the_program_says_that_it_comes_from():
+    """Read from a program that XLA has compiled: a scanned layer, recomputed in its backward pass."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(8, name="gate")(nn.RMSNorm(name="attention_norm")(x)), None
+
+    model = nn.scan(nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(name="layers")
+    params = model.init(jax.random.key(0), jnp.ones((4, 8)), None)
+    step = jax.jit(jax.grad(lambda params: (model.apply(params, jnp.ones((4, 8)), None)[0] ** 2).sum()))
+    found = profile.origins([step.lower(params).compile().as_text()])
+    places = {profile.place(path) for path in found.values()}
+    directions = {"forward", "recomputed", "backward"}
+    assert {direction for part, direction in places if part == "norms"} == directions
+    assert {direction for part, direction in places if part == "feed-forward"} >= {"forward", "backward"}
+    text = """
+      %while.1 = f32[] while(%x), body=%b, metadata={op_name="jit(f)/while"}
+      ROOT %dot.2 = f32[2,3]{1,0} dot(%a, %b), metadata={op_type="dot" op_name="jit(f)/layers/up/dot"}
+      %copy.1 = f32[] copy(%x)"""
+    assert profile.origins([text]) == {"dot.2": "/layers/up/dot", "copy.1": ""}
+    assert profile.place("/layers/layers.attention/query/dot_general") == ("projections", "forward")
+    assert profile.place("/jvp(Model)/trunk/layers/layers.attention/dot_general") == ("attention", "forward")
+    assert profile.place("") == ("optimiser", "forward")
