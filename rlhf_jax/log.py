@@ -194,15 +194,13 @@ class Run:
         return "  ".join(f"{n} {self._shown[stage, n]:.4g}" for n in show if (stage, n) in self._shown)
 
     def _compare(self, config: dict[str, Any]) -> None:
-        try:
-            before = json.loads((self.dir / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        before = _read_json(self.dir / "config.json")
+        if not before:
             self.warn(f"{self.dir / 'config.json'} cannot be read; going on with the flags given now")
-            return
         old, new = _flat(before), _flat(config)
-        for name in sorted((old.keys() | new.keys()) - {"resume", "run_dir"}):
-            if old.get(name) != new.get(name):
-                self.warn(f"resumed with {name} = {new.get(name)}, it was {old.get(name)}")
+        for name in sorted(old.keys() - {"resume", "run_dir"}):
+            if old[name] != new.get(name):
+                self.warn(f"resumed with {name} = {new.get(name)}, it was {old[name]}")
 
 
 def read_metrics(run_dir: str | Path) -> dict[str, list[dict[str, Any]]]:
@@ -241,10 +239,15 @@ def count_compilations() -> Iterator[Callable[[], int]]:
 def run_main(main: Callable[[ConfigT], Any], config: type[ConfigT]) -> None:
     """The entry point of an experiment: flags from the command line, then `main(cfg)`.
 
-    What the user can put right ends in one line and exit code 2, Ctrl-C in exit code 130, without traceback.
+    With --resume, flags that are not given are those that the run was started with. What the user can put right ends
+    in one line and exit code 2, Ctrl-C in exit code 130, without traceback.
     """
     try:
-        main(tyro.cli(config))
+        cfg = tyro.cli(config)
+        run_dir = getattr(cfg, "run_dir", None)
+        if run_dir and getattr(cfg, "resume", False):
+            cfg = tyro.cli(config, default=_with_saved(config(), _read_json(Path(run_dir) / "config.json")))
+        main(cfg)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except UserError as error:
@@ -257,6 +260,27 @@ def run_main(main: Callable[[ConfigT], Any], config: type[ConfigT]) -> None:
         return
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _with_saved(cfg: ConfigT, saved: Mapping[str, Any]) -> ConfigT:
+    """A config with the values that a config.json holds; what it lacks, and what is not a field any more, stays."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(cfg):  # type: ignore[arg-type]
+        if field.name in saved:
+            value, own = saved[field.name], getattr(cfg, field.name)
+            if dataclasses.is_dataclass(own):
+                value = _with_saved(own, value if isinstance(value, dict) else {})
+            changes[field.name] = tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(cfg, **changes)  # type: ignore[type-var]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; {} where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _open_folder(run_dir: str | Path | None, name: str, resume: bool) -> Path:

@@ -14,7 +14,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.log import Run, count_compilations, read_metrics
+from rlhf_jax.log import Run, count_compilations, read_metrics, run_main
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Config:
     resume: bool = False
     steps: int = 30
     inner: Inner = field(default_factory=Inner)
+    names: tuple[str, ...] = ()
 
 
 def strict(line):
@@ -93,6 +94,24 @@ def test_a_used_folder_is_refused_unless_resumed(tmp_path, capsys):
     assert "resumed with steps = 31, it was 30" in said and "inner.rate = 0.25, it was 0.5" in said
     assert "run_dir" not in said
     assert [row["loss"] for row in read_metrics(tmp_path)["sft"]] == [1.0, 20.0, 3.0]
+
+
+def test_a_resumed_run_has_the_flags_that_it_was_started_with(tmp_path, monkeypatch):
+    def flags(*given):
+        monkeypatch.setattr(sys, "argv", ["program", "--run-dir", str(tmp_path), *given])
+        seen = []
+        run_main(seen.append, Config)
+        return seen[0]
+
+    Run(tmp_path, flags("--steps", "7", "--inner.rate", "0.25", "--names", "a", "b"))
+    assert flags("--steps", "8") == Config(str(tmp_path), steps=8)
+    assert flags("--resume", "--steps", "9") == Config(str(tmp_path), True, 9, Inner(0.25), ("a", "b"))
+
+    # One of an older version: a field is missing, another is gone.
+    (tmp_path / "config.json").write_text('{"steps": 5, "gone": 1, "inner": null}')
+    assert flags("--resume") == Config(str(tmp_path), True, 5)
+    (tmp_path / "config.json").write_text("{broken")
+    assert flags("--resume") == Config(str(tmp_path), True)
 
 
 def test_what_cannot_be_resumed_or_made_is_said_in_one_line(tmp_path):
