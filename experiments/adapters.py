@@ -27,8 +27,8 @@ class Adapters:
     """A regular expression, looked for in names such as layer_0/query/kernel."""
     lora_rank_stabilized: bool = False
     """α/√r times (rsLoRA)."""
-    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the frozen weights."""
+    frozen_dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the frozen weights; as --precision has them unless given."""
 
     def __post_init__(self) -> None:
         at_least(self, lora_rank=0, lora_alpha=0)
@@ -50,4 +50,6 @@ def split(cfg: Adapters, key: PRNGKeyArray, params: Any) -> tuple[Any, Any]:
         )  # fmt: skip
     except (ValueError, re.error) as error:
         raise UserError(f"lora-targets {cfg.lora_targets!r}: {error}") from None
-    return cast_frozen(frozen, jnp.dtype(cfg.frozen_dtype)), adapter | scalar
+    if cfg.frozen_dtype:
+        frozen = cast_frozen(frozen, jnp.dtype(cfg.frozen_dtype))
+    return frozen, adapter | scalar

@@ -8,7 +8,7 @@ import ctypes
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import grain
 import jax
@@ -22,11 +22,13 @@ from rlhf_jax.data.sample import sample
 from rlhf_jax.data.tokens import join, pack_sequences, pad_prompts, pad_sequences, take
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.log import Run
-from rlhf_jax.models import ModelConfig
+from rlhf_jax.models import BFLOAT16, FLOAT32, MIXED, ModelConfig, Precision
 from rlhf_jax.simulation import Annotators, Demonstrators, agreement_rate, calibrate_noise, ceiling
 from rlhf_jax.simulation.world import Problem, draw_problems, make_tokenizer, utilities
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
+PrecisionName = Literal["float32", "mixed", "bfloat16"]
+PRECISIONS: dict[PrecisionName, Precision] = {"float32": FLOAT32, "mixed": MIXED, "bfloat16": BFLOAT16}
 Sampler = Callable[[Prompts, int], Completions]
 """sampler(prompts, seed) -> numpy Completions of the model after SFT."""
 
@@ -101,6 +103,8 @@ class Source:
     """Go on from the last whole checkpoint in run-dir."""
     model: str | None = None
     """A Hugging Face folder (safetensors) or hub name to start from, with its tokenizer; else a small new model."""
+    precision: PrecisionName = "float32"
+    """mixed: weights float32, arithmetic bfloat16, head float32. bfloat16: all but norms, adapters, logits, losses."""
     demonstrations: str | tuple[str, ...] | None = None
     """Files, folders or names on the Hub, NAME[:SPLIT]; by default the world's demonstrators write."""
     demonstrations_format: str | None = None
@@ -139,7 +143,7 @@ def load_setting(source: Source) -> Setting:
     given = [source.model, source.demonstrations, source.comparisons]
     if not any(given):
         keep_freed_memory()
-        return world_setting(source.seed)
+        return world_setting(source.seed, PRECISIONS[source.precision])
     if not all(given):
         raise UserError("real text needs all three of --model, --demonstrations and --comparisons")
     from experiments.text import text_setting  # it is made of what is defined here
@@ -177,7 +181,7 @@ AGREEMENT = 0.73
 PROMPT_LENGTH, ANSWER_LENGTH, PACKED_LENGTH = 16, 20, 64
 
 
-def world_setting(seed: int) -> Setting:
+def world_setting(seed: int, precision: Precision = FLOAT32) -> Setting:
     """The controlled world: demonstrators with a ceiling, annotators who agree 73% of the time."""
     rng = np.random.default_rng([seed, 0])
     tokenizer = make_tokenizer()
@@ -244,6 +248,7 @@ def world_setting(seed: int) -> Setting:
     model = ModelConfig(
         vocab_size=len(tokenizer), d_model=64, n_layers=3, n_heads=4, n_kv_heads=4, head_dim=16, d_ff=128,
         rope_theta=10_000.0, norm_eps=1e-5, tie_embeddings=True, max_length=PROMPT_LENGTH + ANSWER_LENGTH,
+        precision=precision,
     )  # fmt: skip
     facts = {
         "demonstrators_utility": float(written.mean()),

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from experiments.setting import HELDOUT, Comparisons, Setting, Source
+from experiments.setting import HELDOUT, PRECISIONS, Comparisons, Setting, Source
 from rlhf_jax.batches import Prompts, Rankings, Tokens
 from rlhf_jax.data.encode import EncodedRanking, encode_rows
 from rlhf_jax.data.formats import Prompt
@@ -112,7 +112,7 @@ def load_model(source: Source) -> tuple[ModelConfig, Any, PreTrainedTokenizerBas
     """The pretrained model and its tokenizer."""
     assert source.model
     try:
-        config, params = load_hf(source.model)
+        config, params = load_hf(source.model, precision=PRECISIONS[source.precision])
         tokenizer = AutoTokenizer.from_pretrained(source.model, local_files_only=Path(source.model).is_dir())
     except (ValueError, OSError) as error:
         raise UserError(str(error).splitlines()[0]) from None

@@ -18,6 +18,7 @@ import numpy as np
 from experiments import ppo
 from experiments.adapters import split
 from experiments.ppo import PPO, Frozen
+from experiments.setting import PRECISIONS, PrecisionName
 from rlhf_jax.batches import Prompts, Tokens
 from rlhf_jax.log import run_main
 from rlhf_jax.models import ModelConfig, Transformer, from_language_model
@@ -47,9 +48,8 @@ class Config:
     prompt_length: int = 64
     answer_length: int = 64
     lora_rank: int = 16
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations."""
-    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    precision: PrecisionName = "float32"
+    frozen_dtype: Literal["float32", "bfloat16"] | None = None
 
 
 def abstract(cfg: Config, ppo_cfg: PPO, model: ModelConfig) -> tuple[ppo.State, Frozen]:
@@ -84,7 +84,7 @@ def memory(function: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> dict
 
 def measure(cfg: Config, name: str) -> dict[str, Any]:
     """Both programs of a shape."""
-    model = replace(SHAPES[name], dtype=jnp.dtype(cfg.dtype))
+    model = replace(SHAPES[name], precision=PRECISIONS[cfg.precision])
     key = jax.eval_shape(lambda: jax.random.key(0))
     result: dict[str, Any] = {"shape": name}
     for kind, rank in [("four_models", 0), ("one_trunk", cfg.lora_rank)]:

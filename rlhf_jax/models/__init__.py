@@ -5,16 +5,21 @@ from rlhf_jax.models.heads import ScalarModel, from_language_model, last_token_r
 from rlhf_jax.models.hf import ModelCard, load_hf, load_hf_reward_model, save_hf, save_hf_reward_model
 from rlhf_jax.models.lora import cast_frozen, init_lora, merge_lora, split_lora, with_lora
 from rlhf_jax.models.peft import load_peft, save_peft
+from rlhf_jax.models.precision import BFLOAT16, FLOAT32, MIXED, Precision
 from rlhf_jax.models.rope import LinearScaling, Llama3Scaling, LongRope
 from rlhf_jax.models.transformer import KVCache, Transformer, head_kernel, init_cache
 
 __all__ = [
+    "BFLOAT16",
+    "FLOAT32",
+    "MIXED",
     "KVCache",
     "LinearScaling",
     "Llama3Scaling",
     "LongRope",
     "ModelCard",
     "ModelConfig",
+    "Precision",
     "ScalarModel",
     "Transformer",
     "cast_frozen",

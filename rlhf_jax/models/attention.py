@@ -72,7 +72,9 @@ def attend(
     scores = scores.reshape(batch, config.n_kv_heads, groups, length, -1)
     scale = head_dim**-0.5 if config.attention_scale is None else config.attention_scale
     scores = soft_cap(scores * scale, config.attention_softcap)
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30), axis=-1).astype(config.dtype)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30), axis=-1).astype(
+        config.precision.compute
+    )
     attended = weights.reshape(batch, config.n_kv_heads, groups * length, -1) @ values
     attended = attended.reshape(batch, config.n_kv_heads, groups, length, head_dim)
     return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)

@@ -1,10 +1,9 @@
 """The shape of a decoder."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import jax.numpy as jnp
-
+from rlhf_jax.models.precision import FLOAT32, Precision
 from rlhf_jax.models.rope import LongRope, RopeScaling
 
 
@@ -28,8 +27,7 @@ class ModelConfig:
     tie_embeddings: bool
     max_length: int
     """The longest sequence it was made for; written to config.json, enforced by `length_limit` only."""
-    dtype: Any = jnp.float32
-    """Of activations; parameters, norms and logits are float32."""
+    precision: Precision = FLOAT32
     scan_layers: bool = False
     """One compiled layer under nn.scan, parameters stacked along axis 0."""
     remat: bool = False

@@ -104,7 +104,7 @@ class Family:
             hf |= entry.write(config)
         back = self.read(hf)
         # How it is computed is for no checkpoint to know.
-        plain = replace(config, dtype=back.dtype, scan_layers=back.scan_layers, remat=back.remat)
+        plain = replace(config, precision=back.precision, scan_layers=back.scan_layers, remat=back.remat)
         if not any(plain.windows):
             plain = replace(plain, windows=())
         for name in (f.name for f in fields(config)):

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.families import FAMILIES, Cut, Family
+from rlhf_jax.models.precision import FLOAT32, NORMS_AND_BIASES, Precision
 from rlhf_jax.models.weights import find_tensors, flat, join, layers_apart, match, nested, param_shapes, read_params
 
 SCORE = "score.weight"
@@ -29,8 +30,13 @@ class ModelCard(NamedTuple):
     metrics: Mapping[str, float] | None = None
 
 
-def load_hf(path_or_name: str | Path, *, shardings: Callable[[str], Sharding] | Any = None) -> tuple[ModelConfig, Any]:
-    """Reads a language model, as (config, float32 params of a Transformer).
+def load_hf(
+    path_or_name: str | Path,
+    *,
+    shardings: Callable[[str], Sharding] | Any = None,
+    precision: Precision = FLOAT32,
+) -> tuple[ModelConfig, Any]:
+    """Reads a language model, as (config, params of a Transformer), both in that precision.
 
     A folder never touches the network; anything else is taken for a hub name. Weights may be fp32, bf16 or fp16, in
     one file or in shards with an index.
@@ -43,22 +49,25 @@ def load_hf(path_or_name: str | Path, *, shardings: Callable[[str], Sharding] | 
     broken, misshapen or of an architecture that is not in `families.FAMILIES`.
     """
     folder = _folder(path_or_name)
-    hf, family, config = _read_config(folder)
+    hf, family, config = _read_config(folder, precision)
     if kinds := [kind for kind in hf.get("architectures") or [] if kind.endswith("ForSequenceClassification")]:
         raise ValueError(f"{folder} holds a {kinds[0]}: load_hf_reward_model reads it")
     return config, nested(_load(folder, family, config, {}, _by_name(shardings)))
 
 
 def load_hf_reward_model(
-    path_or_name: str | Path, *, shardings: Callable[[str], Sharding] | Any = None
+    path_or_name: str | Path,
+    *,
+    shardings: Callable[[str], Sharding] | Any = None,
+    precision: Precision = FLOAT32,
 ) -> tuple[ModelConfig, Any]:
-    """Reads a …ForSequenceClassification with one label, as (config, float32 params of a ScalarModel).
+    """Reads a …ForSequenceClassification with one label, as (config, params of a ScalarModel).
 
     As `load_hf`; names are those of a ScalarModel ("trunk/layer_0/query/kernel", "head/kernel"). The score has no
     bias there: ours is 0. Raises ValueError for another number of labels.
     """
     folder = _folder(path_or_name)
-    hf, family, config = _read_config(folder)
+    hf, family, config = _read_config(folder, precision)
     labels = hf.get("num_labels") or len(hf.get("id2label") or (0, 1))
     if labels != 1:
         raise ValueError(f"{folder / 'config.json'}: {labels} labels, and a reward model has one")
@@ -118,7 +127,12 @@ def _load(
     shapes = param_shapes(config) | {part: (config.d_model, 1) for cut in more.values() for part in cut.parts}
     cuts = family.places(config.n_layers) | more
     tensors = match(folder, family, cuts, find_tensors(_weight_files(folder)), shapes)
-    return read_params(tensors, shapes, config.n_heads, sharding_of)
+
+    def dtype_of(name: str) -> Any:
+        in_float32 = name.startswith("head/") or name.rpartition("/")[2] in NORMS_AND_BIASES
+        return np.float32 if in_float32 else config.precision.parameters
+
+    return read_params(tensors, shapes, config.n_heads, sharding_of, dtype_of)
 
 
 def _save(
@@ -235,7 +249,7 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _read_config(folder: Path) -> tuple[dict[str, Any], Family, ModelConfig]:
+def _read_config(folder: Path, precision: Precision) -> tuple[dict[str, Any], Family, ModelConfig]:
     path = folder / "config.json"
     hf = read_json(path)
     if hf.get("model_type") not in FAMILIES:
@@ -243,7 +257,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], Family, ModelConfig]:
         raise ValueError(f"{path}: model_type {hf.get('model_type')!r} is not supported, only {names}")
     family = FAMILIES[hf["model_type"]]
     try:
-        return hf, family, family.read(hf)
+        return hf, family, replace(family.read(hf), precision=precision)
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -14,10 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from rlhf_jax.kl import ScalarLike
+from rlhf_jax.models.precision import NORMS_AND_BIASES
 from rlhf_jax.models.transformer import LORA_LEAVES
 from rlhf_jax.models.weights import flat, nested
-
-NORMS_AND_BIASES = ("scale", "bias")
 
 
 def init_lora(

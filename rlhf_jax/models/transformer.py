@@ -41,8 +41,8 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
 
     def empty() -> Any:
         if config.scan_layers:
-            return jnp.zeros((config.n_layers, *shape), config.dtype)
-        return tuple(jnp.zeros(shape, config.dtype) for _ in range(config.n_layers))
+            return jnp.zeros((config.n_layers, *shape), config.precision.compute)
+        return tuple(jnp.zeros(shape, config.precision.compute) for _ in range(config.n_layers))
 
     slots_of_rows = jnp.zeros((batch, slots), jnp.int32)
     return KVCache(empty(), empty(), slots_of_rows, jnp.zeros((), jnp.int32), jnp.zeros_like(slots_of_rows))
@@ -55,6 +55,8 @@ class Norm(nn.Module):
     """
 
     config: ModelConfig
+    dtype: Any = None
+    """Of the result; that of x unless given."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -68,7 +70,7 @@ class Norm(nn.Module):
         x32 = x32 * jax.lax.rsqrt(variance + self.config.norm_eps) * jnp.expand_dims(scale, before)
         if self.config.norm == "layer":
             x32 = x32 + jnp.expand_dims(self.param("bias", nn.initializers.zeros, (width,)), before)
-        return x32.astype(x.dtype)
+        return x32.astype(self.dtype or x.dtype)
 
 
 class Linear(nn.Module):
@@ -85,20 +87,21 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         init = nn.initializers.variance_scaling(self.scale, "fan_in", "normal")
-        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        dtype = self.config.precision.compute
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), self.config.precision.parameters)
         # Flat rows: XLA's CPU backend contracts two leading axes at half the speed in the backward pass.
         inputs = x.reshape(-1, x.shape[-1])
-        rows = inputs @ kernel.astype(self.config.dtype)
+        rows = inputs @ kernel.astype(dtype)
         if self.has_variable("params", "lora_a"):
             rows = rows + self._low_rank(inputs)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            rows = rows + jnp.expand_dims(bias.astype(self.config.dtype), 0)
+            rows = rows + jnp.expand_dims(bias.astype(dtype), 0)
         return rows.reshape(*x.shape[:-1], -1)
 
     def _low_rank(self, inputs: Array) -> Array:
         a, b, scale = (self.get_variable("params", name) for name in LORA_LEAVES)
-        dtype = self.config.dtype
+        dtype = self.config.precision.compute
         return inputs @ a.astype(dtype) @ (b * jax.lax.stop_gradient(scale)).astype(dtype)
 
 
@@ -191,11 +194,12 @@ class Transformer(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
-        config = self.config
+        config, (dtype, _, head_dtype) = self.config, self.config.precision
         init = nn.initializers.normal(config.d_model**-0.5)
-        self.embedding = self.param("embedding", init, (config.vocab_size, config.d_model))
+        self.embedding = self.param("embedding", init, (config.vocab_size, config.d_model), dtype)
         if config.learned_positions:
-            self.position_embedding = self.param("position_embedding", init, (config.max_length, config.d_model))
+            shape = (config.max_length, config.d_model)
+            self.position_embedding = self.param("position_embedding", init, shape, dtype)
         block = nn.remat(Block, prevent_cse=not config.scan_layers) if config.remat else Block
         if config.scan_layers:
             self.layers = nn.scan(
@@ -204,9 +208,9 @@ class Transformer(nn.Module):
             )(config)  # fmt: skip
         else:
             self.layers = [block(config, name=f"layer_{i}") for i in range(config.n_layers)]
-        self.final_norm = Norm(config)
+        self.final_norm = Norm(config, head_dtype)
         if not config.tie_embeddings:
-            self.head = self.param("head", init, (config.d_model, config.vocab_size))
+            self.head = self.param("head", init, (config.d_model, config.vocab_size), dtype)
 
     def __call__(
         self,
@@ -229,7 +233,7 @@ class Transformer(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """The final hidden states, normed: what the heads read."""
+        """The final hidden states, normed, in `precision.head`: what the heads read."""
         length = tokens.shape[1]
         if positions is None:
             positions = jnp.broadcast_to(jnp.expand_dims(jnp.arange(length), 0), tokens.shape)
@@ -268,11 +272,12 @@ class Transformer(nn.Module):
         length, limit = scene.visible.shape[2], config.length_limit
         if limit is not None and length > limit:
             raise ValueError(f"a sequence of {length} tokens is longer than the {limit} that this model can read")
-        x = self.embedding[tokens].astype(config.dtype)
+        dtype = config.precision.compute
+        x = self.embedding[tokens].astype(dtype)
         if config.embedding_scale != 1:
-            x = x * jnp.asarray(config.embedding_scale, config.dtype)
+            x = x * jnp.asarray(config.embedding_scale, dtype)
         if config.learned_positions:
-            x = x + self.position_embedding[scene.positions].astype(config.dtype)
+            x = x + self.position_embedding[scene.positions].astype(dtype)
         if config.scan_layers:
             differ = any(config.windows) or config.nope_layers
             x, layers = self.layers(x, layers, stacked_numbers(config) if differ else None, scene)

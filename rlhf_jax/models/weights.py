@@ -130,28 +130,32 @@ BLOCK = 2**22  # Bytes of a file that are mapped at once.
 
 
 def read_params(
-    tensors: list[tuple[Stored, Cut]], shapes: dict[str, Shape], heads: int, sharding_of: Shardings
+    tensors: list[tuple[Stored, Cut]],
+    shapes: dict[str, Shape],
+    heads: int,
+    sharding_of: Shardings,
+    dtype_of: Callable[[str], Any],
 ) -> dict[str, jax.Array]:
-    """Float32 parameters by name, each placed as it is read: the host holds one beside those that live on it."""
+    """Parameters by name, each placed as it is read: the host holds one beside those that live on it."""
     params = {}
     for stored, cut in tensors:
         for part, name in enumerate(cut.parts):
             axes = [np.arange(size) for size in shapes[name][:-1]] + [_places(cut, part, shapes, heads)]
-            params[name] = _place(partial(_read, stored, cut.turned), axes, sharding_of(name))
+            params[name] = _place(partial(_read, stored, cut.turned), axes, sharding_of(name), dtype_of(name))
     return params
 
 
 def _place(
-    read: Callable[[list[np.ndarray]], np.ndarray], axes: list[np.ndarray], sharding: Sharding | None
+    read: Callable[[list[np.ndarray]], np.ndarray], axes: list[np.ndarray], sharding: Sharding | None, dtype: Any
 ) -> jax.Array:
     if sharding is None:
-        return jax.device_put(read(axes))
+        return jax.device_put(read(axes).astype(dtype, copy=False))
     slices: dict[tuple, np.ndarray] = {}  # Replicas ask for the same one.
 
     def slice_of(index: Any) -> np.ndarray:
         key = tuple((part.start, part.stop) for part in index)
         if key not in slices:
-            slices[key] = read([axis[part] for axis, part in zip(axes, index, strict=True)])
+            slices[key] = read([axis[part] for axis, part in zip(axes, index, strict=True)]).astype(dtype, copy=False)
         return slices[key]
 
     return jax.make_array_from_callback(tuple(len(axis) for axis in axes), sharding, slice_of)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, from_language_model, last_token_rewards
+from rlhf_jax.models import MIXED, ModelConfig, ScalarModel, Transformer, from_language_model, last_token_rewards
 
 CONFIG = ModelConfig(
     vocab_size=11,
@@ -92,6 +92,6 @@ def test_from_language_model_copies_the_trunk_and_drops_the_language_head(tied):
 
 
 def test_values_are_float32_in_a_bfloat16_model():
-    model = ScalarModel(replace(CONFIG, dtype=jnp.bfloat16))
+    model = ScalarModel(replace(CONFIG, precision=MIXED))
     values, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), TOKENS)
     assert values.dtype == jnp.float32

@@ -14,6 +14,7 @@ from rlhf_jax.data.tokens import pad_sequences
 from rlhf_jax.logprobs import sequence_logprobs
 from rlhf_jax.losses import bradley_terry_loss, dpo_loss, sft_loss
 from rlhf_jax.models import (
+    MIXED,
     ModelConfig,
     ScalarModel,
     Transformer,
@@ -25,8 +26,9 @@ from rlhf_jax.models import (
     with_lora,
 )
 from rlhf_jax.models.weights import flat, nested
+from rlhf_jax.optimizers import adamw
 from rlhf_jax.sampling import generate
-from rlhf_jax.train import make_optimizer, make_state, make_train_step, response_rewards, token_scores
+from rlhf_jax.train import make_state, make_train_step, response_rewards, token_scores
 
 CONFIG = ModelConfig(
     vocab_size=13,
@@ -240,7 +242,7 @@ def test_the_reference_of_dpo_is_the_trunk(params):
 
 
 def test_a_cast_trunk_keeps_its_norms_and_biases():
-    config = replace(CONFIG, qkv_bias=True, norm="layer", dtype=jnp.bfloat16)
+    config = replace(CONFIG, qkv_bias=True, norm="layer", precision=MIXED._replace(head=jnp.bfloat16))
     params = new_params(config)
     cast = cast_frozen(params, jnp.bfloat16)
     kept = {name for name, leaf in flat(cast).items() if leaf.dtype == jnp.float32}
