@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,11 @@ from flax.training.train_state import TrainState
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments import reward_model, sft
-from experiments.adapters import Adapters, split
+from experiments.adapters import split
 from experiments.reward_model import RewardModel
 from experiments.setting import Setting, Source, announce, load_setting
 from experiments.sft import SFT
+from experiments.training import Training, check_parts, counts_of, make_optimizer, parts_of
 from rlhf_jax import checkpoint
 from rlhf_jax.advantages import gae
 from rlhf_jax.batches import Completions, Experience, Prompts, Tokens
@@ -44,7 +45,6 @@ from rlhf_jax.sampling import generate
 from rlhf_jax.train import (
     Metrics,
     Params,
-    make_optimizer,
     make_state,
     make_train_step,
     ppo_update,
@@ -57,7 +57,7 @@ from rlhf_jax.train import (
 
 
 @dataclass(frozen=True)
-class PPO(Adapters):
+class PPO(Training):
     """What PPO can be told."""
 
     steps: int = 60
@@ -67,6 +67,9 @@ class PPO(Adapters):
     epochs: int = 2
     minibatches: int = 4
     learning_rate: float = 5e-4
+    schedule: Literal["cosine", "linear", "constant"] = "constant"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
     beta: float = 0.1
     """Weight of the KL to SFT in the reward, per nat; where it starts if adaptive."""
     target_kl: float | None = None
@@ -86,10 +89,11 @@ class PPO(Adapters):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, steps=1, epochs=1, minibatches=1, responses=self.minibatches, learning_rate=0, beta=0)
+        at_least(self, steps=1, epochs=1, minibatches=1, responses=self.minibatches, beta=0)
         at_least(self, gamma=0, lam=0, clip_eps=0, value_clip_eps=0, temperature=1e-3, kl_horizon=1, ptx_coef=0)
         if self.responses % self.minibatches:
             raise UserError(f"{self.responses} responses do not divide into {self.minibatches} minibatches")
+        check_parts(self, self.responses // self.minibatches, "responses")
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ def prepare(
 
 def init_state(cfg: PPO, model: ModelConfig, policy: Params, reward_params: Params, *, beta: Any = None) -> State:
     """The policy starts from SFT, the critic from the reward model; adapters, if these are."""
-    optimizer = make_optimizer(cfg.learning_rate)
+    optimizer = make_optimizer(cfg, cfg.steps * cfg.epochs * cfg.minibatches)
     return State(
         make_state(Transformer(model), policy, optimizer),
         make_state(ScalarModel(model), reward_params, optimizer),
@@ -216,8 +220,8 @@ def make_iteration(cfg: PPO, config: ModelConfig, *, max_new_tokens: int, eos_id
             "sampler_gap_max": jnp.nanmax(gap),
         }
 
-    def policy_loss(own: Params, batch: tuple[Params, Experience, Tokens | None]) -> tuple[Array, Metrics]:
-        trunk, experience, demonstrations = batch
+    def policy_loss(own: Params, batch: tuple[Experience, Tokens | None], trunk: Params) -> tuple[Any, Metrics]:
+        experience, demonstrations = batch
         params = with_lora(trunk, own)
         mask = experience.tokens.mask
         if cfg.entropy_coef:
@@ -232,12 +236,10 @@ def make_iteration(cfg: PPO, config: ModelConfig, *, max_new_tokens: int, eos_id
         loss -= bonus
         if demonstrations is not None:
             ptx, _ = sft_objective(model, params, demonstrations)
-            loss += cfg.ptx_coef * ptx
-            metrics["ptx_loss"] = ptx
+            return {"loss": loss, "ptx_loss": cfg.ptx_coef * ptx}, metrics | {"ptx_loss": ptx}
         return loss, metrics
 
-    def value_loss(own: Params, batch: tuple[Params, Experience]) -> tuple[Array, Metrics]:
-        trunk, experience = batch
+    def value_loss(own: Params, experience: Experience, trunk: Params) -> tuple[Array, Metrics]:
         return value_clip_loss(
             token_values(scalar_model, on_trunk(trunk, own), experience.tokens),
             experience.old_values,
@@ -246,11 +248,17 @@ def make_iteration(cfg: PPO, config: ModelConfig, *, max_new_tokens: int, eos_id
             clip_eps=cfg.value_clip_eps,
         )
 
-    policy_step, critic_step = make_train_step(policy_loss), make_train_step(value_loss)
+    def policy_counts(batch: tuple[Experience, Tokens | None]) -> dict[str, Array]:
+        tokens = [part.mask.sum() for part in (batch[0].tokens, batch[1]) if part is not None]
+        return dict(zip(("loss", "ptx_loss"), tokens, strict=False))
+
+    policy_step = make_train_step(policy_loss, counts=counts_of(cfg, policy_counts))
+    critic_step = make_train_step(value_loss, counts=counts_of(cfg, lambda part: {"loss": part.tokens.mask.sum()}))
 
     def minibatch(trunk: Params, states: tuple[TrainState, TrainState], batch: Any) -> Any:
-        policy, policy_metrics = policy_step(states[0], (trunk, *batch))
-        critic, critic_metrics = critic_step(states[1], (trunk, batch[0]))
+        batch = parts_of(cfg, batch)
+        policy, policy_metrics = policy_step(states[0], batch, trunk)
+        critic, critic_metrics = critic_step(states[1], batch[0], trunk)
         metrics = {"value_" + name: value for name, value in critic_metrics.items()}
         return (policy, critic), policy_metrics | metrics
 

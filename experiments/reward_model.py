@@ -16,34 +16,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import sft
-from experiments.adapters import Adapters, split
+from experiments.adapters import split
 from experiments.setting import Comparisons, Setting, Source, announce, load_setting
 from experiments.sft import SFT
+from experiments.training import Training, check_parts, counts_of, make_optimizer, parts_of
 from rlhf_jax import checkpoint
 from rlhf_jax.batches import PackedRankings, Rankings, Tokens
-from rlhf_jax.data.preferences import packed_rewards
+from rlhf_jax.data.preferences import packed_rewards, stack_packed
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import at_least
 from rlhf_jax.evaluate import calibration, length_baseline, preference_accuracy
 from rlhf_jax.log import Run, run_main
 from rlhf_jax.losses import ranking_loss
+from rlhf_jax.losses.reward_model import ranking_counts
 from rlhf_jax.models import ScalarModel, from_language_model, with_lora
-from rlhf_jax.train import cosine_decay, make_optimizer, make_state, make_train_step, response_rewards, token_values
+from rlhf_jax.train import make_state, make_train_step, response_rewards, token_values
 
 
 @dataclass(frozen=True)
-class RewardModel(Adapters):
+class RewardModel(Training):
     """What reward-model training can be told."""
 
     epochs: int = 2
     prompts_per_step: int = 16
     """Each with all of its K answers."""
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, epochs=1, prompts_per_step=1, learning_rate=0, weight_decay=0)
+        at_least(self, epochs=1, prompts_per_step=1)
+        check_parts(self, self.prompts_per_step, "prompts")
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,12 @@ def train(
     prompts = len(comparisons.train.ranks)
     steps_an_epoch = max(1, prompts // cfg.prompts_per_step)
     steps = cfg.epochs * steps_an_epoch
-    optimizer = make_optimizer(cosine_decay(cfg.learning_rate, steps), weight_decay=cfg.weight_decay)
     frozen, own = jax.device_put(split(cfg, jax.random.key(seed + 3), params))
-    state = make_state(model, own, optimizer)
+    state = make_state(model, own, make_optimizer(cfg, steps))
 
-    def loss_fn(own, frozen_and_batch: tuple[Any, Rankings | PackedRankings]):
-        frozen, batch = frozen_and_batch
+    check_parts(cfg, min(prompts, cfg.prompts_per_step), "prompts")
+
+    def loss_fn(own: Any, batch: Rankings | PackedRankings, frozen: Any):
         params = with_lora(frozen, own)
         if isinstance(batch, PackedRankings):
             rewards = packed_rewards(token_values(model, params, batch.tokens), batch)
@@ -116,7 +117,15 @@ def train(
             rewards = response_rewards(model, params, batch.responses).reshape(batch.ranks.shape)
         return ranking_loss(rewards, batch.ranks, batch.mask)
 
-    train_step = make_train_step(loss_fn)
+    def make_batch(some: np.ndarray) -> Any:
+        """What a step takes: the comparisons of some prompts."""
+        if comparisons.pack is None:
+            return parts_of(cfg, pick(comparisons.train, some))
+        packed = [comparisons.pack(part) for part in np.split(some, cfg.accumulate)]
+        return stack_packed(packed) if cfg.accumulate > 1 else packed[0]
+
+    counts = counts_of(cfg, lambda batch: ranking_counts(batch.ranks, batch.mask))
+    train_step = make_train_step(loss_fn, counts=counts)
     score = make_scorer(setting)
     first = checkpoint.latest(run.dir, "reward_model") if run.resumed else None
     if first is not None:
@@ -125,9 +134,8 @@ def train(
         if step % steps_an_epoch == 0 or step == first:
             permutation = np.random.default_rng([seed, 2, step // steps_an_epoch]).permutation(prompts)
         start = step % steps_an_epoch * cfg.prompts_per_step
-        some = permutation[start : start + cfg.prompts_per_step]
-        batch = comparisons.pack(some) if comparisons.pack else pick(comparisons.train, some)
-        state, metrics = train_step(state, (frozen, batch))
+        batch = make_batch(permutation[start : start + cfg.prompts_per_step])
+        state, metrics = train_step(state, batch, frozen)
         last = step + 1 == steps
         if (step + 1) % max(1, steps // 8) == 0 or last:
             metrics |= evaluate(score, with_lora(frozen, state.params), comparisons.heldout)

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
 
-from experiments.adapters import Adapters, split
+from experiments.adapters import split
 from experiments.setting import Setting, Source, announce, load_setting
+from experiments.training import Training, check_parts, counts_of, make_optimizer, parts_of
 from rlhf_jax import checkpoint
 from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.data.tokens import take
@@ -24,23 +25,22 @@ from rlhf_jax.errors import at_least
 from rlhf_jax.log import Run, run_main
 from rlhf_jax.models import Transformer, merge_lora, with_lora
 from rlhf_jax.sampling import generate
-from rlhf_jax.train import cosine_decay, make_optimizer, make_state, make_train_step, sft_objective
+from rlhf_jax.train import make_state, make_train_step, sft_objective
 
 
 @dataclass(frozen=True)
-class SFT(Adapters):
+class SFT(Training):
     """What supervised fine-tuning can be told."""
 
     steps: int = 2500
     batch_size: int = 16
     """Packed rows; in the controlled world about 3.6 demonstrations each."""
     learning_rate: float = 5e-3
-    """Peak, decayed to zero by a cosine."""
-    weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, steps=1, batch_size=1, learning_rate=0, weight_decay=0)
+        at_least(self, steps=1, batch_size=1)
+        check_parts(self, self.batch_size, "rows")
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,14 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
     params = setting.params
     if params is None:
         params = model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]
-    optimizer = make_optimizer(cosine_decay(cfg.learning_rate, cfg.steps), weight_decay=cfg.weight_decay)
     frozen, own = jax.device_put(split(cfg, jax.random.fold_in(key, 1), params))
-    state = make_state(model, own, optimizer)
+    state = make_state(model, own, make_optimizer(cfg, cfg.steps))
 
     loss_fn = make_loss(setting)
-    train_step = make_train_step(lambda own, batch: loss_fn(with_lora(batch[0], own), batch[1]))
+    train_step = make_train_step(
+        lambda own, batch, frozen: loss_fn(with_lora(frozen, own), batch),
+        counts=counts_of(cfg, lambda batch: {"loss": batch.mask.sum()}),
+    )
     validation_loss = make_validation_loss(setting)
 
     rows = len(setting.demonstrations.mask)
@@ -115,6 +117,8 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
     steps_an_epoch = max(1, cfg.steps // 4 if setting.streaming else rows // cfg.batch_size)
     state, first, epochs = resume(run, state, frozen)
     batches = setting.batches(cfg.batch_size, seed) if setting.batches else None
+    if batches is None:
+        check_parts(cfg, min(rows, cfg.batch_size), "rows")
     if batches is not None and first:
         batches.set_state(checkpoint.inspect(run.dir, "sft", first).data_state)
     for step in run.progress("sft", range(first, cfg.steps), show=("loss", "val_loss", "utility")):
@@ -125,7 +129,7 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
                 permutation = np.random.default_rng([seed, 1, step // steps_an_epoch]).permutation(rows)
             start = step % steps_an_epoch * cfg.batch_size
             batch = take(setting.demonstrations, permutation[start : start + cfg.batch_size])
-        state, metrics = train_step(state, (frozen, batch))
+        state, metrics = train_step(state, parts_of(cfg, batch), frozen)
         last = step + 1 == cfg.steps
         if (step + 1) % steps_an_epoch == 0 or last:
             epochs.append(whole(frozen, state.params))

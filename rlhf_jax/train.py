@@ -1,4 +1,4 @@
-"""From a loss to a training step: optimiser, scoring of tokens, the step, and PPO's epochs of minibatches."""
+"""From a loss to a training step: scoring of tokens, the step, microbatches, and PPO's epochs of minibatches."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,36 +19,11 @@ from rlhf_jax.models import ScalarModel, Transformer, head_kernel, last_token_re
 Params = Any
 Metrics = dict[str, Array]
 State = TypeVar("State")
-LossFn = Callable[[Params, Any], tuple[Array, Metrics]]
-"""loss_fn(params, batch) -> (loss, metrics)"""
+LossFn = Callable[..., tuple[Array | dict[str, Array], Metrics]]
+"""loss_fn(params, batch, *fixed) -> (loss, metrics); instead of a loss, a dict of the terms that it is the sum of."""
+Counts = Callable[[Any], dict[str, Array]]
 
 HEAD_CHUNK = 64  # Columns of time whose logits exist at once.
-
-
-def make_optimizer(
-    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float = 0.0, max_grad_norm: float = 1.0
-) -> optax.GradientTransformation:
-    """AdamW (β₂ = 0.95, decoupled weight decay on matrices only) after clipping by global norm."""
-    return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),
-        optax.adamw(
-            learning_rate,
-            b2=0.95,
-            weight_decay=weight_decay,
-            mask=lambda params: jax.tree_util.tree_map_with_path(_decays, params),
-        ),
-    )
-
-
-def _decays(path: tuple[Any, ...], param: Array) -> bool:
-    """Matrices; scanned layers stack norms and biases into what looks like one."""
-    name = getattr(path[-1], "key", None) if path else None
-    return param.ndim > 1 and name not in ("scale", "bias")
-
-
-def cosine_decay(learning_rate: float, steps: int, *, warmup: float = 0.02) -> optax.Schedule:
-    """Linear warm-up over the share `warmup` of `steps`, then a cosine to zero."""
-    return optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, int(warmup * steps)), max(2, steps))
 
 
 def make_state(model: Any, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -102,16 +77,70 @@ def response_rewards(model: ScalarModel, params: Params, tokens: Tokens) -> Floa
     return last_token_rewards(token_values(model, params, tokens), tokens.mask)
 
 
-def make_train_step(loss_fn: LossFn) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """One optimiser step, compiled; the state is donated."""
+def make_train_step(loss_fn: LossFn, *, counts: Counts | None = None) -> Callable[..., tuple[TrainState, Metrics]]:
+    """train_step(state, batch, *fixed) -> (state, metrics): one optimiser step, compiled; the state is donated.
+
+    With `counts`, `batch` is n `microbatches` of which one at a time is in memory. Their gradients are summed in
+    float32, each mean weighted by what it is a mean over, so that the step is that of the whole batch:
+
+        L = Σᵢ Σₖ (nᵢₖ / Σⱼ nⱼₖ) Lᵢₖ,   Lᵢₖ term k of microbatch i, a mean over nᵢₖ things
+
+    counts(microbatch) gives the nᵢₖ by name: "loss", and those terms and metrics that are means over something else.
+    They must depend on data only. Metrics that are integers are added, those called "…_max" are maxima.
+    """
 
     @partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
+    def train_step(state: TrainState, batch: Any, *fixed: Any) -> tuple[TrainState, Metrics]:
+        if counts is None:
+            gradient = jax.value_and_grad(lambda params: _total(loss_fn(params, batch, *fixed), None), has_aux=True)
+            (loss, metrics), grads = gradient(state.params)
+        else:
+            loss, metrics, grads = _accumulated(loss_fn, counts, state.params, batch, fixed)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(optax.tree.cast(grads, jnp.float32)), **metrics}
         return state.apply_gradients(grads=grads), metrics
 
     return train_step
+
+
+def microbatches(batch: Any, number: int) -> Any:
+    """[n·b, …] arrays as [n, b, …]. Raises ValueError when they do not divide."""
+
+    def cut(x: Any) -> Any:
+        if len(x) % number:
+            raise ValueError(f"{len(x)} rows do not divide into {number} microbatches")
+        return x.reshape(number, -1, *x.shape[1:])
+
+    return jax.tree.map(cut, batch)
+
+
+def _total(result: tuple[Any, Metrics], shares: dict[str, Array] | None) -> tuple[Array, Metrics]:
+    loss, metrics = result
+    terms = loss if isinstance(loss, dict) else {"loss": loss}
+    first, *others = [term if shares is None else term * shares[name] for name, term in terms.items()]
+    return sum(others, first), metrics
+
+
+def _accumulated(
+    loss_fn: LossFn, counts: Counts, params: Params, batches: Any, fixed: tuple[Any, ...]
+) -> tuple[Array, Metrics, Params]:
+    numbers = jax.vmap(counts)(batches)
+    shares = {name: n / jnp.maximum(n.sum(), 1).astype(jnp.float32) for name, n in numbers.items()}
+
+    def add(grads: Params, xs: tuple[Any, dict[str, Array]]) -> tuple[Params, tuple[Array, Metrics]]:
+        batch, share = xs
+        gradient = jax.value_and_grad(lambda params: _total(loss_fn(params, batch, *fixed), share), has_aux=True)
+        result, more = gradient(params)
+        return jax.tree.map(jnp.add, grads, more), result
+
+    start = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    grads, (losses, each) = jax.lax.scan(add, start, (batches, shares))
+
+    def whole(name: str, x: Array) -> Array:
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return x.sum(axis=0)
+        return x.max(axis=0) if name.endswith("_max") else (x * shares.get(name, shares["loss"])).sum(axis=0)
+
+    return losses.sum(), {name: whole(name, x) for name, x in each.items()}, grads
 
 
 def ppo_update(

@@ -13,9 +13,8 @@ from rlhf_jax.batches import Experience
 from rlhf_jax.data.tokens import pad_sequences
 from rlhf_jax.logprobs import token_entropy, token_logprobs
 from rlhf_jax.models import ModelConfig, Transformer
+from rlhf_jax.optimizers import adamw
 from rlhf_jax.train import (
-    cosine_decay,
-    make_optimizer,
     make_state,
     make_train_step,
     ppo_update,
@@ -61,41 +60,14 @@ def test_rows_that_do_not_divide_are_an_error():
 
 
 def test_a_step_follows_the_gradient_and_is_compiled_once():
-    state = TrainState.create(apply_fn=None, params={"w": jnp.array([3.0])}, tx=make_optimizer(0.1))
+    state = TrainState.create(
+        apply_fn=None, params={"w": jnp.array([3.0])}, tx=adamw(0.1, weight_decay=0.0, max_grad_norm=1.0)
+    )
     step = make_train_step(chex.assert_max_traces(lambda p, x: (jnp.sum(p["w"] ** 2) * x, {"x": x}), n=1))
     for _ in range(3):
         state, metrics = step(state, jnp.float32(1.0))
     np.testing.assert_allclose(state.params["w"], [3.0 - 3 * 0.1], atol=1e-3)  # Adam moves by its learning rate
     assert set(metrics) == {"loss", "grad_norm", "x"} and int(state.step) == 3
-
-
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_weight_decay_spares_norms_and_biases_also_of_scanned_layers(scan_layers):
-    config = replace(CONFIG, n_layers=2, scan_layers=scan_layers, qkv_bias=True)
-    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    params = jax.tree.map(jnp.ones_like, params)
-    optimizer = make_optimizer(0.1, weight_decay=0.5)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-    names = set()
-    for path, update in jax.tree_util.tree_leaves_with_path(updates):
-        names.add(name := path[-1].key)
-        expected = {"kernel": -0.05, "embedding": -0.05, "scale": 0.0, "bias": 0.0}[name]
-        np.testing.assert_allclose(update, expected, err_msg=jax.tree_util.keystr(path))
-    assert names == {"kernel", "embedding", "scale", "bias"}
-
-
-def test_the_gradient_is_clipped_before_adam_sees_it():
-    optimizer = make_optimizer(0.1, max_grad_norm=1.0)
-    state = optimizer.init(jnp.zeros((2, 1)))
-    _, state = optimizer.update(jnp.array([[30.0], [40.0]]), state, jnp.zeros((2, 1)))
-    first_moment = state[1][0].mu
-    np.testing.assert_allclose(first_moment, 0.1 * np.array([[0.6], [0.8]]), rtol=1e-5)
-
-
-def test_cosine_warms_up_and_ends_at_zero():
-    schedule = cosine_decay(2.0, 100)
-    values = np.array([schedule(i) for i in (0, 2, 51, 100)])
-    np.testing.assert_allclose(values, [0.0, 2.0, 1.0, 0.0], atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature, softcap", [(1.0, None), (0.7, None), (0.7, 0.5)])
@@ -117,5 +89,5 @@ def test_a_state_may_be_donated_while_its_parameters_live_on():
     tokens = experience(4).tokens
     params = model.init(jax.random.key(0), tokens.inputs)["params"]
     step = make_train_step(lambda p, t: (-token_scores(model, p, t)[0].mean(), {}))
-    step(make_state(model, params, make_optimizer(0.1)), tokens)
+    step(make_state(model, params, adamw(0.1, weight_decay=0.0, max_grad_norm=1.0)), tokens)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))

@@ -60,9 +60,9 @@ def build(row: str) -> Work:
     from rlhf_jax.logprobs import sequence_logprobs
     from rlhf_jax.losses import bradley_terry_loss, dpo_loss
     from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, from_language_model
+    from rlhf_jax.optimizers import adamw
     from rlhf_jax.sampling import generate
     from rlhf_jax.train import (
-        make_optimizer,
         make_state,
         make_train_step,
         response_logprobs,
@@ -99,7 +99,9 @@ def build(row: str) -> Work:
             float(metrics["loss"])
             return state
 
-        return Work(make_state(model, params, make_optimizer(1e-4)), call, batch(0).mask.size)
+        return Work(
+            make_state(model, params, adamw(1e-4, weight_decay=0.0, max_grad_norm=1.0)), call, batch(0).mask.size
+        )
 
     if row in ("sft", "vocabulary"):
         shape = (4, 512) if large else (8, 256)

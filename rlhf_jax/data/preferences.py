@@ -72,6 +72,20 @@ def pack_rankings(
     return _host(PackedRankings, tokens, owner, row, column, ranks, mask, margin)
 
 
+def stack_packed(batches: Sequence[PackedRankings]) -> PackedRankings:
+    """Batches of as many prompts and answers as one, along a new first axis; empty rows make them of one length."""
+    rows = max(len(batch.owner) for batch in batches)
+
+    def longer(x: Any, value: int = 0) -> Any:
+        return np.pad(x, [(0, rows - len(x)), (0, 0)], constant_values=value)
+
+    padded = [
+        batch._replace(tokens=jax.tree.map(longer, batch.tokens), owner=longer(batch.owner, batch.row.size))
+        for batch in batches
+    ]
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *padded)
+
+
 def packed_logprobs(logprobs: Float[Array, "B T"], batch: PackedRankings) -> Float[Array, "P K"]:
     """log π(y|x) of every answer: the sum over its own tokens. Traceable; 0 for those that only fill the batch."""
     real = jnp.where(batch.tokens.mask, logprobs, 0.0)

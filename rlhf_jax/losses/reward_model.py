@@ -41,7 +41,7 @@ def ranking_loss(
     """
     rewards = jnp.where(mask, rewards, 0.0)
     difference = rewards[:, :, None] - rewards[:, None, :]
-    pairs = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    pairs = _pairs(ranks, mask)
     has_pairs = pairs.any(axis=(1, 2))
     loss = -masked_mean(jax.nn.log_sigmoid(difference), pairs, axis=(1, 2))
     accuracy = masked_mean(_correct(difference), pairs, axis=(1, 2))
@@ -49,6 +49,12 @@ def ranking_loss(
         "accuracy": masked_mean(accuracy, has_pairs),
         "reward_difference": masked_mean(difference, pairs),
     }
+
+
+def ranking_counts(ranks: Int[Array, "B K"], mask: Bool[Array, "B K"]) -> dict[str, Int[Array, ""]]:
+    """How many prompts `ranking_loss` is the mean over, and how many pairs its "reward_difference"."""
+    pairs = _pairs(ranks, mask)
+    return {"loss": pairs.any(axis=(1, 2)).sum(), "reward_difference": pairs.sum()}
 
 
 def plackett_luce_loss(
@@ -72,9 +78,13 @@ def plackett_luce_loss(
     loss = -masked_sum(logprobs, mask, axis=1)
     has_any = mask.any(axis=1)
     difference = rewards[:, :, None] - rewards[:, None, :]
-    pairs = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    pairs = _pairs(ranks, mask)
     accuracy = masked_mean(_correct(difference), pairs, axis=(1, 2))
     return masked_mean(loss, has_any), {"accuracy": masked_mean(accuracy, pairs.any(axis=(1, 2)))}
+
+
+def _pairs(ranks: Array, mask: Array) -> Array:
+    return (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
 
 
 def _correct(difference: Array) -> Array:
