@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from rlhf_jax.batches import Experience, Tokens
 from rlhf_jax.data.tokens import take
-from rlhf_jax.logprobs import chunked_logprobs, chunked_logprobs_and_entropy
+from rlhf_jax.logprobs import chunked_logprobs, chunked_logprobs_and_entropy, sequence_logprobs
 from rlhf_jax.losses import chunked_sft_loss
 from rlhf_jax.models import ScalarModel, Transformer, head_kernel, last_token_rewards
 
@@ -44,6 +44,11 @@ def response_logprobs(
         hidden_states(model, params, tokens), head_kernel(params), tokens.targets, chunk_size=HEAD_CHUNK,
         mask=tokens.mask, softcap=model.config.final_softcap, temperature=temperature,
     )  # fmt: skip
+
+
+def answer_logprobs(model: Transformer, params: Params, tokens: Tokens) -> Float[Array, " B"]:
+    """log π(y|x) of each response: what DPO and its kin compare."""
+    return sequence_logprobs(response_logprobs(model, params, tokens), tokens.mask)
 
 
 def token_scores(

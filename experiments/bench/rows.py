@@ -57,15 +57,14 @@ def build(row: str) -> Work:
     import numpy as np
 
     from rlhf_jax.batches import Prompts, Tokens
-    from rlhf_jax.logprobs import sequence_logprobs
     from rlhf_jax.losses import bradley_terry_loss, dpo_loss
     from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, from_language_model
     from rlhf_jax.optimizers import adamw
     from rlhf_jax.sampling import generate
     from rlhf_jax.train import (
+        answer_logprobs,
         make_state,
         make_train_step,
-        response_logprobs,
         response_rewards,
         sft_objective,
     )  # fmt: skip
@@ -120,10 +119,7 @@ def build(row: str) -> Work:
         reference = params
 
         def preference_loss(params: Any, batch: Tokens) -> Any:
-            def score(params: Any) -> Any:
-                return sequence_logprobs(response_logprobs(model, params, batch), batch.mask)
-
-            ours, theirs = score(params), score(reference)
+            ours, theirs = (answer_logprobs(model, some, batch) for some in (params, reference))
             return dpo_loss(ours[:8], ours[8:], theirs[:8], theirs[8:], beta=0.1)
 
         def pairs(i: int) -> Tokens:
