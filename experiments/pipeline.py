@@ -9,7 +9,9 @@ its demonstrators' 0.9) to 2.2. The same stages on real text, where no true util
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from experiments.ppo import PPO
 from experiments.reward_model import RewardModel
 from experiments.setting import Setting, Source, announce, load_setting
 from experiments.sft import SFT
-from rlhf_jax.batches import Completions, Prompts
+from rlhf_jax.batches import Completions, Prompts, Tokens
 from rlhf_jax.data.tokens import join
 from rlhf_jax.evaluate import win_rate
 from rlhf_jax.log import Run, count_compilations, run_main
@@ -53,72 +55,72 @@ def choose_epoch(setting: Setting, epochs: list[Any], reward_params: Any, run: R
     return by_score
 
 
-def evaluate(setting: Setting, start: Any, final: Any, reward_params: Any, run: Run, seed: int) -> dict[str, float]:
-    """Policy against SFT on held-out prompts, one sample each at temperature 1."""
-    score = reward_model.make_scorer(setting)
+def evaluate(
+    setting: Setting, start: Any, final: Any, score: Callable[[Tokens], np.ndarray], run: Run, seed: int, *, stage: str
+) -> dict[str, float]:
+    """The policy that `stage` made against SFT on held-out prompts, one sample each at temperature 1."""
+    who = ("sft", stage)
     metrics: dict[str, float] = {}
     for name, prompts in [("", setting.heldout), ("shifted_", setting.shifted)]:
         if prompts is None:
             continue
         samples = [sft.make_sampler(setting, params, seed)(prompts, 100) for params in (start, final)]
-        scores = [score(reward_params, join(prompts, c, pad_id=setting.pad_id)) for c in samples]
+        scores = [score(join(prompts, c, pad_id=setting.pad_id)) for c in samples]
         truths = [setting.judge(prompts, c) for c in samples] if setting.judge else None
-        for who, completions, got in zip(("sft", "ppo"), samples, scores, strict=True):
-            metrics[f"{name}{who}_score"] = got.mean()
-            metrics[f"{name}{who}_length"] = completions.mask.sum(axis=1).mean()
+        for one, completions, got in zip(who, samples, scores, strict=True):
+            metrics[f"{name}{one}_score"] = got.mean()
+            metrics[f"{name}{one}_length"] = completions.mask.sum(axis=1).mean()
         metrics[f"{name}score_win_rate"] = win_rate(scores[1], scores[0])[0]
         if truths is not None:
-            for who, utility in zip(("sft", "ppo"), truths, strict=True):
-                metrics[f"{name}{who}_utility"] = utility.mean()
-                metrics[f"{name}{who}_utility_se"] = utility.std() / np.sqrt(len(utility))
-                metrics[f"{name}{who}_utility_std"] = utility.std()
+            for one, utility in zip(who, truths, strict=True):
+                metrics[f"{name}{one}_utility"] = utility.mean()
+                metrics[f"{name}{one}_utility_se"] = utility.std() / np.sqrt(len(utility))
+                metrics[f"{name}{one}_utility_std"] = utility.std()
             metrics[f"{name}win_rate"], low, high = win_rate(truths[1], truths[0])
             metrics |= {f"{name}win_rate_low": low, f"{name}win_rate_high": high}
         if not name:
-            write_examples(setting, prompts, samples, scores, truths, run)
+            write_examples(setting, prompts, dict(zip(who, samples, strict=True)), scores, truths, run)
     return {key: float(value) for key, value in metrics.items()}
 
 
 def write_examples(
     setting: Setting,
     prompts: Prompts,
-    samples: list[Completions],
+    samples: dict[str, Completions],
     scores: list,
     truths: list | None,
     run: Run,
 ) -> None:
     """The first held-out prompts with both answers, for the report."""
-    texts = [setting.answers(completions)[0] for completions in samples]
+    texts = [setting.answers(completions)[0] for completions in samples.values()]
     with open(run.dir / "examples.jsonl", "w", encoding="utf-8") as file:
         for row, prompt in enumerate(setting.read(prompts)[:24]):
             example: dict[str, Any] = {"prompt": prompt}
-            for i, who in enumerate(("sft", "ppo")):
+            for i, who in enumerate(samples):
                 example |= {who: texts[i][row], f"{who}_score": float(scores[i][row])}
                 if truths is not None:
                     example[f"{who}_utility"] = float(truths[i][row])
             file.write(json.dumps(example, ensure_ascii=False) + "\n")
 
 
-def export(
-    setting: Setting, policy: Any, reward_params: Any, metrics: dict[str, float], run: Run, cfg: Config
-) -> None:
-    """Writes policy/ and reward_model/, which transformers, vLLM and lm-evaluation-harness load."""
-    data = f"{cfg.demonstrations or 'simulated demonstrations'}; {cfg.comparisons or 'simulated comparisons'}"
+def export(setting: Setting, policy: Any, card: ModelCard, run: Run) -> None:
+    """Writes policy/, which transformers, vLLM and lm-evaluation-harness load."""
+    save_hf(run.dir / "policy", setting.model, merge_lora(policy), tokenizer=setting.tokenizer, card=card)
 
-    def card(algorithm: str, stage: str) -> ModelCard:
-        told = {name: value for name, value in metrics.items() if name.startswith(stage)}
-        return ModelCard(algorithm, data, cfg.model, told)
 
-    save_hf(
-        run.dir / "policy", setting.model, merge_lora(policy), tokenizer=setting.tokenizer,
-        card=card("PPO against a Bradley-Terry reward model, minus a KL penalty to SFT", "ppo_"),
-    )  # fmt: skip
+def export_reward_model(setting: Setting, reward_params: Any, card: ModelCard, run: Run) -> None:
+    """Writes reward_model/, which transformers and vLLM load."""
     # There is no place for the bias that makes demonstrations score 0.
     unshifted = {**merge_lora(reward_params), "head": {**reward_params["head"], "bias": jnp.zeros(())}}
-    save_hf_reward_model(
-        run.dir / "reward_model", setting.model, unshifted, tokenizer=setting.tokenizer,
-        card=card("Bradley-Terry reward model, started from SFT", "reward_model_"),
-    )  # fmt: skip
+    folder = run.dir / "reward_model"
+    save_hf_reward_model(folder, setting.model, unshifted, tokenizer=setting.tokenizer, card=card)
+
+
+def card(source: Source, algorithm: str, metrics: dict[str, float], stage: str) -> ModelCard:
+    """What a stage's model was made from, and that stage's numbers."""
+    data = f"{source.demonstrations or 'simulated demonstrations'}; {source.comparisons or 'simulated comparisons'}"
+    told = {name: value for name, value in metrics.items() if name.startswith(stage)}
+    return ModelCard(algorithm, data, source.model, told)
 
 
 def main(cfg: Config) -> dict[str, float]:
@@ -136,10 +138,14 @@ def main(cfg: Config) -> dict[str, float]:
             start = epochs[-1 if cfg.ppo.lora_rank else choose_epoch(setting, epochs, reward_params, run, cfg.seed)]
             policy, ppo_metrics = ppo.train(cfg.ppo, setting, start, reward_params, run, cfg.seed)
             metrics |= setting.facts | ppo_metrics
-            metrics |= evaluate(setting, start, policy, reward_params, run, cfg.seed)
+            score = partial(reward_model.make_scorer(setting), reward_params)
+            metrics |= evaluate(setting, start, policy, score, run, cfg.seed, stage="ppo")
             metrics["compilations"] = compilations()
             run.summary(metrics)
-            export(setting, policy, reward_params, metrics, run, cfg)
+            algorithm = "PPO against a Bradley-Terry reward model, minus a KL penalty to SFT"
+            export(setting, policy, card(cfg, algorithm, metrics, "ppo_"), run)
+            algorithm = "Bradley-Terry reward model, started from SFT"
+            export_reward_model(setting, reward_params, card(cfg, algorithm, metrics, "reward_model_"), run)
         finally:
             # An interrupted run, too, can be looked at.
             run.say(f"report: {write_report(run.dir)}")

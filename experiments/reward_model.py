@@ -8,12 +8,15 @@ About 4 minutes on 2 CPU cores (it runs SFT first). In the controlled world it a
 76% of the time, where their own noise allows 80%; "pick the longer" gets 56%.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from experiments import sft
 from experiments.adapters import split
@@ -63,14 +66,18 @@ def pick(rankings: Rankings, prompts: np.ndarray) -> Rankings:
 
 def make_scorer(setting: Setting, batch_size: int = 1024):
     """score(params, tokens) -> numpy [B], in batches of one shape."""
-    model = ScalarModel(setting.model)
-    rewards = jax.jit(lambda params, tokens: response_rewards(model, params, tokens))
+    return in_batches(partial(response_rewards, ScalarModel(setting.model)), batch_size)
+
+
+def in_batches(function: Callable[[Any, Tokens], Array], batch_size: int):
+    """function(params, tokens) -> [B], compiled, as one that goes over the rows in batches of one shape."""
+    compiled = jax.jit(function)
 
     def score(params: Any, tokens: Tokens) -> np.ndarray:
         count = len(tokens.mask)
         size = min(batch_size, count)
         starts = range(0, count, size)
-        parts = [rewards(params, take(tokens, np.arange(s, s + size) % count)) for s in starts]
+        parts = [compiled(params, take(tokens, np.arange(s, s + size) % count)) for s in starts]
         return np.concatenate(parts)[:count]
 
     return score
@@ -78,7 +85,12 @@ def make_scorer(setting: Setting, batch_size: int = 1024):
 
 def evaluate(score, params: Any, heldout: Rankings) -> dict[str, Any]:
     """Agreement with held-out annotators on pairs, with "pick the longer" beside it, and calibration."""
-    scores = score(params, heldout.responses).reshape(heldout.ranks.shape)
+    return agreement(score(params, heldout.responses), heldout)
+
+
+def agreement(scores: np.ndarray, heldout: Rankings) -> dict[str, Any]:
+    """As `evaluate`, from the scores of all held-out answers."""
+    scores = scores.reshape(heldout.ranks.shape)
     lengths = np.asarray(heldout.responses.mask).sum(axis=1).reshape(heldout.ranks.shape)
     rows = np.arange(len(scores))
     best, worst = heldout.ranks.argmin(axis=1), heldout.ranks.argmax(axis=1)

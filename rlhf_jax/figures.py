@@ -40,8 +40,10 @@ def series(rows: Rows, name: str) -> tuple[Float[np.ndarray, " N"], Float[np.nda
     return steps, values
 
 
-def headline(start: float, end: float, start_se: float, end_se: float, teachers: float | None) -> str:
-    """True utility on held-out prompts, SFT's to PPO's, beside what the demonstrators reached."""
+def headline(
+    start: float, end: float, start_se: float, end_se: float, teachers: float | None, *, who: str = "PPO"
+) -> str:
+    """True utility on held-out prompts, SFT's to that of `who`, beside what the demonstrators reached."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 1.9), layout="constrained")
         axes = figure.add_subplot()
@@ -51,7 +53,7 @@ def headline(start: float, end: float, start_se: float, end_se: float, teachers:
         axes.annotate(
             "", (end, 0), (start, 0), arrowprops={"arrowstyle": "-|>", "color": QUIET, "lw": 2, "shrinkB": 9}
         )
-        for name, x, se, color in [("SFT", start, start_se, START), ("PPO", end, end_se, TRUTH)]:
+        for name, x, se, color in [("SFT", start, start_se, START), (who, end, end_se, TRUTH)]:
             axes.errorbar([x], [0], xerr=[1.96 * se], fmt="o", ms=11, color=color, capsize=4)
             axes.annotate(
                 f"{name} {x:.2f}", (x, 0), xytext=(0, 13), textcoords="offset points", ha="center",

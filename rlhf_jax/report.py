@@ -23,15 +23,17 @@ EXPLAINED = {
     "demonstrators_utility": "Mean true utility of the demonstrations that SFT learned from.",
     "sft_utility": "Mean true utility of SFT's answers to held-out prompts, sampled at temperature 1.",
     "ppo_utility": "The same for the policy after PPO.",
-    "win_rate": "Held-out prompts on which PPO's answer has the higher true utility; a tie counts half.",
+    "dpo_utility": "The same after preference optimisation.",
+    "win_rate": "Held-out prompts on which its answer has the higher true utility than SFT's; a tie counts half.",
     "win_rate_low": "Lower end of its 95% interval.",
     "win_rate_high": "Upper end of its 95% interval.",
     "shifted_sft_utility": "SFT's true utility on prompts of another distribution.",
     "shifted_ppo_utility": "PPO's true utility on prompts of another distribution.",
-    "shifted_win_rate": "PPO against SFT there.",
+    "shifted_dpo_utility": "The same after preference optimisation.",
+    "shifted_win_rate": "Share of wins against SFT there.",
     "sft_score": "What the reward model thinks of SFT's answers; demonstrations are at 0.",
     "ppo_score": "What the reward model thinks of PPO's answers: the proxy that PPO maximises.",
-    "score_win_rate": "Held-out prompts on which the reward model prefers PPO's answer.",
+    "score_win_rate": "Held-out prompts on which the reward (DPO: the implicit one) prefers its answer to SFT's.",
     "reward_model_val_accuracy": "Held-out comparisons that the reward model predicts.",
     "reward_model_val_accuracy_low": "Lower end of its 95% interval.",
     "reward_model_val_accuracy_high": "Upper end of its 95% interval.",
@@ -44,8 +46,17 @@ EXPLAINED = {
     "ppo_seconds": "Seconds of the last PPO iteration.",
     "ppo_tokens_per_second": "Tokens sampled a second, the update included.",
     "ppo_compilations": "Programs compiled while PPO ran.",
+    "dpo_val_accuracy": "Held-out comparisons that the implicit reward predicts.",
+    "dpo_val_accuracy_low": "Lower end of its 95% interval.",
+    "dpo_val_accuracy_high": "Upper end of its 95% interval.",
+    "dpo_length_baseline": "What picking the longer answer would predict.",
+    "dpo_ceiling": "What the best predictor of one annotator could reach: their noise sets it.",
+    "dpo_kl_k1": "Nats a response between the policy and SFT, on samples.",
+    "dpo_val_chosen_change": "How log π of held-out chosen answers moved, in nats.",
+    "dpo_val_rejected_change": "How log π of held-out rejected answers moved, in nats.",
     "sft_length": "Mean tokens of SFT's answers.",
     "ppo_length": "Mean tokens of PPO's answers.",
+    "dpo_length": "Mean tokens of answers after preference optimisation.",
 }
 
 CSS = """
@@ -87,6 +98,7 @@ def write_report(run_dir: str | Path) -> Path:
         _stage(stages.get("sft", []), "Supervised fine-tuning", "step", SFT_PANELS, SFT_NOTE),
         _choice(stages.get("choice", [])),
         _stage(stages.get("reward_model", []), "Reward model", "step", REWARD_PANELS, REWARD_NOTE),
+        _stage(stages.get("dpo", []), "Preference optimisation", "step", DPO_PANELS, DPO_NOTE),
         _stage(ppo, "PPO", "iteration", PPO_PANELS, PPO_NOTE),
         _against_kl(ppo, summary),
         _stage(ppo, "Is PPO healthy?", "iteration", HEALTH_PANELS, HEALTH_NOTE),
@@ -117,6 +129,15 @@ REWARD_PANELS = [
     ("agreement with annotators", [("accuracy", "training", QUIET), ("val_accuracy", "held out", PROXY)]),
 ]
 REWARD_NOTE = "Learns from comparisons which of two answers people prefer (Bradley-Terry)."
+DPO_PANELS = [
+    ("loss", [("loss", "training", QUIET)]),
+    ("agreement with annotators", [("accuracy", "training", QUIET), ("val_accuracy", "held out", PROXY)]),
+    ("true utility: only measured", [("utility", "utility", TRUTH)]),
+    ("KL from SFT, nats a response", [("kl_k1", "k1", START)]),
+    ("log π moved by, nats", [("val_chosen_change", "chosen", TRUTH), ("val_rejected_change", "rejected", QUIET)]),
+    ("tokens a response", [("length", "length", START)]),
+]
+DPO_NOTE = "A policy from comparisons, without a reward model. That log π of chosen answers falls, too, is usual."
 PPO_PANELS = [
     ("reward model's score: the proxy", [("score", "score", PROXY)]),
     ("true utility: only measured", [("utility", "utility", TRUTH)]),
@@ -153,26 +174,31 @@ def _unfinished(stages: Mapping[str, Rows]) -> str:
 
 def _headline(summary: Mapping[str, Any]) -> str:
     have = {name for name, value in summary.items() if isinstance(value, int | float)}
-    if {"sft_utility", "ppo_utility"} <= have:
-        sft_se, ppo_se = (
-            summary[f"{who}_utility_se"] if f"{who}_utility_se" in have else 0.0 for who in ("sft", "ppo")
+    stage = "ppo" if "ppo_utility" in have else "dpo"
+    if {"sft_utility", f"{stage}_utility"} <= have:
+        who = stage.upper()
+        start_se, end_se = (
+            summary[f"{one}_utility_se"] if f"{one}_utility_se" in have else 0.0 for one in ("sft", stage)
         )
         teachers = summary["demonstrators_utility"] if "demonstrators_utility" in have else None
-        note = "PPO, trained on people's comparisons, against SFT, which imitates their demonstrations."
+        note = f"{who}, trained on people's comparisons, against SFT, which imitates their demonstrations."
         if "win_rate" in have:
-            note += f" PPO's answer is the better one on {summary['win_rate']:.1%} of held-out prompts."
-        svg = figures.headline(summary["sft_utility"], summary["ppo_utility"], sft_se, ppo_se, teachers)
+            note += f" {who}'s answer is the better one on {summary['win_rate']:.1%} of held-out prompts."
+        ends = summary["sft_utility"], summary[f"{stage}_utility"]
+        svg = figures.headline(*ends, start_se, end_se, teachers, who=who)
         return _section("How good the answers truly are", note, _card(svg))
-    if "reward_model_val_accuracy" in have:
-        names = [("reward model", "val_accuracy"), ("pick the longer", "length_baseline")]
+    model = "reward_model" if "reward_model_val_accuracy" in have else "dpo"
+    if f"{model}_val_accuracy" in have:
+        title = "Reward model" if model == "reward_model" else "Implicit reward"
+        names = [(title.lower(), "val_accuracy"), ("pick the longer", "length_baseline")]
         rates = []
         for label, name in names:
-            key = f"reward_model_{name}"
+            key = f"{model}_{name}"
             if key in have:
                 low, high = (summary[key + end] if key + end in have else summary[key] for end in ("_low", "_high"))
                 rates.append((label, summary[key], low, high))
         note = "Share of held-out comparisons predicted, with 95% intervals; chance is dashed."
-        return _section("Reward model", note, _card(figures.intervals(rates, 0.5, "agreement with held-out people")))
+        return _section(title, note, _card(figures.intervals(rates, 0.5, "agreement with held-out people")))
     return ""
 
 
@@ -237,7 +263,8 @@ def _examples(path: Path) -> str:
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             example = json.loads(line)
-            sides = "".join(_side(example, who, color) for who, color in (("sft", START), ("ppo", TRUTH)))
+            last = "dpo" if "dpo" in example else "ppo"
+            sides = "".join(_side(example, who, color) for who, color in (("sft", START), (last, TRUTH)))
             prompt = escape(str(example["prompt"]))
         except (ValueError, KeyError, TypeError):
             continue

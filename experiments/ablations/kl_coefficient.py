@@ -98,6 +98,7 @@ def one_seed(seed: int, *, cfg: Config, folder: Path) -> dict[str, Any]:
         # On one trunk PPO starts where the reward model did.
         start = epochs[-1 if cfg.ppo.lora_rank else pipeline.choose_epoch(setting, epochs, reward_params, run, seed)]
         train = jax.jit(make_train(cfg.ppo, setting, start, reward_params))
+        score = partial(reward_model.make_scorer(setting), reward_params)
         assert setting.judge is not None
         curves, finals = [], []
         for beta in cfg.betas:
@@ -107,7 +108,7 @@ def one_seed(seed: int, *, cfg: Config, folder: Path) -> dict[str, Any]:
             flat = [jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), part) for part in (prompts, completions)]
             metrics["utility"] = setting.judge(*flat).reshape(cfg.ppo.steps, -1).mean(axis=1)
             curves.append({name: metrics[name].tolist() for name in CURVES})
-            finals.append(pipeline.evaluate(setting, start, policy, reward_params, run, seed))
+            finals.append(pipeline.evaluate(setting, start, policy, score, run, seed, stage="ppo"))
             run.say(f"seed {seed}, β {beta:g}: true utility {finals[-1]['ppo_utility']:.3f}")
         result = {"seed": seed, "facts": facts | setting.facts, "curves": curves, "finals": finals}
         done.write_text(json.dumps(result), encoding="utf-8")
