@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from experiments.pairs import Examples
 from experiments.setting import HELDOUT, PRECISIONS, Comparisons, Setting, Source
 from rlhf_jax.batches import Prompts, Rankings, Tokens
 from rlhf_jax.data.encode import EncodedRanking, encode_rows
@@ -257,6 +258,19 @@ def read_prompts(source: Source, reader: Reader, rng: np.random.Generator) -> tu
     if not all(parts):
         raise UserError(f"{', '.join(names(source.prompts))}: too few prompts to train on some and hold out others")
     return parts
+
+
+def read_unpaired(
+    sources: str | tuple[str, ...], columns: Sequence[str], setting: Setting, max_length: int
+) -> tuple[Examples, tuple[str, ...]]:
+    """Answers found good or not, for KTO, and as what their files were read."""
+    assert setting.rejects is not None
+    reader = Reader(setting.tokenizer, max_length, setting.rejects, [])
+    found = reader.read(names(sources), "unpaired", None, columns)
+    rows = [ids for some in found for _, ids in some]
+    good = np.array([[row.good] for row in rows])
+    answers = [(row.prompt, row.response) for row in rows]
+    return Examples(answers, np.arange(len(rows))[:, None], good), tuple(reader.notes)
 
 
 def make_prompts(rows: Sequence[Prompt], reader: Reader, length: int, pad_id: int) -> Prompts:

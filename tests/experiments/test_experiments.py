@@ -43,12 +43,6 @@ SMALL = dict(
 
 
 @pytest.fixture
-def small_world(monkeypatch):
-    for name, size in dict(DEMONSTRATIONS=256, COMPARED=24, RANKED=4, HELDOUT_PAIRS=32, HELDOUT=32).items():
-        monkeypatch.setattr(setting, name, size)
-
-
-@pytest.fixture
 def trained(monkeypatch):
     """What the stages of the pipeline return, by name."""
     returned = {}
