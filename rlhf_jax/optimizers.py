@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-NOT_DECAYED = ("scale", "bias")
+from rlhf_jax.models.precision import NORMS_AND_BIASES
 
 
 def adamw(
@@ -111,7 +111,7 @@ def _by_name(choose: Any) -> Any:
 
 def _is_decayed(name: str | None, param: Array) -> bool:
     """Matrices; scanned layers stack norms and biases into what looks like one."""
-    return param.ndim > 1 and name not in NOT_DECAYED
+    return param.ndim > 1 and name not in NORMS_AND_BIASES
 
 
 def _is_hidden_matrix(name: str | None, param: Array) -> str:

@@ -6,15 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from numpy.testing import assert_allclose
 
-from rlhf_jax.models import ModelConfig, Transformer, init_cache
+from rlhf_jax.models import Transformer, init_cache
 from rlhf_jax.models.attention import LEAST_BLOCK, attend, attend_causally
 
-CONFIG = ModelConfig(
-    vocab_size=13, d_model=12, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=16, rope_theta=10_000.0,
-    norm_eps=1e-5, tie_embeddings=True, max_length=512,
-)  # fmt: skip
+CONFIG = replace(tiny.CONFIG, max_length=512)
 RNG = np.random.default_rng(0)
 
 

@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from numpy.testing import assert_allclose, assert_array_equal
+from tiny import TOKENS, new_params, random_tree
 
 from rlhf_jax.data.tokens import pad_sequences
 from rlhf_jax.logprobs import sequence_logprobs
 from rlhf_jax.losses import bradley_terry_loss, dpo_loss, sft_loss
 from rlhf_jax.models import (
     MIXED,
-    ModelConfig,
     ScalarModel,
     Transformer,
     cast_frozen,
@@ -30,37 +31,14 @@ from rlhf_jax.optimizers import adamw
 from rlhf_jax.sampling import generate
 from rlhf_jax.train import make_state, make_train_step, response_rewards, token_scores
 
-CONFIG = ModelConfig(
-    vocab_size=13,
-    d_model=12,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=6,
-    d_ff=16,
-    rope_theta=10_000.0,
-    norm_eps=1e-5,
-    tie_embeddings=False,
-    max_length=32,
-)
+CONFIG = replace(tiny.CONFIG, tie_embeddings=False)
 EVERYTHING = "(query|key|value|output|gate|up|down)/kernel"
-TOKENS = jnp.asarray([[3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8, 2, 8, 1]])
-
-
-def random_tree(tree, seed, scale=0.3):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, scale, leaf.shape), leaf.dtype), tree)
-
-
-def new_params(config, scale=0.5):
-    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), TOKENS)["params"]
-    return random_tree(shapes, 0, scale)
 
 
 def new_adapter(params, seed=1, **options):
     """One that has been trained: B is not zero."""
     adapter = init_lora(jax.random.key(seed), params, **(dict(rank=2, alpha=3.0, targets=EVERYTHING) | options))
-    b = {name: random_tree(leaf, seed) for name, leaf in flat(adapter).items() if name.endswith("lora_b")}
+    b = {name: random_tree(leaf, seed, 0.3) for name, leaf in flat(adapter).items() if name.endswith("lora_b")}
     return with_lora(adapter, nested(b))
 
 

@@ -6,29 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from tiny import CONFIG, TOKENS, new_params
 
-from rlhf_jax.models import FLOAT32, MIXED, LongRope, ModelConfig, Transformer, head_kernel, init_cache
-
-CONFIG = ModelConfig(
-    vocab_size=13,
-    d_model=12,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=6,
-    d_ff=16,
-    rope_theta=10_000.0,
-    norm_eps=1e-5,
-    tie_embeddings=True,
-    max_length=32,
-)
-TOKENS = jnp.asarray([[3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8, 2, 8, 1]])
-
-
-def new_params(config):
-    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), TOKENS)["params"]
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype), shapes)
+from rlhf_jax.models import FLOAT32, MIXED, LongRope, Transformer, head_kernel, init_cache
 
 
 def forward(config, params, *args):
