@@ -4,7 +4,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import ScalarModel, from_language_model, last_token_rewards
 from rlhf_jax.models.hf import ModelCard, load_hf, load_hf_reward_model, save_hf, save_hf_reward_model
 from rlhf_jax.models.lora import cast_frozen, init_lora, merge_lora, split_lora, with_lora
-from rlhf_jax.models.peft import load_peft, save_peft
+from rlhf_jax.models.peft import load_peft, load_peft_reward_model, save_peft, save_peft_reward_model
 from rlhf_jax.models.precision import BFLOAT16, FLOAT32, MIXED, Precision
 from rlhf_jax.models.rope import LinearScaling, Llama3Scaling, LongRope
 from rlhf_jax.models.transformer import KVCache, Transformer, head_kernel, init_cache
@@ -31,10 +31,12 @@ __all__ = [
     "load_hf",
     "load_hf_reward_model",
     "load_peft",
+    "load_peft_reward_model",
     "merge_lora",
     "save_hf",
     "save_hf_reward_model",
     "save_peft",
+    "save_peft_reward_model",
     "split_lora",
     "with_lora",
 ]

@@ -11,10 +11,18 @@ import peft
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
-from parity import LANGUAGE, MASK, POSITIONS, RICHEST, TOKENS, torch_model, torch_outputs
+from parity import LANGUAGE, MASK, PAD, POSITIONS, REWARD, RICHEST, TOKENS, torch_model, torch_outputs
 from safetensors.numpy import load_file, save_file
 
-from rlhf_jax.models import Transformer, init_lora, load_hf, load_peft, save_peft, with_lora
+from rlhf_jax.models import (
+    init_lora,
+    load_peft,
+    load_peft_reward_model,
+    save_hf,
+    save_peft,
+    save_peft_reward_model,
+    with_lora,
+)
 from rlhf_jax.models.weights import flat, nested
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3"]
@@ -23,23 +31,23 @@ EVERYTHING = "(query|key|value|output|gate|up|down)/kernel"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """base(family) -> (torch's model, our config, our params)."""
+    """base(family) -> (torch's model, our config, our params), of a language model or a classifier."""
     made = {}
 
-    def make(family):
-        if family not in made:
+    def make(family, kind=LANGUAGE):
+        theirs = torch_model(RICHEST[family], kind)
+        if (family, kind.ours) not in made:
             folder = tmp_path_factory.mktemp(family)
-            theirs = torch_model(RICHEST[family])
             theirs.save_pretrained(folder)
-            made[family] = folder, load_hf(folder)
-        return torch_model(RICHEST[family]), *made[family][1]
+            made[family, kind.ours] = kind.load(folder)
+        return theirs, *made[family, kind.ours]
 
     return make
 
 
-def logits(config, params):
+def outputs(config, params, kind=LANGUAGE):
     arguments = map(jnp.asarray, (TOKENS, POSITIONS, MASK.astype(np.int32)))
-    return np.asarray(jax.jit(Transformer(config).apply)({"params": params}, *arguments))[MASK]
+    return np.asarray(jax.jit(kind.ours(config).apply)({"params": params}, *arguments))[kind.chosen]
 
 
 def trained(params, **options):
@@ -65,8 +73,8 @@ def test_peft_loads_what_we_save(base, tmp_path, family):
     save_peft(tmp_path, config, adapter, base_model="owner/model")
     model = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
     expected = torch_outputs(model, LANGUAGE)
-    assert_allclose(logits(config, with_lora(params, adapter)), expected, atol=1e-4, rtol=1e-4)
-    assert np.abs(expected - logits(config, params)).max() > 0.01
+    assert_allclose(outputs(config, with_lora(params, adapter)), expected, atol=1e-4, rtol=1e-4)
+    assert np.abs(expected - outputs(config, params)).max() > 0.01
     same(load_peft(tmp_path, config), adapter)
     card = json.loads((tmp_path / "adapter_config.json").read_text())
     assert card["target_modules"] == sorted(
@@ -83,13 +91,15 @@ def test_we_load_what_peft_saves(base, tmp_path, family, use_rslora):
     options = peft.LoraConfig(
         r=4, lora_alpha=6, use_rslora=use_rslora, target_modules=["q_proj", "o_proj", "up_proj"],
         init_lora_weights=False, rank_pattern={"up_proj": 2}, task_type="CAUSAL_LM",
+        # The first that fits counts; "proj" fits none, being no whole name.
+        alpha_pattern={"proj": 90, "1.mlp.up_proj": 7, "up_proj": 3, "layers.*.q_proj": 9},
     )  # fmt: skip
     model = peft.get_peft_model(theirs, options).eval()
     model.save_pretrained(tmp_path)
     adapter = load_peft(tmp_path, config)
     assert len(flat(adapter)) == 3 * 3 * config.n_layers
     expected = torch_outputs(model, LANGUAGE)
-    assert_allclose(logits(config, with_lora(params, adapter)), expected, atol=1e-4, rtol=1e-4)
+    assert_allclose(outputs(config, with_lora(params, adapter)), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_scanned_layers_and_some_modules_only(base, tmp_path):
@@ -98,7 +108,7 @@ def test_scanned_layers_and_some_modules_only(base, tmp_path):
     save_peft(tmp_path / "some", config, adapter)
     model = peft.PeftModel.from_pretrained(theirs, tmp_path / "some").eval()
     expected = torch_outputs(model, LANGUAGE)
-    assert_allclose(logits(config, with_lora(params, adapter)), expected, atol=1e-4, rtol=1e-4)
+    assert_allclose(outputs(config, with_lora(params, adapter)), expected, atol=1e-4, rtol=1e-4)
     scanned = replace(config, scan_layers=True)
     with pytest.raises(ValueError, match="query/lora_a is not alike in all 2 layers, which scan_layers needs"):
         load_peft(tmp_path / "some", scanned)
@@ -125,13 +135,88 @@ def test_a_part_of_a_fused_tensor_is_refused(base, tmp_path, family, targets, me
     same(load_peft(tmp_path, config), trained(params, targets="output|down"))
 
 
+def test_modules_that_differ_in_rank_and_scale(base, tmp_path):
+    theirs, config, params = base("llama")
+    mixed = with_lora(trained(params), trained(params, targets="layer_1/(query|up)", rank=2, alpha=9.0))
+    save_peft(tmp_path, config, mixed)
+    model = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+    expected = torch_outputs(model, LANGUAGE)
+    assert_allclose(outputs(config, with_lora(params, mixed)), expected, atol=1e-4, rtol=1e-4)
+    same(load_peft(tmp_path, config), mixed)
+
+
+def reward_model(params):
+    """An adapter and a head of one's own over a ScalarModel's trunk."""
+    width = params["head"]["kernel"].shape[0]
+    head = {"kernel": jnp.asarray(np.random.default_rng(1).normal(size=width), jnp.float32), "bias": jnp.zeros(())}
+    return {"trunk": trained(params["trunk"]), "head": head}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2"])
+def test_peft_loads_a_reward_model_that_we_save(base, tmp_path, family):
+    theirs, config, params = base(family, REWARD)
+    own = reward_model(params)
+    save_peft_reward_model(tmp_path, config, own)
+    expected = torch_outputs(peft.PeftModel.from_pretrained(theirs, tmp_path).eval(), REWARD)
+    ours = outputs(config, with_lora({"trunk": params["trunk"]}, own), REWARD)
+    assert_allclose(ours, expected, atol=1e-5, rtol=1e-5)
+    assert np.abs(expected - outputs(config, params, REWARD)).min() > 0.01
+    same(load_peft_reward_model(tmp_path, config), own)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_we_load_a_reward_model_that_peft_saves(base, tmp_path, family):
+    theirs, config, params = base(family, REWARD)
+    torch.manual_seed(1)
+    options = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="SEQ_CLS")
+    model = peft.get_peft_model(theirs, options).eval()
+    with torch.no_grad():
+        model.base_model.model.score.modules_to_save["default"].weight.normal_()
+    model.save_pretrained(tmp_path)
+    own = load_peft_reward_model(tmp_path, config)
+    ours = outputs(config, with_lora({"trunk": params["trunk"]}, own), REWARD)
+    assert_allclose(ours, torch_outputs(model, REWARD), atol=1e-5, rtol=1e-5)
+
+
+def test_a_reward_model_over_a_language_model(base, tmp_path):
+    """What peft has for a policy and a reward model on one trunk."""
+    _, config, params = base("llama")
+    trunk = {name: x for name, x in params.items() if name != "head"}
+    own = reward_model({"trunk": trunk, "head": {"kernel": np.zeros(config.d_model)}})
+    save_hf(tmp_path / "base", config, params)
+    save_peft_reward_model(tmp_path / "adapter", config, own, base_model=str(tmp_path / "base"))
+    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+        tmp_path / "adapter", num_labels=1, pad_token_id=PAD
+    ).eval()
+    ours = outputs(config, with_lora({"trunk": trunk}, own), REWARD)
+    assert_allclose(ours, torch_outputs(model, REWARD), atol=1e-5, rtol=1e-5)
+
+
+def test_reward_models_that_are_none(base, tmp_path):
+    _, config, params = base("llama", REWARD)
+    own = reward_model(params)
+    biased = own | {"head": own["head"] | {"bias": jnp.float32(2.0)}}
+    for wrong, message in [(own["trunk"], "own part is"), (biased, "bias 2 has no place")]:
+        with pytest.raises(ValueError, match=message):
+            save_peft_reward_model(tmp_path / "out", config, wrong)
+    assert not (tmp_path / "out").exists()
+    save_peft_reward_model(tmp_path, config, own)
+    with pytest.raises(ValueError, match="a reward model's adapter: load_peft_reward_model reads it"):
+        load_peft(tmp_path, config)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    score = "base_model.model.score.weight"
+    for change, message in [({}, "no such tensor"), ({score: np.zeros((2, 32), np.float32)}, r"there is \(2, 32\)")]:
+        save_file({name: x for name, x in tensors.items() if name != score} | change, path)
+        with pytest.raises(ValueError, match=rf"{score} should be \(1, 32\), and {message}|{message}"):
+            load_peft_reward_model(tmp_path, config)
+
+
 def test_an_adapter_that_cannot_be_saved(base, tmp_path):
     _, config, params = base("llama")
-    mixed = with_lora(trained(params, targets="query"), trained(params, targets="up", rank=2))
     for adapter, message in [
         ({}, "init_lora makes one"),
         (params, "init_lora makes one"),
-        (mixed, re.escape("modules differ in rank [2, 3]")),
         ({"layer_7": trained(params)["layer_0"]}, "layer_7/down cannot be saved for llama: it is none of its modules"),
         ({"layer_0": {"up": trained(params)["layer_0"]["down"]}}, re.escape("layer_0/up is adapted (40, 32)")),
     ]:
@@ -144,10 +229,15 @@ def test_an_adapter_that_cannot_be_saved(base, tmp_path):
     "change, message",
     [
         ({"peft_type": "IA3"}, "adapter_config.json: peft_type 'IA3' is not supported, only 'LORA'"),
-        ({"use_dora": True}, "use_dora True is not supported, only False"),
-        ({"bias": "all"}, "bias 'all' is not supported, only 'none'"),
-        ({"modules_to_save": ["score"]}, "modules_to_save"),
-        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
+        ({"use_dora": True}, "adapter_config.json: use_dora True is not supported"),
+        ({"bias": "lora_only"}, "bias 'lora_only' is not supported"),
+        ({"lora_bias": True}, "lora_bias True is not supported"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication .* is not supported"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices .* is not supported"),
+        ({"next_years_lora": {"k": 1}}, "next_years_lora {'k': 1} is not supported"),
+        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save .'embed_tokens'. is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' .* changes the weights beneath"),
+        ({"alpha_pattern": {"q_proj": "3"}}, "q_proj is '3', and should be a number"),
         ({"lora_alpha": None}, "lora_alpha is None, and should be a number"),
     ],
 )
@@ -156,9 +246,10 @@ def test_more_than_lora_is_refused(base, tmp_path, change, message):
     save_peft(tmp_path, config, trained(params))
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=message) as error:
-        load_peft(tmp_path, config)
-    assert "\n" not in str(error.value)
+    for load in (load_peft, load_peft_reward_model):
+        with pytest.raises(ValueError, match=message) as error:
+            load(tmp_path, config)
+        assert "\n" not in str(error.value)
 
 
 def test_broken_tensors_are_named(base, tmp_path):
