@@ -26,7 +26,16 @@ from rlhf_jax.batches import Completions, Prompts, Tokens
 from rlhf_jax.data.tokens import join
 from rlhf_jax.evaluate import win_rate
 from rlhf_jax.log import Run, count_compilations, run_main
-from rlhf_jax.models import ModelCard, merge_lora, save_hf, save_hf_reward_model
+from rlhf_jax.models import (
+    ModelCard,
+    merge_lora,
+    save_hf,
+    save_hf_reward_model,
+    save_peft,
+    save_peft_reward_model,
+    split_lora,
+    with_lora,
+)
 from rlhf_jax.report import write_report
 
 
@@ -110,10 +119,8 @@ def export(setting: Setting, policy: Any, card: ModelCard, run: Run) -> None:
 
 def export_reward_model(setting: Setting, reward_params: Any, card: ModelCard, run: Run) -> None:
     """Writes reward_model/, which transformers and vLLM load."""
-    # There is no place for the bias that makes demonstrations score 0.
-    unshifted = {**merge_lora(reward_params), "head": {**reward_params["head"], "bias": jnp.zeros(())}}
-    folder = run.dir / "reward_model"
-    save_hf_reward_model(folder, setting.model, unshifted, tokenizer=setting.tokenizer, card=card)
+    whole = merge_lora(reward_params) | {"head": unbiased(reward_params["head"])}
+    save_hf_reward_model(run.dir / "reward_model", setting.model, whole, tokenizer=setting.tokenizer, card=card)
 
 
 def card(source: Source, algorithm: str, metrics: dict[str, float], stage: str) -> ModelCard:
@@ -121,6 +128,29 @@ def card(source: Source, algorithm: str, metrics: dict[str, float], stage: str) 
     data = f"{source.demonstrations or 'simulated demonstrations'}; {source.comparisons or 'simulated comparisons'}"
     told = {name: value for name, value in metrics.items() if name.startswith(stage)}
     return ModelCard(algorithm, data, source.model, told)
+
+
+def export_adapters(setting: Setting, sft_params: Any, policy: Any, reward_params: Any, run: Run) -> None:
+    """Where adapters were trained: writes policy_adapter/ and reward_model_adapter/, which PEFT loads over base/.
+
+    base/ is the SFT model as it was frozen, in whatever type.
+    """
+    trunk, adapter = split_lora(policy)
+    reward_trunk, reward_adapter = split_lora(reward_params["trunk"])
+    base = (run.dir / "base").resolve()
+    if adapter or reward_adapter:
+        frozen = trunk if adapter else with_lora(sft_params, reward_trunk)  # which may lack the language head
+        save_hf(base, setting.model, frozen, tokenizer=setting.tokenizer, card=ModelCard("Supervised fine-tuning"))
+    if adapter:
+        save_peft(run.dir / "policy_adapter", setting.model, adapter, base_model=str(base))
+    if reward_adapter:
+        own = {"trunk": reward_adapter, "head": unbiased(reward_params["head"])}
+        save_peft_reward_model(run.dir / "reward_model_adapter", setting.model, own, base_model=str(base))
+
+
+def unbiased(head: Any) -> Any:
+    """Without the bias that makes demonstrations score 0, for which there is no place in such folders."""
+    return head | {"bias": jnp.zeros(())}
 
 
 def main(cfg: Config) -> dict[str, float]:
@@ -146,6 +176,7 @@ def main(cfg: Config) -> dict[str, float]:
             export(setting, policy, card(cfg, algorithm, metrics, "ppo_"), run)
             algorithm = "Bradley-Terry reward model, started from SFT"
             export_reward_model(setting, reward_params, card(cfg, algorithm, metrics, "reward_model_"), run)
+            export_adapters(setting, epochs[-1], policy, reward_params, run)
         finally:
             # An interrupted run, too, can be looked at.
             run.say(f"report: {write_report(run.dir)}")

@@ -275,12 +275,28 @@ def test_ppo_on_one_trunk_moves_adapters_and_head_only():
     assert float(metrics["ratio"]) > 0 and np.isfinite(metrics["ptx_loss"])
 
 
+def peft_loads_the_adapters(run):
+    """Over base/, which each names, they are policy/ and reward_model/."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    tokens = torch.tensor([[5, 9, 3, 7, 2, 11], [4, 3, 8, 6, 12, 9]])
+    for folder, ours, theirs, options in [
+        ("policy", AutoModelForCausalLM, peft.AutoPeftModelForCausalLM, {}),
+        ("reward_model", AutoModelForSequenceClassification, peft.AutoPeftModelForSequenceClassification,
+         {"num_labels": 1}),
+    ]:  # fmt: skip
+        with torch.no_grad():
+            merged = ours.from_pretrained(run / folder).eval()(tokens).logits
+            adapted = theirs.from_pretrained(run / f"{folder}_adapter", **options).eval()(tokens).logits
+        np.testing.assert_allclose(adapted, merged, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_pipeline_with_adapters(small_world, tmp_path, dtype):
     lora = ADAPTERS | {"frozen_dtype": dtype}
     stages = {name: replace(stage, **lora) for name, stage in SMALL.items()}
     metrics = pipeline.main(pipeline.Config(run_dir=str(tmp_path / "run"), **stages))
     assert all(np.isfinite(value) for value in metrics.values())
+    peft_loads_the_adapters(tmp_path / "run")
     again = pipeline.main(pipeline.Config(run_dir=str(tmp_path / "run"), resume=True, **stages))
     same = ("win_rate", "ppo_score", "sft_score", "reward_model_val_accuracy")
     assert {name: again[name] for name in same} == {name: metrics[name] for name in same}
