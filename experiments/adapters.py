@@ -8,11 +8,12 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from rlhf_jax.errors import UserError, at_least
-from rlhf_jax.models import cast_frozen, init_lora
+from rlhf_jax.models import cast_frozen, init_lora, with_dropout, with_lora
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,20 @@ class Adapters:
         at_least(self, lora_rank=0, lora_alpha=0)
 
 
+@dataclass(frozen=True)
+class Dropping(Adapters):
+    """Of a stage that trains on given text."""
+
+    lora_dropout: float = 0.0
+    """Share of an adapter's inputs that each step leaves out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, lora_dropout=0)
+        if self.lora_dropout and not (self.lora_rank and self.lora_dropout < 1):
+            raise UserError(f"lora-dropout is {self.lora_dropout}; it must be below 1, and needs a lora-rank")
+
+
 def split(cfg: Adapters, key: PRNGKeyArray, params: Any) -> tuple[Any, Any]:
     """(frozen, own) of a language model's or a ScalarModel's parameters; a scalar head is always the stage's own.
 
@@ -53,3 +68,10 @@ def split(cfg: Adapters, key: PRNGKeyArray, params: Any) -> tuple[Any, Any]:
     if cfg.frozen_dtype:
         frozen = cast_frozen(frozen, jnp.dtype(cfg.frozen_dtype))
     return frozen, adapter | scalar
+
+
+def in_training(cfg: Dropping, frozen: Any, own: Any, key: PRNGKeyArray, step: Any) -> Any:
+    """The model as the loss of one step sees it."""
+    if cfg.lora_dropout:
+        own = with_dropout(own, jax.random.fold_in(key, step), rate=cfg.lora_dropout)
+    return with_lora(frozen, own)

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments import sft
-from experiments.adapters import split
+from experiments.adapters import Dropping, in_training, split
 from experiments.setting import Comparisons, Setting, Source, announce, load_setting
 from experiments.sft import SFT
 from experiments.training import Training, check_parts, counts_of, make_optimizer, parts_of
@@ -37,7 +37,7 @@ from rlhf_jax.train import make_state, make_train_step, response_rewards, token_
 
 
 @dataclass(frozen=True)
-class RewardModel(Training):
+class RewardModel(Dropping, Training):
     """What reward-model training can be told."""
 
     epochs: int = 2
@@ -121,8 +121,8 @@ def train(
 
     check_parts(cfg, min(prompts, cfg.prompts_per_step), "prompts")
 
-    def loss_fn(own: Any, batch: Rankings | PackedRankings, frozen: Any):
-        params = with_lora(frozen, own)
+    def loss_fn(own: Any, batch: Rankings | PackedRankings, frozen: Any, step: Any):
+        params = in_training(cfg, frozen, own, jax.random.key(seed + 5), step)
         if isinstance(batch, PackedRankings):
             rewards = packed_rewards(token_values(model, params, batch.tokens), batch)
         else:
@@ -147,7 +147,7 @@ def train(
             permutation = np.random.default_rng([seed, 2, step // steps_an_epoch]).permutation(prompts)
         start = step % steps_an_epoch * cfg.prompts_per_step
         batch = make_batch(permutation[start : start + cfg.prompts_per_step])
-        state, metrics = train_step(state, batch, frozen)
+        state, metrics = train_step(state, batch, frozen, step)
         last = step + 1 == steps
         if (step + 1) % max(1, steps // 8) == 0 or last:
             metrics |= evaluate(score, with_lora(frozen, state.params), comparisons.heldout)

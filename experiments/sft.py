@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
 
-from experiments.adapters import split
+from experiments.adapters import Dropping, in_training, split
 from experiments.setting import Setting, Source, announce, load_setting
 from experiments.training import Training, check_parts, counts_of, make_optimizer, parts_of
 from rlhf_jax import checkpoint
@@ -29,7 +29,7 @@ from rlhf_jax.train import make_state, make_train_step, sft_objective
 
 
 @dataclass(frozen=True)
-class SFT(Training):
+class SFT(Dropping, Training):
     """What supervised fine-tuning can be told."""
 
     steps: int = 2500
@@ -106,8 +106,9 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
     state = make_state(model, own, make_optimizer(cfg, cfg.steps))
 
     loss_fn = make_loss(setting)
+    dropout_key = jax.random.fold_in(key, 2)
     train_step = make_train_step(
-        lambda own, batch, frozen: loss_fn(with_lora(frozen, own), batch),
+        lambda own, batch, frozen, step: loss_fn(in_training(cfg, frozen, own, dropout_key, step), batch),
         counts=counts_of(cfg, lambda batch: {"loss": batch.mask.sum()}),
     )
     validation_loss = make_validation_loss(setting)
@@ -129,7 +130,7 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
                 permutation = np.random.default_rng([seed, 1, step // steps_an_epoch]).permutation(rows)
             start = step % steps_an_epoch * cfg.batch_size
             batch = take(setting.demonstrations, permutation[start : start + cfg.batch_size])
-        state, metrics = train_step(state, parts_of(cfg, batch), frozen)
+        state, metrics = train_step(state, parts_of(cfg, batch), frozen, step)
         last = step + 1 == cfg.steps
         if (step + 1) % steps_an_epoch == 0 or last:
             epochs.append(whole(frozen, state.params))

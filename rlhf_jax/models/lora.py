@@ -15,7 +15,7 @@ from jaxtyping import PRNGKeyArray
 
 from rlhf_jax.kl import ScalarLike
 from rlhf_jax.models.precision import NORMS_AND_BIASES
-from rlhf_jax.models.transformer import LORA_LEAVES
+from rlhf_jax.models.transformer import LORA_LEAVES, Dropout
 from rlhf_jax.models.weights import flat, nested
 
 
@@ -28,8 +28,7 @@ def init_lora(
 
     `targets` is a regular expression, looked for in names such as "layer_0/query/kernel" (scanned:
     "layers/query/kernel"); only kernels of `Linear` can be targets. Only shapes of `params` are read. `lora_scale`
-    lies in the tree so that each adapter carries its own; it gets no gradient, and is to stay as it is. There is no
-    dropout: in RL the policy that samples has to be the one that is trained.
+    lies in the tree so that each adapter carries its own; it gets no gradient, and is to stay as it is.
 
     Raises ValueError for a rank below 1, and for targets that match no kernel.
     Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023, https://arxiv.org/abs/2312.03732.
@@ -60,6 +59,24 @@ def with_lora(params: Any, own: Any) -> Any:
     if not (isinstance(params, dict) and isinstance(own, dict)):
         return own
     return params | {name: with_lora(params.get(name, {}), value) for name, value in own.items()}
+
+
+def with_dropout(own: Any, key: PRNGKeyArray, *, rate: ScalarLike) -> Any:
+    """What a stage has for itself, for the loss of one step and with that step's key: adapters drop what A reads.
+
+        x W + s·(x̃ A) B,   x̃ = m·x / (1 − rate),   m ~ Bernoulli(1 − rate) for each number of x
+
+    Every module of every layer has numbers of its own; the trunk and a head read x. Not for RL, where the policy that
+    samples has to be the one that is trained.
+    Reference: Hu et al. 2021, table 11, https://arxiv.org/abs/2106.09685; Srivastava et al. 2014,
+    https://jmlr.org/papers/v15/srivastava14a.html.
+    """
+    leaves = flat(own)
+    scales = {name: scale.shape for name, scale in sorted(leaves.items()) if name.endswith("lora_scale")}
+    for (name, layers), module_key in zip(scales.items(), jax.random.split(key, len(scales)), strict=True):
+        module = name.removesuffix("lora_scale")
+        leaves[f"{module}lora_dropout"] = Dropout(jax.random.split(module_key, layers), jnp.full(layers, rate))
+    return nested(leaves)
 
 
 def split_lora(params: Any) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, PRNGKeyArray
 
 from rlhf_jax.logprobs import soft_cap
 from rlhf_jax.models.attention import LayerNumbers, Scene, attend, attend_causally, layer_numbers, stacked_numbers
@@ -17,6 +17,13 @@ from rlhf_jax.models.rope import LongRope, rotate
 
 LORA_LEAVES = ("lora_a", "lora_b", "lora_scale")
 """What an adapter adds beside a kernel."""
+
+
+class Dropout(NamedTuple):
+    """What `with_dropout` adds to an adapter for the loss of one step, as the leaf `lora_dropout`."""
+
+    key: PRNGKeyArray
+    rate: Float[Array, ""]
 
 
 class KVCache(NamedTuple):
@@ -102,6 +109,10 @@ class Linear(nn.Module):
     def _low_rank(self, inputs: Array) -> Array:
         a, b, scale = (self.get_variable("params", name) for name in LORA_LEAVES)
         dtype = self.config.precision.compute
+        if self.has_variable("params", "lora_dropout"):
+            key, rate = self.get_variable("params", "lora_dropout")
+            kept = jax.random.bernoulli(key, 1 - rate, inputs.shape)
+            inputs = jnp.where(kept, inputs / (1 - rate).astype(dtype), 0)
         return inputs @ a.astype(dtype) @ (b * jax.lax.stop_gradient(scale)).astype(dtype)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from experiments import pipeline, ppo, reward_model, setting, sft
+from experiments import adapters, pipeline, ppo, reward_model, setting, sft
 from experiments.ablations import kl_coefficient
 from experiments.adapters import split
 from rlhf_jax.errors import UserError
@@ -291,15 +291,40 @@ def peft_loads_the_adapters(run):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_pipeline_with_adapters(small_world, tmp_path, dtype):
+def test_the_pipeline_with_adapters(small_world, tmp_path, monkeypatch, dtype):
     lora = ADAPTERS | {"frozen_dtype": dtype}
     stages = {name: replace(stage, **lora) for name, stage in SMALL.items()}
+    dropping = []
+    for stage in (sft, reward_model):
+
+        def in_training(cfg, frozen, own, key, step, stage=stage):
+            dropping.append((stage, cfg.lora_dropout, isinstance(step, jax.core.Tracer)))
+            return adapters.in_training(cfg, frozen, own, key, step)
+
+        name = stage.__name__.rpartition(".")[2]
+        stages[name] = replace(stages[name], lora_dropout=0.1)
+        monkeypatch.setattr(stage, "in_training", in_training)
     metrics = pipeline.main(pipeline.Config(run_dir=str(tmp_path / "run"), **stages))
     assert all(np.isfinite(value) for value in metrics.values())
+    # One program for all steps, whose keys differ.
+    assert dropping == [(stage, 0.1, True) for stage in (sft, reward_model)]
     peft_loads_the_adapters(tmp_path / "run")
     again = pipeline.main(pipeline.Config(run_dir=str(tmp_path / "run"), resume=True, **stages))
     same = ("win_rate", "ppo_score", "sft_score", "reward_model_val_accuracy")
     assert {name: again[name] for name in same} == {name: metrics[name] for name in same}
+
+
+def test_each_step_drops_other_numbers_and_without_a_rate_none():
+    own = {"layer_0": {"up": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 3)), "lora_scale": jnp.ones(())}}}
+    frozen, key = {"layer_0": {"up": {"kernel": jnp.ones((4, 3))}}}, jax.random.key(0)
+    model = {
+        step: adapters.in_training(sft.SFT(lora_rank=2, lora_dropout=0.25), frozen, own, key, step) for step in (0, 1)
+    }
+    drops = [model[step]["layer_0"]["up"]["lora_dropout"] for step in (0, 1)]
+    assert drops[0].key != drops[1].key and float(drops[0].rate) == 0.25
+    plain = adapters.in_training(sft.SFT(lora_rank=2), frozen, own, key, 0)
+    chex.assert_trees_all_equal(plain, with_lora(frozen, own))
+    assert not hasattr(ppo.PPO(), "lora_dropout")
 
 
 @pytest.mark.parametrize(
@@ -323,6 +348,8 @@ def test_adapters_that_cannot_be_are_a_users_mistake(small_world, tmp_path, chan
         (["--resume"], "--run-dir"),
         (["--seed", "-1"], "seed is -1; it must be at least 0"),
         (["--sft.steps", "0"], "steps is 0"),
+        (["--sft.lora-rank", "2", "--sft.lora-dropout", "1"], "lora-dropout is 1.0; it must be below 1"),
+        (["--reward-model.lora-dropout", "0.1"], "and needs a lora-rank"),
         (["--reward-model.learning-rate", "nan"], "learning-rate is nan"),
         (["--ppo.responses", "100", "--ppo.minibatches", "3"], "100 responses do not divide into 3 minibatches"),
     ],

@@ -24,8 +24,10 @@ from rlhf_jax.models import (
     init_lora,
     merge_lora,
     split_lora,
+    with_dropout,
     with_lora,
 )
+from rlhf_jax.models.transformer import Linear
 from rlhf_jax.models.weights import flat, nested
 from rlhf_jax.optimizers import adamw
 from rlhf_jax.sampling import generate
@@ -155,6 +157,54 @@ def test_sampling_reads_the_adapter(params):
     assert_array_equal(ours.tokens, merged.tokens)
     assert_allclose(ours.logprobs, merged.logprobs, atol=1e-5)
     assert not np.array_equal(ours.tokens, sample(params).tokens)
+
+
+def test_dropout_leaves_out_a_share_of_what_a_reads():
+    """A and B of ones on the diagonal, so that what is read comes out."""
+    width, eye = 64, jnp.eye(64)
+    x = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (3, 50, width)), jnp.float32)
+    params = {"kernel": 2 * eye, "lora_a": eye, "lora_b": eye, "lora_scale": jnp.float32(10.0)}
+    linear = Linear(CONFIG, width)
+    out = linear.apply({"params": with_dropout(params, jax.random.key(0), rate=0.2)}, x)
+    read = (np.asarray(out, np.float64) - 2 * np.asarray(x, np.float64)) / 10
+    dropped = np.abs(read) < 1e-5
+    assert_allclose(read, np.where(dropped, 0.0, x / 0.8), rtol=1e-5, atol=1e-5)
+    # 9600 numbers: a standard deviation is 0.004.
+    assert_allclose(dropped.mean(), 0.2, atol=0.016)
+    assert dropped.mean(axis=(0, 1)).std() < 0.06 and dropped.mean(axis=2).std() < 0.09
+    none = linear.apply({"params": with_dropout(params, jax.random.key(0), rate=0.0)}, x)
+    assert_allclose(none, 12 * x, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_every_adapter_drops_other_numbers(scan):
+    params = new_params(replace(CONFIG, scan_layers=scan))
+    own = {"trunk": new_adapter(params), "head": {"kernel": jnp.ones(12)}}
+
+    def keys(key):
+        leaves = flat(with_dropout(own, key, rate=0.5))
+        assert set(flat(own)) < set(leaves) and not any("lora_dropout" in name for name in leaves if "head" in name)
+        found = [jax.random.key_data(leaf.key) for name, leaf in leaves.items() if name.endswith("lora_dropout")]
+        return {tuple(row) for leaf in found for row in np.asarray(leaf).reshape(-1, 2).tolist()}
+
+    assert len(keys(jax.random.key(0))) == 7 * 2 == len(keys(jax.random.key(1)))
+    assert keys(jax.random.key(0)) == keys(jax.random.key(0)) and not keys(jax.random.key(0)) & keys(jax.random.key(1))
+
+
+def test_a_layer_computed_again_drops_the_same():
+    scanned = replace(CONFIG, scan_layers=True)
+    params = new_params(scanned)
+    own, other = (with_dropout(new_adapter(params), jax.random.key(n), rate=0.5) for n in (0, 1))
+
+    def loss(a, config, own):
+        with_a = nested(flat(own) | {"layers/query/lora_a": a})
+        return jnp.square(forward(config, with_lora(params, with_a))).mean()
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    a = own["layers"]["query"]["lora_a"]
+    expected = gradient(a, scanned, own)
+    assert_allclose(gradient(a, replace(scanned, remat=True), own), expected, atol=1e-5)
+    assert np.abs(gradient(a, scanned, other) - expected).max() > 1e-3
 
 
 def losses(params):
