@@ -80,16 +80,16 @@ def test_pairs_that_do_not_fit_leave_the_others_in_their_subsets(monkeypatch, tm
     chosen = ["a b c", "word " * 80, "a", "a", "a"]
     pairs = [suites.pair(Place("FILE", line), "Who?", text, "a b") for line, text in enumerate(chosen, 1)]
     found = suites.Preferences(pairs, ["x", "z", "y", "x", "y"], [])
-    margins = np.array([2.0, -1.0, 0.5, 3.0])
+    margins = np.array([2.0, -2.0, 0.5, 3.0])
     monkeypatch.setattr(evaluate, "rewards", lambda model, pairs, batch_size: np.append(margins, np.zeros(4)))
     models = evaluate.Models(None, None, stand_in("reward", tokenizer), None)
     metrics = evaluate.evaluate_preferences(evaluate.Config(), models, "FILE", found, Quiet(tmp_path))
     rates(metrics, FILE_accuracy=(3, 4), FILE_length_baseline=(1, 4))
     rates(metrics, **{"FILE/x_accuracy": (2, 2), "FILE/x_length_baseline": (1, 2), "FILE/y_accuracy": (1, 2)})
     assert "FILE/z_accuracy" not in metrics
-    # The second and the fourth turned round: predicted σ(2), σ(1), σ(0.5), σ(−3), and it was so, not, so, not.
-    errors = [1 - 0.880797, 0.731059, 1 - 0.622459, 0.047426]
-    np.testing.assert_allclose(metrics["FILE_calibration_error"], np.mean(errors), rtol=1e-5)
+    # The second and the fourth turned round: predicted σ(2), σ(2), σ(0.5), σ(−3), and it was so, not, so, not.
+    error = (2 * (0.880797 - 0.5) + (1 - 0.622459) + 0.047426) / 4
+    np.testing.assert_allclose(metrics["FILE_calibration_error"], error, rtol=1e-5)
 
 
 def test_rows_that_fill_up_say_nothing_and_each_batch_has_its_key(shared_data, monkeypatch):
