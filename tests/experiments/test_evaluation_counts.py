@@ -92,12 +92,16 @@ def test_pairs_that_do_not_fit_leave_the_others_in_their_subsets(monkeypatch, tm
     np.testing.assert_allclose(metrics["FILE_calibration_error"], error, rtol=1e-5)
 
 
-def test_rows_that_fill_up_say_nothing_and_each_batch_has_its_key(shared_data, monkeypatch):
+def test_prompts_are_read_up_to_their_padding_rows_that_fill_up_say_nothing_and_each_batch_has_its_key(
+    shared_data, monkeypatch
+):
     loaded = inference.load(str(shared_data / "model" / "stories260K-hf"))
-    keys = set()
+    keys, read = set(), []
 
     def generate(model, params, prompts, mask, key, *, eos_id, **_):
         keys.add(tuple(jax.random.key_data(key).tolist()))
+        assert mask[:, -1].all()  # padded on the left
+        read.extend(np.asarray(row)[np.asarray(real)].tolist() for row, real in zip(prompts, mask, strict=True))
         tokens = np.full((len(prompts), 2), 5)
         tokens[3:, 0] = eos_id
         return Completions(tokens, np.ones(tokens.shape, bool), np.zeros(tokens.shape))
@@ -107,6 +111,7 @@ def test_rows_that_fill_up_say_nothing_and_each_batch_has_its_key(shared_data, m
     answers = inference.answer(loaded, prompts, max_new_tokens=2, temperature=1.0, seed=0, batch_size=8)
     assert not answers.ended.any() and len(set(answers.texts)) == 1
     assert len(keys) == 2
+    assert read == [prompts[0]] * 4 + [prompts[3]] * 4
 
 
 def test_no_batch_is_wider_than_it_has_to_be():
