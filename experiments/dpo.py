@@ -21,15 +21,16 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments import pipeline, sft
-from experiments.adapters import Adapters, split
+from experiments.adapters import split
 from experiments.pairs import Answer, Batch, Examples, Pairs, lay_out, mismatch, paired, singly, width
 from experiments.reward_model import agreement, in_batches
 from experiments.setting import Comparisons, Setting, Source, announce, load_setting
 from experiments.sft import SFT
 from experiments.text import read_unpaired
+from experiments.training import Training, check_parts, counts_of, make_optimizer
 from rlhf_jax import checkpoint
 from rlhf_jax.batches import PackedRankings, Rankings, Tokens
-from rlhf_jax.data.preferences import packed_logprobs
+from rlhf_jax.data.preferences import packed_logprobs, stack_packed
 from rlhf_jax.data.tokens import join
 from rlhf_jax.diagnostics import distinct_n, duplicate_share
 from rlhf_jax.errors import UserError, at_least
@@ -42,27 +43,19 @@ from rlhf_jax.train import (
     Metrics,
     Params,
     answer_logprobs,
-    cosine_decay,
-    make_optimizer,
     make_state,
     make_train_step,
     response_logprobs,
 )
 
-TUNED = {
-    "dpo": (5e-4, 0.1),
-    "ipo": (5e-4, 0.1),
-    "simpo": (5e-4, 2.0),
-    "orpo": (5e-4, 0.1),
-    "kto": (5e-4, 0.1),
-}
-"""Learning rate and β that a loss has unless it is told others."""
+BETAS = {"dpo": 0.1, "ipo": 0.03, "simpo": 2.0, "orpo": 3.0, "kto": 0.1}
+"""The β of each loss unless it is told another: of those tried in the controlled world (results/dpo.md)."""
 OWN = {"label_smoothing": "dpo", "gamma": "simpo", "desirable_weight": "kto", "undesirable_weight": "kto"}
 """Whose flags these are."""
 
 
 @dataclass(frozen=True)
-class DPO(Adapters):
+class DPO(Training):
     """What preference optimisation can be told."""
 
     loss: Literal["dpo", "ipo", "simpo", "orpo", "kto"] = "dpo"
@@ -71,11 +64,12 @@ class DPO(Adapters):
     """Pairs a step; KTO: twice as many single answers."""
     pairs: Pairs = "best_worst"
     """Of a prompt's ranked answers the best and the worst, or all that differ in rank."""
-    learning_rate: float | None = None
-    """Peak, decayed to zero by a cosine; by default one that was found for the loss in the controlled world."""
+    learning_rate: float = 5e-4
+    """The highest one."""
     weight_decay: float = 0.0
+    """Of matrices, times the learning rate; norms and biases do not decay."""
     beta: float | None = None
-    """β; IPO calls it τ, ORPO λ. By default one that was found for the loss in the controlled world."""
+    """β; IPO calls it τ, ORPO λ. By default DPO and KTO 0.1, IPO 0.03, SimPO 2, ORPO 3."""
     label_smoothing: float = 0.0
     """DPO: the chance that a label is wrong (conservative DPO)."""
     gamma: float = 1.0
@@ -87,22 +81,22 @@ class DPO(Adapters):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, steps=1, batch_size=1, weight_decay=0, label_smoothing=0, gamma=0)
-        at_least(self, desirable_weight=0, undesirable_weight=0)
-        at_least(self, **{name: 0 for name in ("learning_rate", "beta") if getattr(self, name) is not None})
-        if self.beta == 0:
-            raise UserError("beta is 0; it must be more")
+        at_least(self, steps=1, batch_size=1, label_smoothing=0, gamma=0, desirable_weight=0, undesirable_weight=0)
+        if not self.beta_used > 0:
+            raise UserError(f"beta is {self.beta}; it must be more than 0")
         if self.label_smoothing >= 0.5:
             raise UserError(f"label-smoothing is {self.label_smoothing}; it must be below 0.5")
         for flag in fields(self):
             if OWN.get(flag.name, self.loss) != self.loss and getattr(self, flag.name) != flag.default:
                 raise UserError(f"{flag.name.replace('_', '-')} is a number of --loss {OWN[flag.name]}")
+        if self.loss == "kto" and self.accumulate > 1:
+            raise UserError("KTO's KL estimate needs its whole batch at once: accumulate must be 1")
+        check_parts(self, self.batch_size, "pairs")
 
     @property
-    def numbers(self) -> tuple[float, float]:
-        """Learning rate and β, as told or as found."""
-        rate, beta = TUNED[self.loss]
-        return rate if self.learning_rate is None else self.learning_rate, beta if self.beta is None else self.beta
+    def beta_used(self) -> float:
+        """β as told, or the loss's own."""
+        return BETAS[self.loss] if self.beta is None else self.beta
 
 
 @dataclass(frozen=True)
@@ -130,25 +124,25 @@ def dpo(cfg: DPO, logprobs: Array, batch: Batch, _: Array | None) -> Loss:
     """Log-odds of chosen against rejected, beside the reference's."""
     return dpo_loss(
         *jnp.split(logprobs, 2), *jnp.split(batch.ref_logprobs, 2),
-        beta=cfg.numbers[1], label_smoothing=cfg.label_smoothing,
+        beta=cfg.beta_used, label_smoothing=cfg.label_smoothing,
     )  # fmt: skip
 
 
 def ipo(cfg: DPO, logprobs: Array, batch: Batch, _: Array | None) -> Loss:
     """The same difference drawn to 1/2β."""
-    return ipo_loss(*jnp.split(logprobs, 2), *jnp.split(batch.ref_logprobs, 2), beta=cfg.numbers[1])
+    return ipo_loss(*jnp.split(logprobs, 2), *jnp.split(batch.ref_logprobs, 2), beta=cfg.beta_used)
 
 
 def simpo(cfg: DPO, logprobs: Array, batch: Batch, _: Array | None) -> Loss:
     """Log-probabilities a token, no reference."""
     return simpo_loss(
-        *jnp.split(logprobs, 2), *jnp.split(batch.lengths, 2), beta=cfg.numbers[1], gamma=cfg.gamma
+        *jnp.split(logprobs, 2), *jnp.split(batch.lengths, 2), beta=cfg.beta_used, gamma=cfg.gamma
     )  # fmt: skip
 
 
 def orpo(cfg: DPO, logprobs: Array, batch: Batch, _: Array | None) -> Loss:
     """The chosen answer's SFT loss and the log-odds ratio, no reference."""
-    return orpo_loss(*jnp.split(logprobs, 2), *jnp.split(batch.lengths, 2), beta=cfg.numbers[1])
+    return orpo_loss(*jnp.split(logprobs, 2), *jnp.split(batch.lengths, 2), beta=cfg.beta_used)
 
 
 def kto(cfg: DPO, logprobs: Array, batch: Batch, kl: Array | None) -> Loss:
@@ -156,7 +150,7 @@ def kto(cfg: DPO, logprobs: Array, batch: Batch, kl: Array | None) -> Loss:
     assert kl is not None
     return kto_loss(
         logprobs, batch.ref_logprobs, batch.good, kl,
-        beta=cfg.numbers[1], desirable_weight=cfg.desirable_weight, undesirable_weight=cfg.undesirable_weight,
+        beta=cfg.beta_used, desirable_weight=cfg.desirable_weight, undesirable_weight=cfg.undesirable_weight,
     )  # fmt: skip
 
 
@@ -168,8 +162,8 @@ LOSSES: dict[str, Callable[[DPO, Array, Batch, Array | None], Loss]] = {
 def implicit_rewards(cfg: DPO, logprobs: Any, ref_logprobs: Any, lengths: Any) -> Any:
     """What the policy says of answers: β log π/π_ref (Rafailov et al. 2023, eq. 5); SimPO and ORPO β log π a token."""
     if cfg.loss in ("simpo", "orpo"):
-        return cfg.numbers[1] * logprobs / np.maximum(lengths, 1)
-    return cfg.numbers[1] * (logprobs - ref_logprobs)
+        return cfg.beta_used * logprobs / np.maximum(lengths, 1)
+    return cfg.beta_used * (logprobs - ref_logprobs)
 
 
 def batch_logprobs(model: Transformer, params: Params, answers: Tokens | PackedRankings) -> Array:
@@ -211,21 +205,37 @@ def make_batches(
         others = mismatch(answers, longest=length, seed=seed)
         other_length, ref_others = prepare(others)
     groups_a_step = min(count, 2 * cfg.batch_size // each)
+    check_parts(cfg, groups_a_step, "pairs")
     steps_an_epoch = count // groups_a_step
+    lay = partial(lay_out, pad_id=setting.pad_id, packed=packed)
 
-    def batch(step: int) -> Batch:
-        epoch, at = divmod(step, steps_an_epoch)
-        order = np.random.default_rng([seed, 4, epoch]).permutation(count)
-        drawn = order[at * groups_a_step : (at + 1) * groups_a_step]
+    def lay_groups(drawn: np.ndarray) -> Batch:
         rows, good = (numbers[drawn].T.reshape(-1) for numbers in (examples.groups, examples.good))
-        lay = partial(lay_out, pad_id=setting.pad_id, packed=packed)
         some = lay([answers[row] for row in rows], length=length)
         if cfg.loss != "kto":
             return Batch(some, good, lengths[rows], ref_logprobs[rows])
         mismatched = lay([others[row] for row in rows], length=other_length)
         return Batch(some, good, lengths[rows], ref_logprobs[rows], mismatched, ref_others[rows])
 
+    def batch(step: int) -> Batch:
+        epoch, at = divmod(step, steps_an_epoch)
+        order = np.random.default_rng([seed, 4, epoch]).permutation(count)
+        drawn = order[at * groups_a_step : (at + 1) * groups_a_step]
+        parts = [lay_groups(part) for part in np.split(drawn, cfg.accumulate)]
+        return stack(parts) if cfg.accumulate > 1 else parts[0]
+
     return batch
+
+
+def stack(parts: list[Batch]) -> Batch:
+    """Microbatches along a new first axis."""
+
+    def together(some: list[Any]) -> Any:
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *some)
+
+    answers = [part.answers for part in parts]
+    stacked = stack_packed(answers) if isinstance(answers[0], PackedRankings) else together(answers)
+    return together([part._replace(answers=None) for part in parts])._replace(answers=stacked)
 
 
 def make_measure(
@@ -271,13 +281,14 @@ def train(
     Answers in `unpaired` take the place of the comparisons in training, not in what is measured.
     """
     model = Transformer(setting.model)
-    learning_rate, beta = cfg.numbers
-    run.say(f"{cfg.loss}: β {beta:g}, learning rate {learning_rate:g}")
-    optimizer = make_optimizer(cosine_decay(learning_rate, cfg.steps), weight_decay=cfg.weight_decay)
+    run.say(f"{cfg.loss}: β {cfg.beta_used:g}, learning rate {cfg.learning_rate:g}")
     frozen, own = jax.device_put(split(cfg, jax.random.key(seed + 5), sft_params))
     reference = frozen if cfg.lora_rank else own
-    state = make_state(model, own, optimizer)
-    train_step = make_train_step(lambda own, batch: objective(cfg, model, with_lora(batch[0], own), batch[1]))
+    state = make_state(model, own, make_optimizer(cfg, cfg.steps))
+    train_step = make_train_step(
+        lambda own, batch, frozen: objective(cfg, model, with_lora(frozen, own), batch),
+        counts=counts_of(cfg, lambda batch: {"loss": batch.good.sum()}),
+    )
 
     score = in_batches(partial(answer_logprobs, model), 2 * cfg.batch_size)
     if unpaired is None:
@@ -293,7 +304,7 @@ def train(
     if first is not None:
         state = checkpoint.restore(run.dir, "dpo", first, like=state)
     for step in run.progress("dpo", range(first or 0, cfg.steps), show=("loss", "val_accuracy", "kl_k1", "utility")):
-        state, metrics = train_step(state, (frozen, batch(step)))
+        state, metrics = train_step(state, batch(step), frozen)
         last = step + 1 == cfg.steps
         if (step + 1) % max(1, cfg.steps // 8) == 0 or last:
             metrics |= measure(with_lora(frozen, state.params), step + 1)
@@ -327,7 +338,7 @@ def main(cfg: Config) -> dict[str, float]:
             metrics |= setting.facts
             metrics |= pipeline.evaluate(setting, start, policy, reward, run, cfg.seed, stage="dpo")
             run.summary(metrics)
-            card = pipeline.card(cfg, f"{cfg.loss.upper()}, β = {cfg.numbers[1]:g}, from SFT", metrics, "dpo_")
+            card = pipeline.card(cfg, f"{cfg.loss.upper()}, β = {cfg.beta_used:g}, from SFT", metrics, "dpo_")
             pipeline.export(setting, policy, card, run)
         finally:
             # An interrupted run, too, can be looked at.

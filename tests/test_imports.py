@@ -16,7 +16,18 @@ LEVELS = (
     {"logprobs", "kl", "advantages"},
     {"losses"},
     {"batches", "models", "sampling", "rewards", "data"},
-    {"train", "sharding", "checkpoint", "log", "diagnostics", "evaluate", "simulation", "report", "figures"},
+    {
+        "train",
+        "sharding",
+        "checkpoint",
+        "log",
+        "diagnostics",
+        "evaluate",
+        "simulation",
+        "report",
+        "figures",
+        "optimizers",
+    },
 )
 BASES = {"jax", "jaxtyping", "rlhf_jax"} | sys.stdlib_module_names
 EQUATIONS = {"masking", "logprobs", "kl", "advantages", "losses"}

@@ -4,8 +4,10 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ import oracles
 import pytest
 
 from experiments import dpo, pairs, setting, sft
+from experiments.ablations import preference_losses
 from experiments.adapters import split
 from rlhf_jax import checkpoint
 from rlhf_jax.batches import Completions, Rankings
@@ -94,13 +97,18 @@ def params_of(seed):
     return jax.tree.map(lambda x: 2.0 * x if x.ndim > 1 else x, params)
 
 
+logits_of = jax.jit(lambda params, ids: MODEL.apply({"params": params}, ids)[0])
+
+
 def slowly(params, answers):
-    """log π of each answer, one unpadded sequence at a time, in float64."""
+    """log π of each answer, one at a time, in float64."""
     found = []
     for prompt, response in answers:
-        logits = np.asarray(MODEL.apply({"params": params}, jnp.array([prompt + response]))[0], np.float64)
-        steps = range(len(prompt), len(prompt) + len(response))
-        found.append(sum(logits[t - 1, (prompt + response)[t]] - np.log(np.exp(logits[t - 1]).sum()) for t in steps))
+        ids = prompt + response
+        # What comes after a token changes nothing before it.
+        logits = np.asarray(logits_of(params, jnp.array([ids + [0] * (16 - len(ids))])), np.float64)
+        steps = range(len(prompt), len(ids))
+        found.append(sum(logits[t - 1, ids[t]] - np.log(np.exp(logits[t - 1]).sum()) for t in steps))
     return np.array(found)
 
 
@@ -133,11 +141,8 @@ def test_the_reference_is_what_it_would_be_in_the_batch(packed):
     assert not np.allclose(*epochs)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("loss", BETAS)
+@pytest.mark.parametrize(("loss", "packed"), [*((loss, False) for loss in BETAS), ("kto", True)])
 def test_each_objective_is_its_equation_of_every_answer_apart(loss, packed):
-    if loss != "kto" and packed:
-        pytest.skip("packing is the same for all")
     cfg, examples, batch = batches(loss, packed=packed)
     params, reference = params_of(0), params_of(1)
     some = batch(0)
@@ -185,13 +190,12 @@ def train(folder, *, resume=False, **changes):
     return params, metrics, rows, (last, checkpoint.inspect(folder, "dpo", last).sha256)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
-def test_a_killed_run_goes_on_to_the_very_same_parameters(tmp_path, loss):
-    straight = train(tmp_path / "run", loss=loss)
+def test_a_killed_run_goes_on_to_the_very_same_parameters(tmp_path):
+    straight = train(tmp_path / "run", loss="kto")
     folder = tmp_path / "run" / "checkpoints" / "dpo"
     for step in (4, 5, 6, 7, 8):
         shutil.rmtree(folder / str(step))
-    again = train(tmp_path / "run", loss=loss, resume=True)
+    again = train(tmp_path / "run", loss="kto", resume=True)
     assert again[3] == straight[3] and again[3][0] == 8
     assert again[1] == straight[1]
     assert [row["step"] for row in again[2]] == [*range(1, 9), *range(4, 9)]
@@ -203,6 +207,15 @@ def test_it_learns_what_it_is_shown(tmp_path):
     assert metrics["dpo_val_accuracy"] > 0.9 > rows[0]["accuracy"]  # held out: the same pairs
     assert metrics["dpo_val_chosen_change"] > metrics["dpo_val_rejected_change"]
     assert metrics["dpo_kl_k1"] > 0.01 and "dpo_utility" not in metrics
+
+
+def test_accumulated_microbatches_of_pairs_are_the_whole_batch(tmp_path):
+    # "all" pairs of two are the same pairs.
+    whole, _, rows, _ = train(tmp_path / "whole", steps=2, batch_size=6, pairs="all", optimizer="adafactor")
+    parts, _, more, _ = train(tmp_path / "parts", steps=2, batch_size=6, accumulate=3, optimizer="adafactor")
+    for name in ("loss", "margin", "chosen_change", "grad_norm"):
+        np.testing.assert_allclose([row[name] for row in more], [row[name] for row in rows], rtol=1e-3, atol=1e-5)
+    chex.assert_trees_all_close(parts, whole, atol=1e-4)
 
 
 def test_with_adapters_the_reference_is_the_trunk(tmp_path):
@@ -220,14 +233,15 @@ def test_with_adapters_the_reference_is_the_trunk(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--beta", "-1"], "beta is -1.0; it must be at least 0"),
-        (["--beta", "0"], "beta is 0; it must be more"),
+        (["--beta", "-1"], "beta is -1.0; it must be more than 0"),
+        (["--beta", "0"], "beta is 0.0; it must be more than 0"),
         (["--label-smoothing", "1.5"], "label-smoothing is 1.5; it must be below 0.5"),
         (["--loss", "ipo", "--label-smoothing", "0.1"], "label-smoothing is a number of --loss dpo"),
         (["--gamma", "2"], "gamma is a number of --loss simpo"),
         (["--learning-rate", "nan"], "learning-rate is nan"),
+        (["--loss", "kto", "--accumulate", "2"], "KTO's KL estimate needs its whole batch"),
+        (["--accumulate", "3"], "64 pairs a step do not divide into 3 microbatches"),
         (["--loss", "kto", "--unpaired", "a.jsonl"], "unpaired answers need --loss kto and real text"),
-        (["--lora-rank", "2", "--lora-targets", "q_proj", "--sft.steps", "1"], "lora-targets 'q_proj'"),
     ],
 )
 def test_a_users_mistake_is_one_line(small_world, flags, message, tmp_path, monkeypatch, capsys):
@@ -297,3 +311,16 @@ def test_kto_on_real_text_from_unpaired_answers(shared_data, tmp_path, monkeypat
     first = next(row for row in rows if row["stage"] == "dpo")
     np.testing.assert_allclose(first["loss"], 0.5, atol=1e-5)
     assert len(learned["examples"].answers) == 12 and learned["examples"].good.sum() == 4 and learned["packed"]
+
+
+def test_variants_and_their_table():
+    cfg = preference_losses.Config(losses=("dpo", "ipo"), betas=(0.2, 1.0), learning_rates=(1e-3,))
+    names = [preference_losses.name(variant) for variant in preference_losses.variants(cfg)]
+    assert names == ["dpo-0.2-0.001", "dpo-1-0.001", "ipo-0.2-0.001", "ipo-1-0.001"]
+    defaults = preference_losses.variants(replace(cfg, betas=(), learning_rates=()))
+    assert [(v.beta_used, v.learning_rate) for v in defaults] == [(0.1, 5e-4), (0.03, 5e-4)]
+    # Two seeds: the mean, the least and the most.
+    results = [[dict.fromkeys((k for k, _ in preference_losses.COLUMNS.values()), x) for x in seed]
+               for seed in ([1.0, 2.0, 3.0, 4.0], [2.0, 2.0, 3.0, 4.0])]  # fmt: skip
+    table = preference_losses.markdown(cfg, results).splitlines()
+    assert len(table) == 6 and table[2].startswith("| dpo | 0.2 | 0.001 | 1.5 (1.0, 2.0) | 1.50 (1.00, 2.00) |")

@@ -1,0 +1,100 @@
+"""The flags of optimiser, precision and accumulation reach every stage; what cannot be is one clear line."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import ppo, reward_model, setting, sft
+from experiments.ablations import precision
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import MIXED
+from rlhf_jax.sampling import generate
+from rlhf_jax.train import make_train_step
+
+SIZES = dict(DEMONSTRATIONS=128, COMPARED=16, RANKED=4, HELDOUT_PAIRS=16, HELDOUT=16)
+
+
+@pytest.fixture
+def small_world(monkeypatch):
+    for name, size in SIZES.items():
+        monkeypatch.setattr(setting, name, size)
+
+
+def test_every_stage_takes_them(small_world, monkeypatch, tmp_path):
+    """PPO after SFT and reward model, each with another optimiser, in mixed precision and in two parts a batch."""
+    batches = {}
+
+    def watched(loss_fn, *, counts=None):
+        step = make_train_step(loss_fn, counts=counts)
+
+        def train_step(state, batch, *fixed):
+            batches[len(batches)] = jax.tree.leaves(batch)[0].shape[0], counts is not None
+            return step(state, batch, *fixed)
+
+        return train_step
+
+    for stage in (sft, reward_model, ppo):
+        monkeypatch.setattr(stage, "make_train_step", watched)
+    shared = dict(accumulate=2, max_grad_norm=0.5)
+    cfg = ppo.Config(
+        run_dir=str(tmp_path / "run"), precision="mixed", steps=2, responses=8, minibatches=2, optimizer="adafactor",
+        schedule="linear", warmup=0.1, ptx_coef=0.1, **shared,
+        sft=sft.SFT(steps=4, batch_size=8, optimizer="muon", **shared),
+        reward_model=reward_model.RewardModel(epochs=1, prompts_per_step=8, schedule="constant", **shared),
+    )  # fmt: skip
+    sampled_in = set()
+
+    def sampled(model, *args, **options):
+        sampled_in.add(model.config.precision)
+        return generate(model, *args, **options)
+
+    monkeypatch.setattr(ppo, "generate", sampled)
+    metrics = ppo.main(cfg)
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert set(batches.values()) == {(2, True)}
+    assert sampled_in == {MIXED}
+    with open(tmp_path / "run" / "metrics.jsonl", encoding="utf-8") as file:
+        iterations = [row for line in file if (row := json.loads(line))["stage"] == "ppo"]
+    np.testing.assert_allclose(iterations[0]["kl_k1"], 0.0, atol=1e-5)
+    assert max(row["sampler_gap_max"] for row in iterations) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: sft.SFT(batch_size=16, accumulate=3), "16 rows a step do not divide into 3 microbatches"),
+        (lambda: reward_model.RewardModel(prompts_per_step=4, accumulate=8), "4 prompts a step do not divide into 8"),
+        (lambda: ppo.PPO(responses=8, minibatches=4, accumulate=4), "2 responses a step do not divide into 4"),
+        (lambda: sft.SFT(accumulate=0), "accumulate is 0; it must be at least 1"),
+        (lambda: sft.SFT(max_grad_norm=-1.0), "max-grad-norm is -1.0"),
+        (lambda: sft.SFT(warmup=1.5), "warmup is 1.5, and a share of all steps is at most 1"),
+    ],
+)
+def test_what_cannot_be_is_said(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_fewer_rows_than_a_batch_that_do_not_divide(small_world, monkeypatch, tmp_path):
+    monkeypatch.setattr(setting, "DEMONSTRATIONS", 8)
+    cfg = sft.Config(run_dir=str(tmp_path / "run"), steps=1, batch_size=64, accumulate=64)
+    with pytest.raises(UserError, match="rows a step do not divide into 64 microbatches"):
+        sft.main(cfg)
+
+
+def test_the_ablation_compares_runs_of_the_same_seed(small_world, monkeypatch, tmp_path):
+    used = []
+
+    def train(cfg, source, run):
+        used.append((source.seed, source.precision))
+        run.log("sft", 1, {"val_loss": 1.0 + source.seed + (source.precision == "mixed") / 8, "utility": 0.5})
+
+    monkeypatch.setattr(precision, "train", train)
+    cfg = precision.Config(run_dir=str(tmp_path / "run"), seeds=2, stages=("sft",))
+    metrics = precision.main(cfg)
+    assert used == [(0, "float32"), (1, "float32"), (0, "mixed"), (1, "mixed")]
+    assert metrics["float32: SFT: validation loss"] == 1.5 and metrics["mixed: SFT: validation loss"] == 1.625
+    table = (tmp_path / "run" / "table.md").read_text(encoding="utf-8")
+    assert "| SFT: validation loss | 1, 2 | 0.71 | 1.125, 2.125 | +0.12 ± 0 |" in table
