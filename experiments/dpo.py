@@ -7,7 +7,8 @@ KTO draws single answers, and estimates the KL of a batch by its responses set a
 is, is drawn once, so that the reference is asked once for these, too; Ethayarajh et al. 2024 (§4) shift each batch.
     python experiments/dpo.py
     python experiments/dpo.py --loss kto --model FOLDER --demonstrations FILE --comparisons FILE --unpaired FILE
-About 3 minutes on 2 CPU cores (it runs SFT first).
+It runs SFT first. In the controlled world true utility rises from 0.8 to 2.0 (experiments/results/dpo.md), and log π
+of chosen answers falls with that of rejected ones.
 """
 
 from collections.abc import Callable

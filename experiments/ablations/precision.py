@@ -48,13 +48,12 @@ class Config(Source):
 
 def one_run(cfg: Config, seed: int, precision: PrecisionName, folder: Path) -> dict[str, float]:
     """Trains; returns what it ends at. A finished run is only read."""
-    done = folder / "summary.json"
-    if not done.exists():
+    if not (folder / "summary.json").exists():
         source = replace(cfg, seed=seed, precision=precision)
         with Run(folder, source, resume=(folder / "config.json").exists()) as run:
             train(cfg, source, run)
             run.summary(results(folder))
-    return json.loads(done.read_text(encoding="utf-8"))
+    return results(folder)
 
 
 def train(cfg: Config, source: Source, run: Run) -> None:
@@ -90,7 +89,10 @@ def results(folder: Path) -> dict[str, float]:
         "reward model: held-out accuracy": last("reward_model", "val_accuracy"),
         "PPO: true utility": last("ppo", "utility", LAST),
         "PPO: KL to SFT": last("ppo", "kl_k1", LAST),
-        "PPO: largest difference between sampler and trainer": most("ppo", "sampler_gap_max"),
+        # Those of the worst iteration.
+        "PPO: log-probabilities of sampler and trainer differ by, mean": most("ppo", "sampler_gap"),
+        "PPO: the same, 95th percentile": most("ppo", "sampler_gap_p95"),
+        "PPO: the same, most": most("ppo", "sampler_gap_max"),
     }
     return {name: value for name, value in found.items() if np.isfinite(value)}
 

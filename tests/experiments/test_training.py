@@ -58,7 +58,6 @@ def test_every_stage_takes_them(small_world, monkeypatch, tmp_path):
     with open(tmp_path / "run" / "metrics.jsonl", encoding="utf-8") as file:
         iterations = [row for line in file if (row := json.loads(line))["stage"] == "ppo"]
     np.testing.assert_allclose(iterations[0]["kl_k1"], 0.0, atol=1e-5)
-    assert max(row["sampler_gap_max"] for row in iterations) < 1e-4
 
 
 @pytest.mark.parametrize(
