@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from experiments import reward_model, sft
 from experiments.adapters import split
 from experiments.reward_model import RewardModel
-from experiments.setting import Setting, Source, announce, load_setting
+from experiments.setting import Setting, Source, announce, keep_freed_memory, load_setting
 from experiments.sft import SFT
 from experiments.training import Training, check_parts, counts_of, make_optimizer, parts_of
 from rlhf_jax import checkpoint
@@ -296,6 +296,7 @@ def train(
     cfg: PPO, setting: Setting, sft_params: Any, reward_params: Any, run: Run, seed: int
 ) -> tuple[Params, dict[str, float]]:
     """Trains; returns the policy's parameters and the last iteration's metrics."""
+    keep_freed_memory()  # one program an iteration has it back whole
     iteration = make_iteration(
         cfg,
         setting.model,

@@ -155,7 +155,7 @@ def keep_freed_memory() -> None:
     """Has the C library (glibc) keep what XLA frees.
 
     It gives large buffers back to the kernel, which clears them page by page when they are had again: at every step.
-    For larger models that costs more memory than it is worth (experiments/results/speed.md).
+    Outside PPO that costs larger models more memory than it is worth (experiments/results/speed.md).
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 TRAINING = ("sft", "reward_model", "dpo", "vocabulary")
 """Layers scanned and rematerialised: as fast on a CPU, where memory costs time, and half the memory."""
+KEEPING = ("sft", "reward_model")
+"""Where there is room for the products with weights, which are then not computed again."""
 ROWS = (*TRAINING, "generate", "ppo")
 
 
@@ -70,11 +72,12 @@ def build(row: str) -> Work:
     )  # fmt: skip
 
     large = row == "vocabulary"
+    remat = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if row in KEEPING else row in TRAINING
     config = ModelConfig(
         vocab_size=151936 if large else 32000, d_model=256 if large else 288, n_layers=2 if large else 6,
         n_heads=4 if large else 6, n_kv_heads=4 if large else 6, head_dim=64 if large else 48, d_ff=768,
         rope_theta=1e4, norm_eps=1e-6, tie_embeddings=True, max_length=1024,
-        scan_layers=row in TRAINING, remat=row in TRAINING,
+        scan_layers=row in TRAINING, remat=remat,
     )  # fmt: skip
     model, scalar = Transformer(config), ScalarModel(config)
     key = jax.random.key(0)
@@ -142,6 +145,9 @@ def build(row: str) -> Work:
 
     # Here, since it brings what reads text, and its memory, along.
     from experiments.ppo import PPO, Frozen, init_state, make_iteration
+    from experiments.setting import keep_freed_memory
+
+    keep_freed_memory()  # as experiments/ppo.py does
 
     cfg = PPO(responses=32, epochs=4, minibatches=4, beta=0.05, learning_rate=1e-4)
     iteration = make_iteration(cfg, config, max_new_tokens=64, eos_id=-1, pad_id=0)

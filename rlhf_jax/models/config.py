@@ -1,7 +1,8 @@
 """The shape of a decoder."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf_jax.models.precision import FLOAT32, Precision
 from rlhf_jax.models.rope import LongRope, RopeScaling
@@ -30,8 +31,9 @@ class ModelConfig:
     precision: Precision = FLOAT32
     scan_layers: bool = False
     """One compiled layer under nn.scan, parameters stacked along axis 0."""
-    remat: bool = False
-    """Compute each layer's activations again in the backward pass."""
+    remat: bool | Callable[..., Any] = False
+    """Compute each layer's activations again in the backward pass: all of them, or those that a policy does not keep,
+    such as `jax.checkpoint_policies.dots_with_no_batch_dims_saveable` (it keeps the products with weights)."""
 
     family: str = "llama"
     """`model_type` of the checkpoint it is saved as; the decoder does not read it."""

@@ -211,7 +211,10 @@ class Transformer(nn.Module):
         if config.learned_positions:
             shape = (config.max_length, config.d_model)
             self.position_embedding = self.param("position_embedding", init, shape, dtype)
-        block = nn.remat(Block, prevent_cse=not config.scan_layers) if config.remat else Block
+        block = Block
+        if config.remat:
+            keep = config.remat if callable(config.remat) else None
+            block = nn.remat(Block, prevent_cse=not config.scan_layers, policy=keep)
         if config.scan_layers:
             self.layers = nn.scan(
                 block, variable_axes={"params": 0}, split_rngs={"params": True}, length=config.n_layers,
