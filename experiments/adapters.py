@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from rlhf_jax.errors import UserError, at_least
-from rlhf_jax.models import cast_frozen, init_lora, with_dropout, with_lora
+from rlhf_jax.models import cast_frozen, init_lora, quantize_frozen, with_dropout, with_lora
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Adapters:
     """A regular expression, looked for in names such as layer_0/query/kernel."""
     lora_rank_stabilized: bool = False
     """α/√r times (rsLoRA)."""
-    frozen_dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the frozen weights; as --precision has them unless given."""
+    frozen_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+    """Of the frozen weights; as --precision has them unless given. int8: of the layers' matrices, with a float32 scale
+    for each output; embeddings and language head stay as --precision has them."""
 
     def __post_init__(self) -> None:
         at_least(self, lora_rank=0, lora_alpha=0)
@@ -40,7 +41,7 @@ class Dropping(Adapters):
     """Of a stage that trains on given text."""
 
     lora_dropout: float = 0.0
-    """Share of an adapter's inputs that each step leaves out."""
+    """Share of an adapter's inputs that each step leaves out; with accumulate, at the same places of each part."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,7 +66,9 @@ def split(cfg: Adapters, key: PRNGKeyArray, params: Any) -> tuple[Any, Any]:
         )  # fmt: skip
     except (ValueError, re.error) as error:
         raise UserError(f"lora-targets {cfg.lora_targets!r}: {error}") from None
-    if cfg.frozen_dtype:
+    if cfg.frozen_dtype == "int8":
+        frozen = quantize_frozen(frozen)
+    elif cfg.frozen_dtype:
         frozen = cast_frozen(frozen, jnp.dtype(cfg.frozen_dtype))
     return frozen, adapter | scalar
 

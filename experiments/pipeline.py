@@ -133,13 +133,14 @@ def card(source: Source, algorithm: str, metrics: dict[str, float], stage: str) 
 def export_adapters(setting: Setting, sft_params: Any, policy: Any, reward_params: Any, run: Run) -> None:
     """Where adapters were trained: writes policy_adapter/ and reward_model_adapter/, which PEFT loads over base/.
 
-    base/ is the SFT model as it was frozen, in whatever type.
+    base/ is the SFT model as it was frozen: rounded to bfloat16 or int8, if it was.
     """
     trunk, adapter = split_lora(policy)
     reward_trunk, reward_adapter = split_lora(reward_params["trunk"])
     base = (run.dir / "base").resolve()
     if adapter or reward_adapter:
         frozen = trunk if adapter else with_lora(sft_params, reward_trunk)  # which may lack the language head
+        frozen = merge_lora(frozen)  # int8 as the floats that it stands for
         save_hf(base, setting.model, frozen, tokenizer=setting.tokenizer, card=ModelCard("Supervised fine-tuning"))
     if adapter:
         save_peft(run.dir / "policy_adapter", setting.model, adapter, base_model=str(base))

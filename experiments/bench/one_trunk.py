@@ -49,7 +49,7 @@ class Config:
     answer_length: int = 64
     lora_rank: int = 16
     precision: PrecisionName = "float32"
-    frozen_dtype: Literal["float32", "bfloat16"] | None = None
+    frozen_dtype: Literal["float32", "bfloat16", "int8"] | None = None
 
 
 def abstract(cfg: Config, ppo_cfg: PPO, model: ModelConfig) -> tuple[ppo.State, Frozen]:

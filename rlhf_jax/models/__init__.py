@@ -3,7 +3,15 @@
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import ScalarModel, from_language_model, last_token_rewards
 from rlhf_jax.models.hf import ModelCard, load_hf, load_hf_reward_model, save_hf, save_hf_reward_model
-from rlhf_jax.models.lora import cast_frozen, init_lora, merge_lora, split_lora, with_dropout, with_lora
+from rlhf_jax.models.lora import (
+    cast_frozen,
+    init_lora,
+    merge_lora,
+    quantize_frozen,
+    split_lora,
+    with_dropout,
+    with_lora,
+)
 from rlhf_jax.models.peft import load_peft, load_peft_reward_model, save_peft, save_peft_reward_model
 from rlhf_jax.models.precision import BFLOAT16, FLOAT32, MIXED, Precision
 from rlhf_jax.models.rope import LinearScaling, Llama3Scaling, LongRope
@@ -33,6 +41,7 @@ __all__ = [
     "load_peft",
     "load_peft_reward_model",
     "merge_lora",
+    "quantize_frozen",
     "save_hf",
     "save_hf_reward_model",
     "save_peft",

@@ -83,6 +83,8 @@ class Norm(nn.Module):
 class Linear(nn.Module):
     """x W, and + b with a `bias`; `kernel` is [in, out]. Where its parameters hold an adapter, x W + s·(x A) B.
 
+    Where they hold a `kernel_scale`, the kernel is int8 and W = kernel·diag(kernel_scale).
+
     Reference: Hu et al. 2021, eq. 3, https://arxiv.org/abs/2106.09685; see `lora.py`.
     """
 
@@ -98,7 +100,12 @@ class Linear(nn.Module):
         kernel = self.param("kernel", init, (x.shape[-1], self.features), self.config.precision.parameters)
         # Flat rows: XLA's CPU backend contracts two leading axes at half the speed in the backward pass.
         inputs = x.reshape(-1, x.shape[-1])
-        rows = inputs @ kernel.astype(dtype)
+        if self.has_variable("params", "kernel_scale"):
+            # Scanned layers keep the int8 kernel for the backward pass, not what it is converted to.
+            rows = jax.checkpoint(lambda x, q: x @ q.astype(dtype))(inputs, kernel)
+            rows = (rows * jnp.expand_dims(self.get_variable("params", "kernel_scale"), 0)).astype(dtype)
+        else:
+            rows = inputs @ kernel.astype(dtype)
         if self.has_variable("params", "lora_a"):
             rows = rows + self._low_rank(inputs)
         if self.bias:

@@ -30,7 +30,6 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 MODEL = Transformer(CONFIG)
 BETAS = {"dpo": 0.3, "ipo": 0.4, "simpo": 2.0, "orpo": 0.5, "kto": 0.3}
-ADAPTERS = dict(lora_rank=2, lora_alpha=4.0, frozen_dtype="bfloat16")
 
 
 def test_pairs_of_ranked_answers():
@@ -218,14 +217,16 @@ def test_accumulated_microbatches_of_pairs_are_the_whole_batch(tmp_path):
     chex.assert_trees_all_close(parts, whole, atol=1e-4)
 
 
-def test_with_adapters_the_reference_is_the_trunk(tmp_path):
-    params, metrics, rows, _ = train(tmp_path / "run", **ADAPTERS)
-    # The very trunk, in bfloat16: the policy begins there, at a loss of log 2.
+@pytest.mark.parametrize("frozen_dtype", ["bfloat16", "int8"])
+def test_with_adapters_the_reference_is_the_trunk(tmp_path, frozen_dtype):
+    lora = dict(lora_rank=2, lora_alpha=4.0, frozen_dtype=frozen_dtype)
+    params, metrics, rows, _ = train(tmp_path / "run", **lora)
+    # The very trunk, as it was rounded: the policy begins there, at a loss of log 2.
     np.testing.assert_allclose(rows[0]["loss"], np.log(2), atol=1e-6)
     np.testing.assert_allclose(rows[0]["chosen_change"], 0.0, atol=1e-6)
-    cfg = dpo.DPO(**ADAPTERS)
-    trunk, _ = split(cfg, jax.random.key(0), params_of(0))
+    trunk, _ = split(dpo.DPO(**lora), jax.random.key(0), params_of(0))
     kernel = params["layer_0"]["query"]
+    assert kernel["kernel"].dtype == frozen_dtype
     np.testing.assert_array_equal(kernel["kernel"], trunk["layer_0"]["query"]["kernel"])
     assert np.abs(kernel["lora_b"]).max() > 0 and abs(metrics["dpo_val_chosen_change"]) > 1e-3
 

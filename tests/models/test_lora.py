@@ -23,6 +23,7 @@ from rlhf_jax.models import (
     from_language_model,
     init_lora,
     merge_lora,
+    quantize_frozen,
     split_lora,
     with_dropout,
     with_lora,
@@ -242,11 +243,11 @@ PAIR = tuple(
 )
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("freeze", [lambda trunk: trunk, partial(cast_frozen, dtype=jnp.bfloat16), quantize_frozen])
 @pytest.mark.parametrize("stage", ["sft", "dpo", "reward_model"])
-def test_a_step_moves_only_what_is_the_stages_own(params, stage, dtype):
+def test_a_step_moves_only_what_is_the_stages_own(params, stage, freeze):
     loss_fn, own, trunk = losses(params)[stage]
-    trunk = cast_frozen(trunk, dtype)
+    trunk = freeze(trunk)
     before = jax.tree.map(np.asarray, trunk)
     state = make_state(Transformer(CONFIG), own, adamw(1e-2, weight_decay=0.1, max_grad_norm=1.0))
     trained = sum(leaf.size for leaf in jax.tree.leaves(own))
