@@ -3,13 +3,16 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import ppo, reward_model, setting, sft
+from experiments import ppo, reward_model, setting, sft, training
 from experiments.ablations import precision
+from experiments.training import make_optimizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import MIXED
+from rlhf_jax.models import MIXED, ModelConfig
+from rlhf_jax.optimizers import adafactor, adamw, muon
 from rlhf_jax.sampling import generate
 from rlhf_jax.train import make_train_step
 
@@ -20,11 +23,60 @@ SIZES = dict(DEMONSTRATIONS=128, COMPARED=16, RANKED=4, HELDOUT_PAIRS=16, HELDOU
 def small_world(monkeypatch):
     for name, size in SIZES.items():
         monkeypatch.setattr(setting, name, size)
+    monkeypatch.setattr(setting, "ModelConfig", lambda **told: ModelConfig(**told | {"n_layers": 1}))
+
+
+RATES = {
+    "cosine": [0.0, 0.05, 0.1, 0.1 * (1 + np.cos(np.pi / 6)) / 2, 0.075],
+    "linear": [0.0, 0.05, 0.1, 0.1 * 5 / 6, 0.1 * 4 / 6],
+    "constant": [0.0, 0.05, 0.1, 0.1, 0.1],
+}
+"""A learning rate of 0.1 over 8 steps, of which a quarter warm up: at each of the first five."""
+
+
+@pytest.mark.parametrize("schedule", RATES)
+def test_the_optimiser_does_as_it_was_told(schedule):
+    """AdamW's step on gradients that do not change is the learning rate; weights decay by that times their own part.
+
+    The gradients grow, and are shortened to the same one: 1 in each of four numbers, a norm of 2.
+    """
+    told = dict(learning_rate=0.1, schedule=schedule, warmup=0.25, weight_decay=0.5, max_grad_norm=2.0)
+    optimizer = make_optimizer(training.Training(**told), 8)
+    params = {"kernel": jnp.full((1, 2), 3.0), "bias": jnp.full(2, 3.0)}
+    state = optimizer.init(params)
+    for step, rate in enumerate(RATES[schedule]):
+        grads = jax.tree.map(lambda x, size=10.0**step: jnp.full_like(x, size), params)
+        updates, state = optimizer.update(grads, state, params)
+        np.testing.assert_allclose(updates["bias"], [-rate] * 2, rtol=1e-5, atol=1e-8)
+        np.testing.assert_allclose(updates["kernel"], [[-rate * (1 + 0.5 * 3)] * 2], rtol=1e-5, atol=1e-8)
+
+
+def test_the_optimiser_is_the_one_asked_for():
+    params = {"kernel": jnp.asarray([[3.0, 1.0], [2.0, -4.0]])}
+    first, second = ({"kernel": jnp.asarray(g)} for g in ([[1.0, 2.0], [-3.0, 0.5]], [[0.1, -2.0], [-1.0, 0.1]]))
+
+    def update(optimizer):
+        """The second one: the first of AdamW and of Adafactor are the same."""
+        _, state = optimizer.update(first, optimizer.init(params), params)
+        return optimizer.update(second, state, params)[0]["kernel"]
+
+    steps = {}
+    for name, function in [("adamw", adamw), ("adafactor", adafactor), ("muon", muon)]:
+        told = training.Training(optimizer=name, learning_rate=0.1, schedule="constant", warmup=0.0)
+        steps[name] = update(make_optimizer(told, 4))
+        expected = update(function(0.1, weight_decay=0.1, max_grad_norm=1.0))
+        np.testing.assert_allclose(steps[name], expected, rtol=1e-5)
+    assert np.abs(steps["muon"] - steps["adamw"]).max() > 1e-3
+    assert np.abs(steps["adafactor"] - steps["adamw"]).max() > 1e-3
 
 
 def test_every_stage_takes_them(small_world, monkeypatch, tmp_path):
     """PPO after SFT and reward model, each with another optimiser, in mixed precision and in two parts a batch."""
-    batches = {}
+    batches, optimizers = {}, []
+
+    def optimizer_of(cfg, steps):
+        optimizers.append((cfg.optimizer, cfg.schedule, steps))
+        return make_optimizer(cfg, steps)
 
     def watched(loss_fn, *, counts=None):
         step = make_train_step(loss_fn, counts=counts)
@@ -37,6 +89,7 @@ def test_every_stage_takes_them(small_world, monkeypatch, tmp_path):
 
     for stage in (sft, reward_model, ppo):
         monkeypatch.setattr(stage, "make_train_step", watched)
+        monkeypatch.setattr(stage, "make_optimizer", optimizer_of)
     shared = dict(accumulate=2, max_grad_norm=0.5)
     cfg = ppo.Config(
         run_dir=str(tmp_path / "run"), precision="mixed", steps=2, responses=8, minibatches=2, optimizer="adafactor",
@@ -55,6 +108,8 @@ def test_every_stage_takes_them(small_world, monkeypatch, tmp_path):
     assert all(np.isfinite(value) for value in metrics.values())
     assert set(batches.values()) == {(2, True)}
     assert sampled_in == {MIXED}
+    # Each with the number of its steps: two iterations of two epochs of two minibatches.
+    assert optimizers == [("muon", "cosine", 4), ("adamw", "constant", 2), ("adafactor", "linear", 2 * 2 * 2)]
     with open(tmp_path / "run" / "metrics.jsonl", encoding="utf-8") as file:
         iterations = [row for line in file if (row := json.loads(line))["stage"] == "ppo"]
     np.testing.assert_allclose(iterations[0]["kl_k1"], 0.0, atol=1e-5)
