@@ -85,6 +85,8 @@ def response_rewards(model: ScalarModel, params: Params, tokens: Tokens) -> Floa
 def make_train_step(loss_fn: LossFn, *, counts: Counts | None = None) -> Callable[..., tuple[TrainState, Metrics]]:
     """train_step(state, batch, *fixed) -> (state, metrics): one optimiser step, compiled; the state is donated.
 
+    Where the loss or a gradient is not finite the state stays as it was, its `step` too, and metrics["skipped"] is 1.
+
     With `counts`, `batch` is n `microbatches` of which one at a time is in memory. Their gradients are summed in
     float32, each mean weighted by what it is a mean over, so that the step is that of the whole batch:
 
@@ -101,8 +103,11 @@ def make_train_step(loss_fn: LossFn, *, counts: Counts | None = None) -> Callabl
             (loss, metrics), grads = gradient(state.params)
         else:
             loss, metrics, grads = _accumulated(loss_fn, counts, state.params, batch, fixed)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(optax.tree.cast(grads, jnp.float32)), **metrics}
-        return state.apply_gradients(grads=grads), metrics
+        norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        metrics = {"loss": loss, "grad_norm": norm, "skipped": 1 - finite.astype(jnp.int32), **metrics}
+        stepped = state.apply_gradients(grads=grads)
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state), metrics
 
     return train_step
 

@@ -67,7 +67,46 @@ def test_a_step_follows_the_gradient_and_is_compiled_once():
     for _ in range(3):
         state, metrics = step(state, jnp.float32(1.0))
     np.testing.assert_allclose(state.params["w"], [3.0 - 3 * 0.1], atol=1e-3)  # Adam moves by its learning rate
-    assert set(metrics) == {"loss", "grad_norm", "x"} and int(state.step) == 3
+    assert set(metrics) == {"loss", "grad_norm", "skipped", "x"} and int(state.step) == 3
+
+
+def root_loss(params, x):
+    """Its gradient is infinite at 0, where it is finite itself; at inf it is infinite."""
+    return jnp.sqrt(jnp.sum(x * params["w"] ** 2)), {}
+
+
+@pytest.mark.parametrize("bad", [0.0, np.inf, np.nan])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_that_is_not_finite_leaves_everything_as_it_was(bad, parts):
+    counts = {"counts": lambda batch: {"loss": jnp.int32(1)}} if parts > 1 else {}
+    step = make_train_step(root_loss, **counts)
+
+    def run(batches):
+        params = {"w": jnp.array([3.0, 1.0])}
+        state = TrainState.create(apply_fn=None, params=params, tx=adamw(0.1, weight_decay=0.1, max_grad_norm=1.0))
+        skipped = []
+        for x in batches:
+            state, metrics = step(state, jnp.full((parts, 2) if parts > 1 else 2, x))
+            skipped.append(int(metrics["skipped"]))
+        return state, skipped
+
+    state, skipped = run([1.0, bad, bad, 2.0])
+    expected, never = run([1.0, 2.0])
+    assert skipped == [0, 1, 1, 0] and never == [0, 0] and int(state.step) == 2
+    chex.assert_trees_all_equal((state.params, state.opt_state), (expected.params, expected.opt_state))
+
+
+def test_ppo_skips_only_the_minibatches_that_are_not_finite():
+    rows = experience(8)
+    rows = rows._replace(advantages=rows.advantages.at[3].set(jnp.nan))
+    train_step = make_train_step(lambda p, batch: (jnp.sum(p["w"] * batch.advantages) + jnp.sum(p["w"]), {}))
+    tx = adamw(0.1, weight_decay=0.0, max_grad_norm=1.0)
+    state = TrainState.create(apply_fn=None, params={"w": jnp.ones(())}, tx=tx)
+    state, metrics = ppo_update(
+        lambda state, batch: train_step(state, batch[0]), state, rows, None, jax.random.key(0), epochs=2, minibatches=4
+    )
+    assert metrics["skipped"].sum() == 2 and int(state.step) == 6
+    np.testing.assert_allclose(state.params["w"], 1 - 6 * 0.1, atol=1e-3)
 
 
 @pytest.mark.parametrize("temperature, softcap", [(1.0, None), (0.7, None), (0.7, 0.5)])
