@@ -3,46 +3,49 @@
     run_dir/checkpoints/<stage>/<step>/arrays/          what Orbax writes
     run_dir/checkpoints/<stage>/<step>/manifest.json    SHA-256 of each file and of each part of the content
 
-A checkpoint appears under its name by one rename, after everything in it was written: never half of one.
+A checkpoint appears under its name by one rename, after everything in it was written, and goes by one: never half of
+one. A damaged one is neither deleted nor written over: a run that goes on renames it to <step>.damaged.
 
     python -m rlhf_jax.checkpoint RUN_DIR               lists them: whole or damaged, and what is in them
 """
 
+import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.manifest import (
+    Checkpoint,
+    files_in,
+    inspect,
+    sha256_of_content,
+    sha256_of_file,
+    stage_folder,
+    steps_in,
+)
 
 Tree = TypeVar("Tree")
 
 PARTS = ("params", "opt_state")
 """A field of that name, at any depth, puts what is below it into that part; what is left is `rest`."""
-
-
-class Checkpoint(NamedTuple):
-    """What the listing knows of one checkpoint."""
-
-    stage: str
-    step: int
-    path: Path
-    damage: str | None
-    """What is wrong with it, or None when it is whole."""
-    sha256: dict[str, str]
-    """Of the content of each part that it has: params, opt_state, rest."""
-    data_position: dict[str, int]
-    data_state: Any = None
-    """What the iterator over the data needs to go on, where there is one."""
+CHUNK = 1 << 26
+"""Bytes of an array that are stored together, so that a device need not read what it has no part of."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def save(
@@ -51,45 +54,63 @@ def save(
     step: int,
     state: Any,
     *,
+    keep: int | None = None,
+    metric: float | int | None = None,
     data_position: Mapping[str, int] | None = None,
     data_state: Any = None,
 ) -> Path:
     """Writes `state` as checkpoint `step` of `stage`, in place of an older one of that number.
 
-    `data_position` says for people where the data stood, such as {"epoch": 2, "row": 640}; by default it is
-    the step, for stages whose batches follow from seed and step alone. `data_state` is the JSON value that the
-    others' iterator goes on from.
+    With `keep`, of the stage's checkpoints up to this one the last `keep` stay and the one of the best `metric` (the
+    larger the better). `data_position` says for people where the data stood, such as {"epoch": 2, "row": 640}; by
+    default it is the step, for stages whose batches follow from seed and step alone. `data_state` is the JSON value
+    that the others' iterator goes on from. Raises UserError when there is no room for it: older ones stay as they are.
     """
-    leaves = {name: _stored(leaf) for name, leaf in _named(state).items()}
-    parts: dict[str, Any] = {}
-    for name in sorted(leaves):
-        array = np.asarray(leaves[name])
-        digest = parts.setdefault(_part(name), hashlib.sha256())
-        digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+    content = _content(stage, step, metric, data_position, data_state)
+    return _begin(stage_folder(run_dir, stage), step, state, content, keep)()
 
-    folder = _stage_folder(run_dir, stage)
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".*"):  # left by a run that was killed while it wrote
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary, target, old = folder / f".{step}.new", folder / str(step), folder / f".{step}.old"
-    with _quiet_orbax() as checkpointer:
-        checkpointer.save(temporary.resolve() / "arrays", leaves)
-    content = {
-        "stage": stage,
-        "step": step,
-        "data_position": dict(data_position or {"step": step}),
-        "data_state": data_state,
-        "sha256": {part: digest.hexdigest() for part, digest in parts.items()},
-        "files": {str(path.relative_to(temporary)): _sha256(path) for path in _files(temporary)},
-    }
-    manifest = {"content": content, "sha256": _content_sha256(content)}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    if target.exists():
-        target.rename(old)
-    temporary.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-    return target
+
+class Writer:
+    """Writes checkpoints while training goes on, one at a time.
+
+    `save` waits for the one before, copies the state to the host, so that it may be donated, and leaves the rest to a
+    thread. What went wrong there is raised by the next `save`, by `wait` or by `close`.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self._run_dir = run_dir
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[Path] | None = None
+
+    def save(
+        self,
+        stage: str,
+        step: int,
+        state: Any,
+        *,
+        keep: int | None = None,
+        metric: float | int | None = None,
+        data_position: Mapping[str, int] | None = None,
+        data_state: Any = None,
+    ) -> None:
+        """As the function `save`; returns as soon as the state is copied."""
+        self.wait()
+        content = _content(stage, step, metric, data_position, data_state)
+        finish = _begin(stage_folder(self._run_dir, stage), step, state, content, keep)
+        self._pending = self._thread.submit(finish)
+
+    def wait(self) -> None:
+        """Until the last one is written."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Waits, and ends the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
 
 
 def restore(run_dir: str | Path, stage: str, step: int | None = None, *, like: Tree) -> Tree:
@@ -116,38 +137,33 @@ def restore(run_dir: str | Path, stage: str, step: int | None = None, *, like: T
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def latest(run_dir: str | Path, stage: str) -> int | None:
-    """The step of the last whole checkpoint of a stage; None when there is none."""
-    for step in sorted(_steps(_stage_folder(run_dir, stage)), reverse=True):
-        if inspect(run_dir, stage, step).damage is None:
-            return step
-    return None
+def latest(run_dir: str | Path, stage: str, *, before: int | float = math.inf) -> int | None:
+    """The step of the last whole checkpoint of a stage, or of the last before a step; None when there is none."""
+    steps = sorted((step for step in steps_in(stage_folder(run_dir, stage)) if step < before), reverse=True)
+    return next((step for step in steps if inspect(run_dir, stage, step).damage is None), None)
+
+
+def set_aside_damaged(run_dir: str | Path, stage: str) -> list[str]:
+    """Renames the damaged checkpoints of a stage to <step>.damaged, out of the way; returns a line about each."""
+    folder = stage_folder(run_dir, stage)
+    lines = []
+    for step in sorted(steps_in(folder)):
+        found = inspect(run_dir, stage, step)
+        if found.damage:
+            number, aside = 1, folder / f"{step}.damaged"
+            while aside.exists():
+                number, aside = number + 1, folder / f"{step}.damaged-{number + 1}"
+            if jax.process_index() == 0:
+                found.path.rename(aside)
+            lines.append(f"checkpoint {found.path} is damaged, {found.damage}; it is now {aside.name}")
+    return lines
 
 
 def checkpoints(run_dir: str | Path) -> list[Checkpoint]:
     """Every checkpoint of a run, by stage in the order they were written, then by step."""
     root = Path(run_dir) / "checkpoints"
     stages = sorted((path for path in root.glob("*") if path.is_dir()), key=lambda path: path.stat().st_mtime)
-    return [inspect(run_dir, path.name, step) for path in stages for step in sorted(_steps(path))]
-
-
-def inspect(run_dir: str | Path, stage: str, step: int) -> Checkpoint:
-    """Reads a checkpoint's manifest and checks every file against it."""
-    path = _stage_folder(run_dir, stage) / str(step)
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        content = manifest["content"]
-        if manifest["sha256"] != _content_sha256(content):
-            return Checkpoint(stage, step, path, "manifest.json was altered", {}, {})
-    except FileNotFoundError:
-        missing = "manifest.json is missing" if path.exists() else "there is no such checkpoint"
-        return Checkpoint(stage, step, path, missing, {}, {})
-    except (ValueError, KeyError, TypeError):
-        return Checkpoint(stage, step, path, "manifest.json cannot be read", {}, {})
-    damage = _damage(path, content["files"])
-    return Checkpoint(
-        stage, step, path, damage, content["sha256"], content["data_position"], content.get("data_state")
-    )
+    return [inspect(run_dir, path.name, step) for path in stages for step in sorted(steps_in(path))]
 
 
 def main(arguments: list[str]) -> int:
@@ -175,7 +191,7 @@ class _quiet_orbax:
     def __enter__(self) -> ocp.Checkpointer:
         self._logger = logging.getLogger("absl")
         self._level = self._logger.level
-        self._logger.setLevel(logging.ERROR)
+        self._logger.setLevel(logging.CRITICAL)  # errors are raised, too
         self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         return self._checkpointer
 
@@ -184,12 +200,134 @@ class _quiet_orbax:
         self._logger.setLevel(self._level)
 
 
-def _stage_folder(run_dir: str | Path, stage: str) -> Path:
-    return Path(run_dir) / "checkpoints" / stage
+def _content(
+    stage: str, step: int, metric: float | int | None, data_position: Mapping[str, int] | None, data_state: Any
+) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "step": step,
+        "metric": None if metric is None or not math.isfinite(metric) else float(metric),
+        "data_position": dict(data_position or {"step": step}),
+        "data_state": data_state,
+    }
 
 
-def _steps(folder: Path) -> list[int]:
-    return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+def _begin(folder: Path, step: int, state: Any, content: dict[str, Any], keep: int | None) -> Callable[[], Path]:
+    """Copies the state; returns what is left to do, which may be done in a thread.
+
+    Of many processes each writes what it holds; process 0 does what is done once. They meet here and inside of Orbax.
+    """
+    leaves = {name: _stored(leaf) for name, leaf in _named(state).items()}
+    for leaf in leaves.values():
+        if isinstance(leaf, jax.Array) and leaf.is_fully_addressable:
+            leaf.copy_to_host_async()
+    leaves = {name: _copied(leaf) for name, leaf in leaves.items()}
+    first = jax.process_index() == 0
+    temporary, target, old = folder / f".{step}.new", folder / str(step), folder / f".{step}.old"
+    arrays = temporary.resolve() / "arrays"
+    args = ocp.args.PyTreeSave(leaves, save_args={name: ocp.SaveArgs(chunk_byte_size=CHUNK) for name in leaves})
+    writing = None
+    with _in_one_line(target, temporary):
+        folder.mkdir(parents=True, exist_ok=True)
+        if first:
+            for stale in folder.glob(".*"):  # left by a run that was killed while it wrote or deleted
+                shutil.rmtree(stale, ignore_errors=True)
+        if jax.process_count() > 1:
+            writing = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+            writing.save(arrays, args=args)
+
+    def finish() -> Path:
+        with _in_one_line(target, temporary):
+            if writing is not None:
+                writing.close()  # waits for all processes
+            else:
+                with _quiet_orbax() as checkpointer:
+                    checkpointer.save(arrays, args=args)
+            if first:
+                content["sha256"] = _sha256_of_parts(arrays, leaves)
+                content["files"] = {
+                    str(path.relative_to(temporary)): sha256_of_file(path) for path in files_in(temporary)
+                }
+                manifest = {"content": content, "sha256": sha256_of_content(content)}
+                (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+                _to_disk(temporary)
+                if target.exists():
+                    target.rename(old)
+                temporary.rename(target)
+                shutil.rmtree(old, ignore_errors=True)
+                if keep is not None:
+                    _delete_older(folder, step, keep)
+        return target
+
+    return finish
+
+
+def _delete_older(folder: Path, step: int, keep: int) -> None:
+    """Leaves the last `keep` up to `step`, the best, and what is damaged."""
+    run_dir, stage = folder.parents[1], folder.name
+    found = [inspect(run_dir, stage, s, files=False) for s in sorted(steps_in(folder)) if s <= step]
+    best = max((one.metric for one in found if one.metric is not None), default=None)
+    last_best = max((one.step for one in found if best is not None and one.metric == best), default=None)
+    for one in found[:-keep]:
+        if one.step != last_best and not inspect(run_dir, stage, one.step).damage:
+            gone = folder / f".{one.step}.old"
+            one.path.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+@contextmanager
+def _in_one_line(target: Path, temporary: Path) -> Iterator[None]:
+    """What the writing needs and does not get is the user's to put right; what it has written so far goes."""
+    try:
+        yield
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # The storage below Orbax has errors of its own, with the system's words in them.
+        reasons = [os.strerror(number) for number in NO_ROOM if os.strerror(number) in str(error)]
+        if isinstance(error, OSError) and error.strerror:
+            reasons = [error.strerror]
+        if not reasons:
+            raise
+        message = f"checkpoint {target} was not written: {reasons[0]}; those before it are whole, --resume goes on"
+        raise UserError(message) from error
+
+
+def _to_disk(folder: Path) -> None:
+    """Before it gets its name, so that a loss of power leaves no name with nothing behind it."""
+    for path in [*files_in(folder), *(Path(root) for root, _, _ in os.walk(folder))]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _copied(leaf: Any) -> Any:
+    """On the host and its own; where this process has only a part of it, still an array of all devices."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return np.array(leaf)
+    if leaf.is_fully_replicated:
+        return np.array(leaf.addressable_data(0))
+    if leaf.addressable_shards[0].device.platform != "cpu":
+        return leaf  # which Orbax copies before it returns; on a CPU it takes a view
+    shards = [jax.device_put(np.array(shard.data), shard.device) for shard in leaf.addressable_shards]
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+
+
+def _sha256_of_parts(arrays: Path, leaves: Mapping[str, Any]) -> dict[str, str]:
+    """However an array is sharded; one that is not all here is read back from what all processes wrote."""
+    parts: dict[str, Any] = {}
+    for name in sorted(leaves):
+        array = leaves[name] if isinstance(leaves[name], np.ndarray) else _read_array(arrays, name)
+        digest = parts.setdefault(_part(name), hashlib.sha256())
+        digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return {part: digest.hexdigest() for part, digest in parts.items()}
+
+
+def _read_array(arrays: Path, name: str) -> np.ndarray:
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{arrays}/"}, "path": f"{name}/"}
+    return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True).result().read().result()
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -237,29 +375,10 @@ def _as(leaf: Any, value: Any) -> Any:
     if _is_key(leaf):
         keys = jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
         return jax.device_put(keys, leaf.sharding) if leaf.sharding else keys
+    if isinstance(value, jax.Array) and all(device.platform == "cpu" for device in value.devices()):
+        # Here it may be a view of what Orbax read, in whose place a step that it is donated to could put nothing.
+        return jax.device_put(value, value.sharding, may_alias=False)
     return type(leaf)(value.item()) if isinstance(leaf, bool | int | float) else value
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(Path(root) / name for root, _, names in os.walk(folder) for name in names)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _content_sha256(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _damage(path: Path, files: Mapping[str, str]) -> str | None:
-    for name, expected in files.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if _sha256(path / name) != expected:
-            return f"{name} is not what was written"
-    return None
 
 
 if __name__ == "__main__":

@@ -13,10 +13,7 @@ import dataclasses
 import errno
 import json
 import math
-import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,24 +27,25 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
-from tensorboardX import SummaryWriter
 
+from rlhf_jax import checkpoint
 from rlhf_jax.errors import UserError
+from rlhf_jax.metrics import Events, MetricsFile
+from rlhf_jax.signals import Preempted, Signals
 
 Item = TypeVar("Item")
 ConfigT = TypeVar("ConfigT")
+Tree = TypeVar("Tree")
 
 PLAIN_LINES = 10
 """Lines that a stage prints where there is no terminal to draw a bar on."""
 NOT_A_BUG = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 INTERRUPTED = 130
 """What a shell expects of a program that Ctrl-C ended: 128 + SIGINT."""
-ONE_PRESS = 1.0
-"""Seconds within which interrupts count as one: a launcher passes on the Ctrl-C that came here by itself."""
 
 
 class Run:
-    """A folder that one run writes: config.json, metrics.jsonl, tensorboard/, summary.json, status.json.
+    """A folder that one run writes: config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json, status.json.
 
     `run_dir` None takes the next free runs/<name>-<n>. A folder that already holds something is refused with
     a UserError unless `resume`, which goes on appending to it. Metrics are flushed line by line, so a run
@@ -60,68 +58,104 @@ class Run:
         self._console = Console(stderr=False, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._shown: dict[tuple[str, str], float] = {}
-        self._interrupted = -math.inf
-        self._writing = 0
-        self._handler: Any = None
+        self._signals = Signals()
+        self._writer = checkpoint.Writer(self.dir)
+        self._saved: tuple[str, int] | None = None
         config = json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
         if resume:
             self._compare(config)
         _write_json(self.dir / "config.json", config)
         _write_json(self.dir / "status.json", {"status": "running"})
-        _end_torn_line(self.dir / "metrics.jsonl")
-        self._metrics = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")
-        self._events = SummaryWriter(str(self.dir / "tensorboard"), flush_secs=5)
+        self._metrics = MetricsFile(self.dir / "metrics.jsonl")
+        self._events = Events(self.dir / "tensorboard")
 
     def __enter__(self) -> "Run":
-        if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGINT, self._interrupt)
+        self._signals.open()
         self.say(f"run: {self.dir}")
         return self
-
-    def _interrupt(self, *_: Any) -> None:
-        """Python drops what is raised inside a garbage collector's callback, and jax has one: hence the note."""
-        repeated = time.monotonic() - self._interrupted < ONE_PRESS
-        self._interrupted = time.monotonic()
-        if not (repeated or self._writing):
-            raise KeyboardInterrupt
-
-    def _obey(self) -> None:
-        if self._interrupted > -math.inf:
-            raise KeyboardInterrupt
-
-    @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """An interrupt waits for the end: inside a queue's `put` it would leave a lock that `close` waits for."""
-        self._writing += 1
-        try:
-            yield
-        finally:
-            self._writing -= 1
-        if not self._writing:
-            self._obey()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        status = "finished" if kind is None else "interrupted" if kind is KeyboardInterrupt else "failed"
-        self._writing += 1  # no interrupt cuts the closing short
+        ends: dict[Any, str] = {None: "finished", KeyboardInterrupt: "interrupted", Preempted: "preempted"}
+        status = ends.get(kind, "failed")
+        self._signals.closing()
         if self._bar is not None:
             self._bar.stop()
-        self._metrics.close()
-        self._events.close()
-        _write_json(self.dir / "status.json", {"status": status})
-        self.say(f"{status}: the run is in {self.dir}")
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
+        failures: list[Exception] = []
+        for close in (self._writer.close, self._metrics.close, self._events.close):
+            try:
+                close()
+            except Exception as failure:  # a full disk, or what the writing of the last checkpoint met
+                failures.append(failure)
+        hidden = kind not in (None, Preempted)
+        if failures:
+            status = "failed"
+        try:
+            _write_json(self.dir / "status.json", {"status": status})
+        except OSError as failure:
+            failures.append(failure)
+        if failures and hidden:
+            self.warn(str(failures[0]))
+        elif status == "preempted":
+            saved = f"saved at step {self._saved[1]} of {self._saved[0]}" if self._saved else "nothing new to save"
+            self.say(f"preempted: {saved}, go on with --run-dir {self.dir} --resume")
+        else:
+            self.say(f"{status}: the run is in {self.dir}")
+        self._signals.close()
+        if failures and not hidden:
+            raise failures[0]
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run was told (SIGTERM) to end: asked once at each step's end, by a stage that saves then."""
+        return self._signals.stopping
+
+    def save(
+        self,
+        stage: str,
+        step: int,
+        state: Any,
+        *,
+        keep: int | None = None,
+        metric: float | int | None = None,
+        data_state: Any = None,
+    ) -> None:
+        """Writes a checkpoint as `checkpoint.save` does, while the run goes on; after the step's `log`."""
+        self._writer.wait()
+        with self._signals.undisturbed():
+            self._writer.save(stage, step, state, keep=keep, metric=metric, data_state=data_state)
+            self._saved = stage, step
+
+    def restore(self, stage: str, state: Tree, *, before: int | float = math.inf) -> tuple[Tree, int]:
+        """Where a stage begins: the state and step of its last whole checkpoint; (state, 0) without one.
+
+        The arrays of `state` are given up for those restored, as by donation. Damaged checkpoints are named and set
+        aside, those at or after step `before` passed over, and what the stage logged after that step is forgotten.
+        """
+        step = None
+        if self.resumed:
+            self._writer.wait()
+            for line in checkpoint.set_aside_damaged(self.dir, stage):
+                self.warn(line)
+            step = checkpoint.latest(self.dir, stage, before=before)
+            self._metrics.rewind(stage, step or 0)
+        if step is None:
+            return state, 0
+        like = jax.tree.map(_given_up, state)
+        return checkpoint.restore(self.dir, stage, step, like=like), step
 
     def log(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes scalars (Python, numpy or jax) of one step; NaN and infinities become null in the JSON."""
+        """Writes scalars (Python, numpy or jax) of one step; NaN and infinities become null in the JSON.
+
+        What is there from before the run was resumed, and was not taken out by `restore`, is not written again.
+        """
         scalars = {name: _scalar(name, value) for name, value in metrics.items()}
         line = {"stage": stage, "step": int(step), "time": round(time.time(), 3), **_finite(scalars)}
         self._shown |= {(stage, name): value for name, value in scalars.items()}
-        with self._undisturbed():
-            self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
-            self._metrics.flush()
+        with self._signals.undisturbed():
+            if not self._metrics.add(line):
+                return
             for name, value in scalars.items():
                 if math.isfinite(value):
                     self._events.add_scalar(f"{stage}/{name}", value, step)
@@ -135,7 +169,7 @@ class Run:
 
     def say(self, text: str) -> None:
         """One line for the user, above the progress bar if there is one."""
-        with self._undisturbed():
+        with self._signals.undisturbed():
             self._console.print(text, markup=False)
 
     def show(self, draw: Callable[[bool], Text]) -> None:
@@ -143,12 +177,12 @@ class Run:
         text = draw(self._console.is_terminal and not self._console.no_color)
         encoding = self._console.encoding
         text.plain = text.plain.encode(encoding, "replace").decode(encoding)
-        with self._undisturbed():
+        with self._signals.undisturbed():
             self._console.print(text)
 
     def warn(self, text: str) -> None:
         """One line that the user should not miss."""
-        with self._undisturbed():
+        with self._signals.undisturbed():
             self._console.print(f"warning: {text}", style="yellow", markup=False)
 
     def progress(
@@ -157,9 +191,7 @@ class Run:
         """Goes through `items` under a bar that shows the last logged value of each metric in `show`."""
         total = len(items) if total is None else total  # type: ignore[arg-type]
         draw = self._drawn if self._console.is_terminal else self._printed
-        for item in draw(stage, items, show, total):
-            self._obey()
-            yield item
+        return self._signals.loop(draw(stage, items, show, total))
 
     def _drawn(self, stage: str, items: Iterable[Item], show: Sequence[str], total: int) -> Iterator[Item]:
         columns = (
@@ -172,12 +204,12 @@ class Run:
             *columns, TextColumn("{task.fields[numbers]}"), console=self._console, refresh_per_second=4
         )
         task = self._bar.add_task(stage, total=total, numbers="")
-        with self._undisturbed():
+        with self._signals.undisturbed():
             self._bar.start()
         try:
             for item in items:
                 yield item
-                with self._undisturbed():
+                with self._signals.undisturbed():
                     self._bar.update(task, advance=1, numbers=self._numbers(stage, show))
         finally:
             self._bar.stop()
@@ -203,23 +235,6 @@ class Run:
                 self.warn(f"resumed with {name} = {new.get(name)}, it was {old[name]}")
 
 
-def read_metrics(run_dir: str | Path) -> dict[str, list[dict[str, Any]]]:
-    """metrics.jsonl by stage, in order of steps.
-
-    The last line counts where a resumed run wrote a step again; a line torn by a kill is passed over.
-    """
-    stages: dict[str, dict[int, dict[str, Any]]] = {}
-    path = Path(run_dir) / "metrics.jsonl"
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-                stages.setdefault(row["stage"], {})[row["step"]] = row
-            except (ValueError, KeyError, TypeError):
-                continue
-    return {stage: [rows[step] for step in sorted(rows)] for stage, rows in stages.items()}
-
-
 @contextmanager
 def count_compilations() -> Iterator[Callable[[], int]]:
     """Yields a function: how many programs JAX has compiled (or read from its cache) so far."""
@@ -240,7 +255,7 @@ def run_main(main: Callable[[ConfigT], Any], config: type[ConfigT]) -> None:
     """The entry point of an experiment: flags from the command line, then `main(cfg)`.
 
     With --resume, flags that are not given are those that the run was started with. What the user can put right ends
-    in one line and exit code 2, Ctrl-C in exit code 130, without traceback.
+    in one line and exit code 2, Ctrl-C in exit code 130, SIGTERM in 143, without traceback.
     """
     try:
         cfg = tyro.cli(config)
@@ -314,12 +329,13 @@ def _fresh_folder(name: str) -> Path:
             number += 1
 
 
-def _end_torn_line(path: Path) -> None:
-    if path.exists() and path.stat().st_size:
-        with open(path, "rb+") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
+def _given_up(leaf: Any) -> Any:
+    """What is to be restored in place of an array, which is freed."""
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    leaf.delete()
+    return like
 
 
 def _scalar(name: str, value: Any) -> float | int:

@@ -17,7 +17,7 @@ import numpy as np
 from rlhf_jax import figures
 from rlhf_jax.errors import UserError
 from rlhf_jax.figures import PROXY, QUIET, START, TRUTH, Rows
-from rlhf_jax.log import read_metrics
+from rlhf_jax.metrics import read_metrics
 
 EXPLAINED = {
     "demonstrators_utility": "Mean true utility of the demonstrations that SFT learned from.",

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,8 +14,11 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from rlhf_jax import checkpoint
 from rlhf_jax.errors import UserError
-from rlhf_jax.log import Run, count_compilations, read_metrics, run_main
+from rlhf_jax.log import Run, count_compilations, run_main
+from rlhf_jax.metrics import read_metrics
+from rlhf_jax.signals import Preempted
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def test_runs_get_fresh_numbers(tmp_path, monkeypatch):
 def test_a_used_folder_is_refused_unless_resumed(tmp_path, capsys):
     with Run(tmp_path, Config(run_dir="a")) as run:
         run.log("sft", 1, {"loss": 1.0})
+        run.save("sft", 1, {"w": np.ones(2)})
         run.log("sft", 2, {"loss": 2.0})
     with pytest.raises(UserError, match=r"already holds something.*--resume"):
         Run(tmp_path, Config())
@@ -88,12 +93,15 @@ def test_a_used_folder_is_refused_unless_resumed(tmp_path, capsys):
         file.write('{"stage": "sft", "st')  # what a kill leaves
     capsys.readouterr()
     with Run(tmp_path, Config(run_dir="b", steps=31, inner=Inner(0.25)), resume=True) as run:
+        assert run.restore("sft", {"w": np.zeros(2)})[1] == 1
+        run.log("sft", 1, {"loss": 10.0})  # is there, and stays
         run.log("sft", 2, {"loss": 20.0})
         run.log("sft", 3, {"loss": 3.0})
     said = capsys.readouterr().out
     assert "resumed with steps = 31, it was 30" in said and "inner.rate = 0.25, it was 0.5" in said
     assert "run_dir" not in said
     assert [row["loss"] for row in read_metrics(tmp_path)["sft"]] == [1.0, 20.0, 3.0]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_resumed_run_has_the_flags_that_it_was_started_with(tmp_path, monkeypatch):
@@ -258,6 +266,135 @@ def test_a_second_ctrl_c_does_not_cut_the_closing_short(tmp_path):
         raise KeyboardInterrupt("the first")
     assert strict((tmp_path / "status.json").read_text()) == {"status": "interrupted"}
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+STAGES = """
+    import time
+    from dataclasses import dataclass
+    import numpy as np
+    from rlhf_jax.log import Run, run_main
+
+    @dataclass(frozen=True)
+    class Config:
+        run_dir: str | None = None
+        resume: bool = False
+
+    def main(cfg):
+        with Run(cfg.run_dir, cfg, resume=cfg.resume) as run:
+            for stage in ("sft", "ppo"):
+                state, first = run.restore(stage, {"w": np.zeros(3)})
+                for step in run.progress(stage, range(first, 40 if stage == "sft" else 1000)):
+                    state["w"] += 1
+                    time.sleep(0.02)
+                    run.log(stage, step + 1, {"w": state["w"][0]})
+                    if run.stopping or step == 39:
+                        run.save(stage, step + 1, state)
+
+    run_main(main, Config)
+"""
+
+
+def test_sigterm_saves_and_ends_within_seconds(tmp_path):
+    (tmp_path / "program.py").write_text(textwrap.dedent(STAGES))
+    process = subprocess.Popen(
+        [sys.executable, "program.py", "--run-dir", "run"],
+        cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("ppo"):
+            break
+    began = time.monotonic()
+    for _ in range(2):  # the second one changes nothing
+        process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and err == "" and time.monotonic() - began < 10
+    (line,) = [line for line in out.splitlines() if line.startswith("preempted")]
+    at = int(line.partition("saved at step ")[2].partition(" ")[0])
+    assert line == f"preempted: saved at step {at} of ppo, go on with --run-dir run --resume"
+    assert strict((tmp_path / "run" / "status.json").read_text()) == {"status": "preempted"}
+    assert [(row["step"], row["w"]) for row in read_metrics(tmp_path / "run")["ppo"]] == [
+        (step, step) for step in range(1, at + 1)
+    ]
+    with Run(tmp_path / "run", Config(), resume=True) as run:
+        state, first = run.restore("ppo", {"w": np.zeros(3)})
+    assert first == at and state["w"][0] == at
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 40 + at
+
+
+def test_sigterm_between_two_stages_ends_at_once(tmp_path, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted) as end, Run(tmp_path, Config()) as run:
+        list(run.progress("sft", range(2)))
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("it went on")
+    assert end.value.code == 143 and signal.getsignal(signal.SIGTERM) is handler
+    assert "preempted: nothing new to save" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_sigterm_in_a_step_waits_for_what_is_saved(tmp_path, asks):
+    """After the step has asked, which is too late to be saved, it waits for the next step to ask."""
+    steps = []
+    with pytest.raises(Preempted), Run(tmp_path, Config()) as run:
+        for step in run.progress("sft", range(10)):
+            if asks and run.stopping:
+                run.save("sft", step + 1, {"w": np.zeros(1)})
+            if step == 3:
+                signal.raise_signal(signal.SIGTERM)
+            steps.append(step)
+    assert steps == list(range(5 if asks else 4))
+    assert checkpoint.latest(tmp_path, "sft") == (5 if asks else None)
+
+
+def test_a_step_that_asks_while_the_signal_is_there_is_the_last(tmp_path):
+    steps = []
+    with pytest.raises(Preempted), Run(tmp_path, Config()) as run:
+        for step in run.progress("sft", range(10)):
+            if step == 9:
+                signal.raise_signal(signal.SIGTERM)
+            steps.append((step, run.stopping))
+    assert steps[-1] == (9, True)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(tmp_path, monkeypatch):
+    """Also the last one, which is written while the run ends."""
+
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    with Run(tmp_path, Config()) as run:
+        run.save("sft", 1, {"w": np.ones(2)})
+    monkeypatch.setattr(checkpoint, "files_in", full)
+    for steps in ((2, 3), (2,)):
+        with pytest.raises(UserError, match=r"sft/2 was not written: No space left on device; those before it"):
+            with Run(tmp_path, Config(resume=True), resume=True) as run:
+                for step in steps:
+                    run.save("sft", step, {"w": np.ones(2)})
+        assert strict((tmp_path / "status.json").read_text()) == {"status": "failed"}
+        assert [one.name for one in (tmp_path / "checkpoints" / "sft").iterdir()] == ["1"]
+    assert checkpoint.latest(tmp_path, "sft") == 1
+
+
+def test_a_damaged_checkpoint_is_named_set_aside_and_never_written_over(tmp_path, capsys):
+    with Run(tmp_path, Config()) as run:
+        for step in (1, 2, 3):
+            run.log("sft", step, {"w": step})
+            run.save("sft", step, {"w": jnp.full(2, step)})
+    damaged = tmp_path / "checkpoints" / "sft" / "3" / "arrays" / "manifest.ocdbt"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    mine = jnp.zeros(2, int)
+    with Run(tmp_path, Config(), resume=True) as run:
+        state, first = run.restore("sft", {"w": mine})
+        assert first == 2 and state["w"][0] == 2
+        assert mine.is_deleted()  # never both in memory
+        run.log("sft", 3, {"w": 3})
+        run.save("sft", 3, state, keep=1)
+    assert "sft/3 is damaged, arrays/manifest.ocdbt is not what was written; it is now 3.damaged" in (
+        capsys.readouterr().out
+    )
+    assert sorted(path.name for path in (tmp_path / "checkpoints" / "sft").iterdir()) == ["3", "3.damaged"]
+    assert [json.loads(line)["step"] for line in open(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from experiments.dpo import DPO
 from experiments.setting import keep_freed_memory, world_setting
 from experiments.sft import SFT
 from rlhf_jax.errors import at_least
-from rlhf_jax.log import Run, read_metrics, run_main
+from rlhf_jax.log import Run, run_main
+from rlhf_jax.metrics import read_metrics
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def test_a_killed_run_goes_on_to_the_very_same_parameters(files, tmp_path, monke
     # It is the data's position that does it: from the beginning on, the end is another.
     beginning = setting.load_setting(sft.Config(**files, streaming=streaming)).batches(12, 0).get_state()
     inspect = checkpoint.inspect
-    monkeypatch.setattr(sft.checkpoint, "inspect", lambda *a: inspect(*a)._replace(data_state=beginning))
+    monkeypatch.setattr(sft.checkpoint, "inspect", lambda *a, **k: inspect(*a, **k)._replace(data_state=beginning))
     assert again() != straight
 
 
