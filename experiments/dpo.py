@@ -28,8 +28,7 @@ from experiments.reward_model import agreement, in_batches
 from experiments.setting import Comparisons, Setting, Source, announce, load_setting
 from experiments.sft import SFT
 from experiments.text import read_unpaired
-from experiments.training import Training, check_parts, counts_of, make_optimizer
-from rlhf_jax import checkpoint
+from experiments.training import SkippedSteps, Training, check_parts, counts_of, make_optimizer, save_due
 from rlhf_jax.batches import PackedRankings, Rankings, Tokens
 from rlhf_jax.data.preferences import packed_logprobs, stack_packed
 from rlhf_jax.data.tokens import join
@@ -301,17 +300,20 @@ def train(
     batch = make_batches(cfg, setting, examples, partial(score, reference), packed=packed, seed=seed)
     measure = make_measure(cfg, setting, score, reference, comparisons.heldout, seed)
 
-    first = checkpoint.latest(run.dir, "dpo") if run.resumed else None
-    if first is not None:
-        state = checkpoint.restore(run.dir, "dpo", first, like=state)
-    for step in run.progress("dpo", range(first or 0, cfg.steps), show=("loss", "val_accuracy", "kl_k1", "utility")):
-        state, metrics = train_step(state, batch(step), frozen)
+    state, first = run.restore("dpo", state)
+    skipped = SkippedSteps(cfg, run, "dpo")
+    for step in run.progress("dpo", range(first, cfg.steps), show=("loss", "val_accuracy", "kl_k1", "utility")):
+        some = batch(step)
+        state, metrics = train_step(state, some, frozen)
+        skipped.watch(step + 1, metrics["skipped"], some)
         last = step + 1 == cfg.steps
         if (step + 1) % max(1, cfg.steps // 8) == 0 or last:
             metrics |= measure(with_lora(frozen, state.params), step + 1)
-            checkpoint.save(run.dir, "dpo", step + 1, state)
-        if step % 20 == 0 or "val_accuracy" in metrics:
-            run.log("dpo", step + 1, metrics)
+        evaluated = "val_accuracy" in metrics
+        if step % 20 == 0 or evaluated:
+            run.log("dpo", step + 1, metrics | {"skipped": step + 1 - int(state.step)})
+        if save_due(cfg, run, step + 1, evaluated=evaluated):
+            run.save("dpo", step + 1, state, keep=cfg.keep, metric=metrics.get("val_accuracy"))
 
     params = with_lora(frozen, state.params)
 

@@ -29,8 +29,15 @@ from experiments.adapters import split
 from experiments.reward_model import RewardModel
 from experiments.setting import Setting, Source, announce, keep_freed_memory, load_setting
 from experiments.sft import SFT
-from experiments.training import Training, check_parts, counts_of, make_optimizer, parts_of
-from rlhf_jax import checkpoint
+from experiments.training import (
+    SkippedSteps,
+    Training,
+    check_parts,
+    counts_of,
+    make_optimizer,
+    parts_of,
+    save_due,
+)
 from rlhf_jax.advantages import gae
 from rlhf_jax.batches import Completions, Experience, Prompts, Tokens
 from rlhf_jax.data.tokens import join, take
@@ -277,10 +284,13 @@ def make_iteration(cfg: PPO, config: ModelConfig, *, max_new_tokens: int, eos_id
         if cfg.target_kl is not None:
             kl = kl_k1(experience.old_logprobs, experience.ref_logprobs)
             observed = masked_sum(kl, experience.tokens.mask, axis=1).mean()
-            beta = adaptive_beta(
+            adapted = adaptive_beta(
                 beta, observed, target_kl=cfg.target_kl, horizon=cfg.kl_horizon, batch_size=cfg.responses
             )
-        return State(policy, critic, beta), jax.tree.map(jnp.mean, metrics)
+            beta = jnp.where(jnp.isfinite(adapted), adapted, beta)
+        return State(policy, critic, beta), {
+            name: x.sum() if name.endswith("skipped") else x.mean() for name, x in metrics.items()
+        }
 
     def whole(state: State, frozen: Frozen, key: PRNGKeyArray) -> tuple[State, Metrics, Prompts, Completions]:
         rollout_key, update_key = jax.random.split(key)
@@ -309,26 +319,30 @@ def train(
     step_fn = jax.jit(iteration.whole, donate_argnums=0)
     key = jax.random.key(seed + 2)
     show = ("score", "utility", "kl_k1", "length")
-    first = checkpoint.latest(run.dir, "ppo") if run.resumed else None
-    if first is not None:
-        state = checkpoint.restore(run.dir, "ppo", first, like=state)
+    state, first = run.restore("ppo", state)
+    skipped = SkippedSteps(cfg, run, "ppo")
     metrics: dict[str, Any] = {}
     with count_compilations() as compilations:
-        for step in run.progress("ppo", range(first or 0, cfg.steps), show=show):
+        for step in run.progress("ppo", range(first, cfg.steps), show=show):
             began = time.perf_counter()
             state, metrics, prompts, completions = step_fn(state, frozen, jax.random.fold_in(key, step))
             sampled = int(np.asarray(completions.mask).sum())
             seconds = time.perf_counter() - began
+            skipped.watch(step + 1, metrics["skipped"] + metrics["value_skipped"], (prompts, completions))
             if setting.judge is not None:
                 metrics["utility"] = setting.judge(prompts, completions).mean()
+            updates = (step + 1) * cfg.epochs * cfg.minibatches
             metrics |= {
+                "skipped": updates - int(state.policy.step),
+                "value_skipped": updates - int(state.critic.step),
                 "seconds": seconds,
                 "tokens_per_second": sampled / seconds,
                 "compilations": compilations(),
             }
             run.log("ppo", step + 1, metrics)
-            if (step + 1) % 20 == 0 or step + 1 == cfg.steps:
-                checkpoint.save(run.dir, "ppo", step + 1, state)
+            if save_due(cfg, run, step + 1, evaluated=(step + 1) % 20 == 0 or step + 1 == cfg.steps):
+                shaped = float(metrics["score"] - metrics["beta"] * metrics["kl_k1"])
+                run.save("ppo", step + 1, state, keep=cfg.keep, metric=shaped)
     return with_lora(frozen.trunk, state.policy.params), {
         f"ppo_{name}": float(value) for name, value in metrics.items()
     }

@@ -22,8 +22,15 @@ from experiments import sft
 from experiments.adapters import Dropping, in_training, split
 from experiments.setting import Comparisons, Setting, Source, announce, load_setting
 from experiments.sft import SFT
-from experiments.training import Training, check_parts, counts_of, make_optimizer, parts_of
-from rlhf_jax import checkpoint
+from experiments.training import (
+    SkippedSteps,
+    Training,
+    check_parts,
+    counts_of,
+    make_optimizer,
+    parts_of,
+    save_due,
+)
 from rlhf_jax.batches import PackedRankings, Rankings, Tokens
 from rlhf_jax.data.preferences import packed_rewards, stack_packed
 from rlhf_jax.data.tokens import take
@@ -139,21 +146,23 @@ def train(
     counts = counts_of(cfg, lambda batch: ranking_counts(batch.ranks, batch.mask))
     train_step = make_train_step(loss_fn, counts=counts)
     score = make_scorer(setting)
-    first = checkpoint.latest(run.dir, "reward_model") if run.resumed else None
-    if first is not None:
-        state = checkpoint.restore(run.dir, "reward_model", first, like=state)
-    for step in run.progress("reward_model", range(first or 0, steps), show=("loss", "accuracy", "val_accuracy")):
+    state, first = run.restore("reward_model", state)
+    skipped = SkippedSteps(cfg, run, "reward_model")
+    for step in run.progress("reward_model", range(first, steps), show=("loss", "accuracy", "val_accuracy")):
         if step % steps_an_epoch == 0 or step == first:
             permutation = np.random.default_rng([seed, 2, step // steps_an_epoch]).permutation(prompts)
         start = step % steps_an_epoch * cfg.prompts_per_step
         batch = make_batch(permutation[start : start + cfg.prompts_per_step])
         state, metrics = train_step(state, batch, frozen, step)
+        skipped.watch(step + 1, metrics["skipped"], batch)
         last = step + 1 == steps
         if (step + 1) % max(1, steps // 8) == 0 or last:
             metrics |= evaluate(score, with_lora(frozen, state.params), comparisons.heldout)
-            checkpoint.save(run.dir, "reward_model", step + 1, state)
-        if step % 20 == 0 or "val_accuracy" in metrics:
-            run.log("reward_model", step + 1, metrics)
+        evaluated = "val_accuracy" in metrics
+        if step % 20 == 0 or evaluated:
+            run.log("reward_model", step + 1, metrics | {"skipped": step + 1 - int(state.step)})
+        if save_due(cfg, run, step + 1, evaluated=evaluated):
+            run.save("reward_model", step + 1, state, keep=cfg.keep, metric=metrics.get("val_accuracy"))
 
     # Ouyang et al. 2022, §3.5: a bias so that demonstrations score 0 on average.
     params = with_lora(frozen, jax.tree.map(jnp.copy, state.params))

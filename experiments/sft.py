@@ -6,6 +6,7 @@ About a minute on 2 CPU cores. In the controlled world the samples' true utility
 demonstrators' mean: imitation caps at the quality of what it imitates.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +18,15 @@ from flax.training.train_state import TrainState
 
 from experiments.adapters import Dropping, in_training, split
 from experiments.setting import Setting, Source, announce, load_setting
-from experiments.training import Training, check_parts, counts_of, make_optimizer, parts_of
+from experiments.training import (
+    SkippedSteps,
+    Training,
+    check_parts,
+    counts_of,
+    make_optimizer,
+    parts_of,
+    save_due,
+)
 from rlhf_jax import checkpoint
 from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.data.tokens import take
@@ -81,13 +90,20 @@ def make_validation_loss(setting: Setting):
     return lambda params: float(loss_fn(params, setting.validation)[0])
 
 
-def resume(run: Run, state: TrainState, frozen: Any) -> tuple[TrainState, int, list[Any]]:
-    """Where a resumed run goes on: the state, its step, and the parameters after each epoch so far."""
-    steps = sorted(c.step for c in checkpoint.checkpoints(run.dir) if c.stage == "sft" and not c.damage)
-    if not run.resumed or not steps:
-        return state, 0, []
-    states = [checkpoint.restore(run.dir, "sft", step, like=state) for step in steps]
-    return states[-1], steps[-1], [whole(frozen, s.params) for s in states]
+def resume(run: Run, state: TrainState, frozen: Any, ends: list[int]) -> tuple[TrainState, int, list[Any]]:
+    """Where a resumed run goes on: the state, its step, and the parameters at the ends of epochs so far.
+
+    These are checkpoints of their own, which are all kept; it goes on from before the first that is not whole.
+    """
+    lines = checkpoint.set_aside_damaged(run.dir, "sft_epochs") if run.resumed else []
+    for line in lines:
+        run.warn(line)
+    have = [end for end in ends if (run.dir / "checkpoints" / "sft_epochs" / str(end)).exists()]
+    missing = next((end for end in ends if end not in have), math.inf)
+    state, first = run.restore("sft", state, before=missing)
+    like = {"params": state.params}
+    epochs = [checkpoint.restore(run.dir, "sft_epochs", end, like=like) for end in ends if end <= first]
+    return state, first, [whole(frozen, epoch["params"]) for epoch in epochs]
 
 
 def whole(frozen: Any, own: Any) -> Any:
@@ -116,7 +132,9 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
     rows = len(setting.demonstrations.mask)
     # A stream has no epochs: what is done after each is done four times in a run.
     steps_an_epoch = max(1, cfg.steps // 4 if setting.streaming else rows // cfg.batch_size)
-    state, first, epochs = resume(run, state, frozen)
+    ends = sorted({*range(steps_an_epoch, cfg.steps, steps_an_epoch), cfg.steps})
+    state, first, epochs = resume(run, state, frozen, ends)
+    skipped = SkippedSteps(cfg, run, "sft")
     batches = setting.batches(cfg.batch_size, seed) if setting.batches else None
     if batches is None:
         check_parts(cfg, min(rows, cfg.batch_size), "rows")
@@ -131,18 +149,23 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
             start = step % steps_an_epoch * cfg.batch_size
             batch = take(setting.demonstrations, permutation[start : start + cfg.batch_size])
         state, metrics = train_step(state, parts_of(cfg, batch), frozen, step)
-        last = step + 1 == cfg.steps
-        if (step + 1) % steps_an_epoch == 0 or last:
+        skipped.watch(step + 1, metrics["skipped"], batch)
+        if step + 1 in ends:
+            run.save("sft_epochs", step + 1, {"params": state.params})
             epochs.append(whole(frozen, state.params))
             params = with_lora(frozen, state.params)
             metrics["val_loss"] = validation_loss(params)
             if setting.judge is not None:
                 completions = make_sampler(setting, params, seed)(setting.heldout, len(epochs))
                 metrics["utility"] = setting.judge(setting.heldout, completions).mean()
-            data_state = None if batches is None else batches.get_state()
-            checkpoint.save(run.dir, "sft", step + 1, state, data_state=data_state)
-        if step % 20 == 0 or last or "val_loss" in metrics:
-            run.log("sft", step + 1, metrics)
+        evaluated = "val_loss" in metrics
+        if step % 20 == 0 or evaluated:
+            run.log("sft", step + 1, metrics | {"skipped": step + 1 - int(state.step)})
+        if save_due(cfg, run, step + 1, evaluated=evaluated):
+            run.save(
+                "sft", step + 1, state, keep=cfg.keep, metric=-metrics["val_loss"] if evaluated else None,
+                data_state=None if batches is None else batches.get_state(),
+            )  # fmt: skip
     if setting.streaming and setting.rejects is not None:
         for line in setting.rejects.summary():
             run.say(line)

@@ -1,12 +1,17 @@
-"""How a stage trains: weights or adapters, optimiser, schedule, and how much of a batch is in memory at once."""
+"""How a stage trains: weights or adapters, optimiser, schedule, how much of a batch is in memory at once, what is
+saved when, and what happens where numbers are not finite.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
+import numpy as np
 import optax
 
 from experiments.adapters import Adapters
 from rlhf_jax.errors import UserError, at_least
+from rlhf_jax.log import Run
 from rlhf_jax.optimizers import adafactor, adamw, constant, cosine_decay, linear_decay, muon
 from rlhf_jax.train import Counts, microbatches
 
@@ -31,10 +36,17 @@ class Training(Adapters):
     """Longer gradients are shortened to this."""
     accumulate: int = 1
     """Parts of a batch whose gradients are computed one after the other; the step is that of the whole batch."""
+    save_every: int = 0
+    """Steps between checkpoints, beside those at each evaluation."""
+    keep: int = 3
+    """How many of the last checkpoints stay, beside the best."""
+    max_skipped: int = 10
+    """Steps in a row that may be skipped, their loss or gradient not being finite, before the run stops; 0: any."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, learning_rate=0, warmup=0, weight_decay=0, max_grad_norm=0, accumulate=1)
+        at_least(self, save_every=0, keep=1, max_skipped=0)
         if self.warmup > 1:
             raise UserError(f"warmup is {self.warmup}, and a share of all steps is at most 1")
 
@@ -49,6 +61,39 @@ def check_parts(cfg: Training, size: int, what: str) -> None:
     """Raises UserError when a batch of that size does not divide into the microbatches asked for."""
     if size % cfg.accumulate:
         raise UserError(f"{size} {what} a step do not divide into {cfg.accumulate} microbatches (accumulate)")
+
+
+def save_due(cfg: Training, run: Run, step: int, *, evaluated: bool) -> bool:
+    """Whether to save at the end of a step, to be asked once there: also when the run was told to stop."""
+    return run.stopping or evaluated or bool(cfg.save_every and step % cfg.save_every == 0)
+
+
+class SkippedSteps:
+    """Stops a run after too many in a row, with their last batch in a file."""
+
+    def __init__(self, cfg: Training, run: Run, stage: str) -> None:
+        self._most, self._run, self._stage = cfg.max_skipped, run, stage
+        self._in_a_row = 0
+        self._last: tuple[int, Any, Any] | None = None
+
+    def watch(self, step: int, skipped: Any, batch: Any) -> None:
+        """Looks at the step before, which is done by now: to look at this one would be to wait for it.
+
+        `skipped` counts what was skipped in the step. Raises UserError.
+        """
+        last, self._last = self._last, (step, skipped, batch)
+        if last is None or not self._most:
+            return
+        self._in_a_row = self._in_a_row + 1 if int(last[1]) else 0
+        if self._in_a_row >= self._most:
+            path = self._run.dir / f"skipped-{self._stage}-{last[0]}.npz"
+            leaves = jax.tree_util.tree_flatten_with_path(last[2])[0]
+            arrays = {jax.tree_util.keystr(p, simple=True, separator="."): np.asarray(leaf) for p, leaf in leaves}
+            np.savez(path, allow_pickle=False, **arrays)
+            raise UserError(
+                f"{self._stage}: loss or gradient not finite at {self._in_a_row} steps in a row, the last of them"
+                f" {last[0]}, whose batch is in {path}; a smaller learning rate may help"
+            )
 
 
 def counts_of(cfg: Training, counts: Counts) -> Counts | None:

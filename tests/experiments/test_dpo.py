@@ -190,14 +190,21 @@ def train(folder, *, resume=False, **changes):
 
 
 def test_a_killed_run_goes_on_to_the_very_same_parameters(tmp_path):
-    straight = train(tmp_path / "run", loss="kto")
+    straight = train(tmp_path / "run", loss="kto", keep=8)
     folder = tmp_path / "run" / "checkpoints" / "dpo"
     for step in (4, 5, 6, 7, 8):
         shutil.rmtree(folder / str(step))
-    again = train(tmp_path / "run", loss="kto", resume=True)
+    again = train(tmp_path / "run", loss="kto", keep=8, resume=True)
     assert again[3] == straight[3] and again[3][0] == 8
     assert again[1] == straight[1]
-    assert [row["step"] for row in again[2]] == [*range(1, 9), *range(4, 9)]
+    assert [row["step"] for row in again[2]] == list(range(1, 9))
+
+
+def test_a_run_that_only_skips_stops_and_leaves_the_batch(tmp_path):
+    with pytest.raises(UserError, match=r"dpo: .* at 2 steps in a row, the last of them 2, .*skipped-dpo-2.npz"):
+        train(tmp_path / "run", steps=30, beta=float("inf"), max_skipped=2)
+    written = np.load(tmp_path / "run" / "skipped-dpo-2.npz")
+    assert written["ref_logprobs"].shape == (10,) and {"answers.inputs", "good"} <= set(written)
 
 
 def test_it_learns_what_it_is_shown(tmp_path):

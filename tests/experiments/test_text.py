@@ -118,6 +118,21 @@ def test_a_killed_run_goes_on_to_the_very_same_parameters(files, tmp_path, monke
     assert again() != straight
 
 
+def test_the_epoch_whose_parameters_are_damaged_is_trained_again(files, tmp_path, capsys):
+    straight = train_sft(files, tmp_path / "run", batch_size=12, save_every=1, keep=12)
+    epochs = tmp_path / "run" / "checkpoints" / "sft_epochs"
+    steps = sorted(int(path.name) for path in epochs.iterdir())
+    assert len(steps) > 2
+    (epochs / str(steps[1]) / "manifest.json").unlink()
+    written = [json.loads(line)["loss"] for line in open(tmp_path / "run" / "metrics.jsonl")]
+    capsys.readouterr()
+    assert train_sft(files, tmp_path / "run", batch_size=12, save_every=1, keep=12, resume=True) == straight
+    said = capsys.readouterr().out
+    assert f"sft_epochs/{steps[1]} is damaged, manifest.json is missing; it is now {steps[1]}.damaged" in said
+    assert written == [json.loads(line)["loss"] for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert sorted(int(path.name) for path in epochs.iterdir() if path.name.isdigit()) == steps
+
+
 def test_a_mixture_of_conversations_and_plain_text(files, tmp_path):
     turns = [{"role": ("user", "assistant")[n % 2], "content": f"turn {n}"} for n in range(4)]
     chats = lines(tmp_path / "chats.jsonl", [{"messages": turns}] * 20)

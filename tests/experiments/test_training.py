@@ -9,8 +9,9 @@ import pytest
 
 from experiments import ppo, reward_model, setting, sft, training
 from experiments.ablations import precision
-from experiments.training import make_optimizer
+from experiments.training import SkippedSteps, make_optimizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.log import Run
 from rlhf_jax.models import MIXED, ModelConfig
 from rlhf_jax.optimizers import adafactor, adamw, muon
 from rlhf_jax.sampling import generate
@@ -113,6 +114,24 @@ def test_every_stage_takes_them(small_world, monkeypatch, tmp_path):
     with open(tmp_path / "run" / "metrics.jsonl", encoding="utf-8") as file:
         iterations = [row for line in file if (row := json.loads(line))["stage"] == "ppo"]
     np.testing.assert_allclose(iterations[0]["kl_k1"], 0.0, atol=1e-5)
+
+
+def test_steps_are_skipped_in_a_row_or_not(tmp_path):
+    watched = []
+    with (
+        Run(tmp_path / "run", sft.SFT()) as run,
+        pytest.raises(UserError, match="3 steps in a row, the last of them 7"),
+    ):
+        skipped = SkippedSteps(sft.SFT(max_skipped=3), run, "sft")
+        for step, one in enumerate([0, 1, 1, 0, 1, 1, 1, 0, 0], 1):
+            skipped.watch(step, np.int32(one), {"rows": np.full(2, step)})
+            watched.append(step)
+    assert watched[-1] == 7  # one step later, when it is known without waiting
+    np.testing.assert_array_equal(np.load(tmp_path / "run" / "skipped-sft-7.npz")["rows"], [7, 7])
+    with Run(tmp_path / "any", sft.SFT()) as run:
+        skipped = SkippedSteps(sft.SFT(max_skipped=0), run, "sft")
+        for step in range(50):
+            skipped.watch(step, np.int32(1), {})
 
 
 @pytest.mark.parametrize(
