@@ -158,7 +158,7 @@ class Run:
                 return
             for name, value in scalars.items():
                 if math.isfinite(value):
-                    self._events.add_scalar(f"{stage}/{name}", value, step)
+                    self._events.add_scalar(f"{stage}/{name}", float(value), step)
 
     def summary(self, metrics: Mapping[str, Any]) -> None:
         """Writes summary.json, the final numbers."""

@@ -5,16 +5,14 @@ And its events for TensorBoard.
 
 import json
 import os
-import socket
-import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
 
 CLOCKS = ("time", "seconds", "tokens_per_second", "compilations")
 """Metrics that tell of the machine: all others are the same in each run of the same flags, however often resumed."""
@@ -55,32 +53,25 @@ class MetricsFile:
 class Events:
     """Scalars for TensorBoard, on the disk every few seconds.
 
-    Written here and not by the library's SummaryWriter: a full disk ends that one's thread, whose queue then waits.
+    Not by SummaryWriter, which writes in a thread: a full disk ends that thread, whose queue then waits for ever.
     """
 
     SECONDS = 5.0
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        self._file = open(folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}", "ab")
+        self._writer = EventsWriter(str(folder / "events"))
         self._flushed = time.monotonic()
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def add_scalar(self, name: str, value: float | int, step: int) -> None:
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value)])
-        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
         if time.monotonic() - self._flushed > self.SECONDS:
-            self._file.flush()
+            self._writer.flush()
             self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self._file.close()
-
-    def _write(self, event: Event) -> None:
-        data = event.SerializeToString()
-        size = struct.pack("<Q", len(data))
-        sums = (struct.pack("<I", masked_crc32c(part)) for part in (size, data))
-        self._file.write(size + next(sums) + data + next(sums))
+        self._writer.close()
 
 
 def read_metrics(run_dir: str | Path) -> dict[str, list[dict[str, Any]]]:
