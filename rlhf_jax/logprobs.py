@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from rlhf_jax.axes import constrain, parts
 from rlhf_jax.kl import ScalarLike
 from rlhf_jax.masking import masked_sum
 
@@ -58,7 +59,8 @@ def chunked_logprobs(
     then are divided by the temperature, which gets no gradient; jax.grad and vjp work, jvp and jacfwd do not. Raises
     ValueError if chunk_size is not positive.
     """
-    return _chunked(_logprobs, chunk_size, softcap, hidden, head_kernel, targets, mask, temperature)[0]
+    kernel = _spread(head_kernel, len(targets))
+    return _chunked(_logprobs, chunk_size, softcap, hidden, kernel, targets, mask, temperature)[0]
 
 
 def chunked_logprobs_and_entropy(
@@ -72,7 +74,8 @@ def chunked_logprobs_and_entropy(
     temperature: ScalarLike = 1.0,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """As `chunked_logprobs`, with the entropy of each distribution beside it."""
-    scores = _chunked(_logprobs_and_entropy, chunk_size, softcap, hidden, head_kernel, targets, mask, temperature)
+    kernel = _spread(head_kernel, len(targets))
+    scores = _chunked(_logprobs_and_entropy, chunk_size, softcap, hidden, kernel, targets, mask, temperature)
     return scores[0], scores[1]
 
 
@@ -91,7 +94,7 @@ def chunked_weighted_logprobs(
     The gradient is then known up to a factor as soon as a chunk's logits are, so that they are computed once: three
     matrix products instead of four. Without differentiation only the sum is computed.
     """
-    return _weighted(chunk_size, softcap, hidden, head_kernel, targets, weights, mask)
+    return _weighted(chunk_size, softcap, hidden, _spread(head_kernel, len(targets)), targets, weights, mask)
 
 
 def _logprobs(logits: Array, targets: Array) -> tuple[Array, ...]:
@@ -105,10 +108,22 @@ def _logprobs_and_entropy(logits: Array, targets: Array) -> tuple[Array, ...]:
     return *_logprobs(logits, targets), token_entropy(logits)
 
 
+def _spread(kernel: Array, rows: int) -> Array:
+    """Where the rows are cut over a mesh, a kernel for each part of them, [parts, D, V], which costs no memory.
+
+    Each part sums its own gradient over the chunks, and all are added up once, as the broadcast's gradient.
+    """
+    copies = parts(rows, "batch")
+    if copies == 1:
+        return kernel
+    return constrain(jnp.broadcast_to(kernel[None], (copies, *kernel.shape)), "batch", None, "vocab")
+
+
 def _logits(hidden: Array, kernel: Array, softcap: float | None) -> Array:
     # Flat rows: XLA's CPU backend contracts two leading axes at half the speed in the backward pass.
     rows, length, width = hidden.shape
-    logits = jnp.matmul(hidden.reshape(-1, width), kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    flat = hidden.reshape(*kernel.shape[:-2], -1, width)
+    logits = jnp.matmul(flat, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
     return soft_cap(logits.reshape(rows, length, -1), softcap)
 
 

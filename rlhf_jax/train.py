@@ -15,6 +15,7 @@ from rlhf_jax.data.tokens import take
 from rlhf_jax.logprobs import chunked_logprobs, chunked_logprobs_and_entropy, sequence_logprobs
 from rlhf_jax.losses import chunked_sft_loss
 from rlhf_jax.models import ScalarModel, Transformer, head_kernel, last_token_rewards
+from rlhf_jax.sharding import create, keep
 
 Params = Any
 Metrics = dict[str, Array]
@@ -28,7 +29,11 @@ HEAD_CHUNK = 64  # Columns of time whose logits exist at once.
 
 def make_state(model: Any, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """A TrainState whose arrays are its own, so that it may be donated while `params` lives on."""
-    return TrainState.create(apply_fn=model.apply, params=jax.tree.map(jnp.copy, params), tx=optimizer)
+
+    def start(params: Params) -> TrainState:
+        return TrainState.create(apply_fn=model.apply, params=jax.tree.map(jnp.copy, params), tx=optimizer)
+
+    return create(start, params)
 
 
 def hidden_states(model: Transformer, params: Params, tokens: Tokens) -> Float[Array, "B T D"]:
@@ -103,11 +108,31 @@ def make_train_step(loss_fn: LossFn, *, counts: Counts | None = None) -> Callabl
             (loss, metrics), grads = gradient(state.params)
         else:
             loss, metrics, grads = _accumulated(loss_fn, counts, state.params, batch, fixed)
-        norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        metrics = {"loss": loss, "grad_norm": norm, "skipped": 1 - finite.astype(jnp.int32), **metrics}
-        stepped = state.apply_gradients(grads=grads)
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state), metrics
+        state, metrics = _applied(state, loss, metrics, keep(grads))
+        return keep(state), metrics
+
+    return train_step
+
+
+def make_pmap_step(loss_fn: LossFn, *, counts: Counts) -> Callable[..., tuple[TrainState, Metrics]]:
+    """`make_train_step` by `jax.pmap`: for code that has its state replicated, [devices, …], one whole copy a device.
+
+    train_step(state, batch, *fixed), all [devices, …] (`jax.device_put_replicated`, `microbatches`), with metrics of
+    the whole batch. A device's gradient and means count by what they are means over, `counts`, so that devices whose
+    masks are unequal do not weigh the same.
+    """
+    devices = "devices"
+
+    @partial(jax.pmap, axis_name=devices, donate_argnums=0)
+    def train_step(state: TrainState, batch: Any, *fixed: Any) -> tuple[TrainState, Metrics]:
+        add, most = partial(jax.lax.psum, axis_name=devices), partial(jax.lax.pmax, axis_name=devices)
+        numbers = counts(batch)
+        shares = {name: n / jnp.maximum(add(n), 1).astype(jnp.float32) for name, n in numbers.items()}
+        gradient = jax.value_and_grad(lambda params: _total(loss_fn(params, batch, *fixed), shares), has_aux=True)
+        (loss, metrics), grads = gradient(state.params)
+        loss, grads = add((loss, optax.tree.cast(grads, jnp.float32)))
+        metrics = {name: _joined(name, x, shares, add, most) for name, x in metrics.items()}
+        return _applied(state, loss, metrics, grads)
 
     return train_step
 
@@ -123,11 +148,29 @@ def microbatches(batch: Any, number: int) -> Any:
     return jax.tree.map(cut, batch)
 
 
+def _applied(state: State, loss: Array, metrics: Metrics, grads: Params) -> tuple[State, Metrics]:
+    """The optimiser's step, or none where something is not finite."""
+    norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    metrics = {"loss": loss, "grad_norm": norm, "skipped": 1 - finite.astype(jnp.int32), **metrics}
+    stepped = state.apply_gradients(grads=grads)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state), metrics
+
+
 def _total(result: tuple[Any, Metrics], shares: dict[str, Array] | None) -> tuple[Array, Metrics]:
     loss, metrics = result
     terms = loss if isinstance(loss, dict) else {"loss": loss}
     first, *others = [term if shares is None else term * shares[name] for name, term in terms.items()]
     return sum(others, first), metrics
+
+
+def _joined(
+    name: str, x: Array, shares: dict[str, Array], add: Callable[[Array], Array], most: Callable[[Array], Array]
+) -> Array:
+    """A metric of the whole batch from those of its parts."""
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return add(x)
+    return most(x) if name.endswith("_max") else add(x * shares.get(name, shares["loss"]))
 
 
 def _accumulated(
@@ -146,9 +189,7 @@ def _accumulated(
     grads, (losses, each) = jax.lax.scan(add, start, (batches, shares))
 
     def whole(name: str, x: Array) -> Array:
-        if jnp.issubdtype(x.dtype, jnp.integer):
-            return x.sum(axis=0)
-        return x.max(axis=0) if name.endswith("_max") else (x * shares.get(name, shares["loss"])).sum(axis=0)
+        return _joined(name, x, shares, lambda x: x.sum(axis=0), lambda x: x.max(axis=0))
 
     return losses.sum(), {name: whole(name, x) for name, x in each.items()}, grads
 

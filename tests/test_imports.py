@@ -12,7 +12,7 @@ import rlhf_jax
 
 ROOT = Path(rlhf_jax.__file__).parent
 LEVELS = (
-    {"masking"},
+    {"masking", "axes"},
     {"logprobs", "kl", "advantages"},
     {"losses"},
     {"batches", "models", "sampling", "rewards", "data"},
@@ -33,7 +33,7 @@ LEVELS = (
     },
 )
 BASES = {"jax", "jaxtyping", "rlhf_jax"} | sys.stdlib_module_names
-EQUATIONS = {"masking", "logprobs", "kl", "advantages", "losses"}
+EQUATIONS = {"axes", "masking", "logprobs", "kl", "advantages", "losses"}
 MEASURE = """
 import json, sys, time
 import jax

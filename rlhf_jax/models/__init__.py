@@ -2,7 +2,7 @@
 
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import ScalarModel, from_language_model, last_token_rewards
-from rlhf_jax.models.hf import ModelCard, load_hf, load_hf_reward_model, save_hf, save_hf_reward_model
+from rlhf_jax.models.hf import ModelCard, load_hf, load_hf_config, load_hf_reward_model, save_hf, save_hf_reward_model
 from rlhf_jax.models.lora import (
     cast_frozen,
     init_lora,
@@ -37,6 +37,7 @@ __all__ = [
     "init_lora",
     "last_token_rewards",
     "load_hf",
+    "load_hf_config",
     "load_hf_reward_model",
     "load_peft",
     "load_peft_reward_model",

@@ -55,6 +55,11 @@ def load_hf(
     return config, nested(_load(folder, family, config, {}, _by_name(shardings)))
 
 
+def load_hf_config(path_or_name: str | Path, *, precision: Precision = FLOAT32) -> ModelConfig:
+    """Only the config of what `load_hf` reads. Raises as it does."""
+    return _read_config(_folder(path_or_name), precision)[2]
+
+
 def load_hf_reward_model(
     path_or_name: str | Path,
     *,

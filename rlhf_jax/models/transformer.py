@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, PRNGKeyArray
 
+from rlhf_jax.axes import LINEAR, constrain
 from rlhf_jax.logprobs import soft_cap
 from rlhf_jax.models.attention import LayerNumbers, Scene, attend, attend_causally, layer_numbers, stacked_numbers
 from rlhf_jax.models.config import ModelConfig
@@ -48,8 +49,10 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
 
     def empty() -> Any:
         if config.scan_layers:
-            return jnp.zeros((config.n_layers, *shape), config.precision.compute)
-        return tuple(jnp.zeros(shape, config.precision.compute) for _ in range(config.n_layers))
+            zeros = jnp.zeros((config.n_layers, *shape), config.precision.compute)
+            return constrain(zeros, None, "batch", "heads")
+        layers = (jnp.zeros(shape, config.precision.compute) for _ in range(config.n_layers))
+        return tuple(constrain(zeros, "batch", "heads") for zeros in layers)
 
     slots_of_rows = jnp.zeros((batch, slots), jnp.int32)
     return KVCache(empty(), empty(), slots_of_rows, jnp.zeros((), jnp.int32), jnp.zeros_like(slots_of_rows))
@@ -111,7 +114,9 @@ class Linear(nn.Module):
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             rows = rows + jnp.expand_dims(bias.astype(dtype), 0)
-        return rows.reshape(*x.shape[:-1], -1)
+        # Out of attention and feed-forward the residual stream, of which each device has its rows whole.
+        out = LINEAR[self.name][1] if self.name in LINEAR else "embed"
+        return constrain(rows.reshape(*x.shape[:-1], -1), "batch", None, None if out == "embed" else out)
 
     def _low_rank(self, inputs: Array) -> Array:
         a, b, scale = (self.get_variable("params", name) for name in LORA_LEAVES)
@@ -246,7 +251,7 @@ class Transformer(nn.Module):
         """The language head: float32 logits of final hidden states."""
         kernel = self.embedding.T if self.config.tie_embeddings else self.head
         logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return soft_cap(logits, self.config.final_softcap)
+        return constrain(soft_cap(logits, self.config.final_softcap), "batch", None, "vocab")
 
     def hidden_states(
         self,
@@ -294,11 +299,13 @@ class Transformer(nn.Module):
         if limit is not None and length > limit:
             raise ValueError(f"a sequence of {length} tokens is longer than the {limit} that this model can read")
         dtype = config.precision.compute
-        x = self.embedding[tokens].astype(dtype)
+        # On a mesh the rows of the table are whole where they are looked up, as they are in a tied head.
+        x = constrain(self.embedding, "vocab")[tokens].astype(dtype)
         if config.embedding_scale != 1:
             x = x * jnp.asarray(config.embedding_scale, dtype)
         if config.learned_positions:
             x = x + self.position_embedding[scene.positions].astype(dtype)
+        x = constrain(x, "batch")
         if config.scan_layers:
             differ = any(config.windows) or config.nope_layers
             x, layers = self.layers(x, layers, stacked_numbers(config) if differ else None, scene)
@@ -315,4 +322,5 @@ class Transformer(nn.Module):
 
 def head_kernel(params: Any) -> Float[Array, "D V"]:
     """The language head's kernel: its own, or the transposed embedding where they are tied."""
-    return params["head"] if "head" in params else params["embedding"].T
+    kernel = params["head"] if "head" in params else params["embedding"].T
+    return constrain(kernel, None, "vocab")

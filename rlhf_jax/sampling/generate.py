@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Int, PRNGKeyArray
 
+from rlhf_jax.axes import constrain
 from rlhf_jax.batches import Completions
 from rlhf_jax.kl import ScalarLike
 from rlhf_jax.models import Transformer, init_cache
@@ -36,14 +37,16 @@ def _generate(
     lengths = prompt_mask.sum(axis=1).astype(jnp.int32)
 
     def next_token(hidden: Array, step: Array) -> tuple[Array, Array]:
-        logits = model.apply({"params": params}, hidden, method="logits")[:, -1]
+        # On a mesh each device draws for rows of its own, so that nobody searches a vocabulary cut in parts.
+        logits = constrain(model.apply({"params": params}, hidden, method="logits")[:, -1], "row")
         if greedy:
             tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
             logits = truncate(logits, top_k=top_k, top_p=top_p)
             chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
             return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
         logits = truncate(logits / temperature, top_k=top_k, top_p=top_p)
-        return draw(logits, jax.random.uniform(jax.random.fold_in(key, step), (batch,)))
+        tokens, chosen = draw(logits, jax.random.uniform(jax.random.fold_in(key, step), (batch,)))
+        return constrain(tokens, "batch"), constrain(chosen, "batch")
 
     def read(tokens: Array, positions: Array, segment_ids: Array, cache: Any) -> tuple[Array, Any]:
         hidden, cache = model.apply({"params": params}, tokens, positions, segment_ids, cache, method="decode")

@@ -1,0 +1,144 @@
+"""A mesh of devices, and everything placed on it by the one table of `axes.py`.
+
+    with jax.set_mesh(make_mesh("fsdp=8,tensor=4")):
+        params = create(lambda: model.init(key, tokens)["params"])     # never whole on one device
+        state = make_state(model, params, optimizer)
+        state, metrics = train_step(state, place_batch(batch))
+
+Under `jit` a mean over a sharded batch is already global: no loss has a collective. Vectors (norms, scalar heads) and
+what the mesh does not divide lie whole on every device; matrices are cut along "fsdp" and "tensor", batches along
+"data" and "fsdp".
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+
+from rlhf_jax.axes import MESH_AXES, parameter_axes, partition_spec, parts
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import load_hf_config
+from rlhf_jax.models.weights import param_shapes
+
+Tree = TypeVar("Tree")
+
+
+def make_mesh(sizes: str = "", *, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the axes ("data", "fsdp", "tensor") from a string such as "fsdp=8,tensor=4".
+
+    Axes that are not named have size 1. One may be −1: what is left of the devices; "data" is, where the string does
+    not name it. `devices` are all of them unless given, and may be those of a topology that is not there.
+
+    Raises UserError for a string that says something else, and for sizes that are not as many as the devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    found: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in sizes.split(","))):
+        name, _, size = part.partition("=")
+        if name not in MESH_AXES or name in found or not size.removeprefix("-").isdecimal():
+            raise UserError(f"mesh {sizes!r}: {part!r} is not one of data=N, fsdp=N and tensor=N, each at most once")
+        found[name] = int(size)
+    if -1 not in found.values():
+        found.setdefault("data", -1)
+    rest = [name for name, size in found.items() if size == -1]
+    given = math.prod(size for size in found.values() if size != -1)
+    if len(rest) > 1 or given < 1 or any(size < 1 for size in found.values() if size != -1):
+        raise UserError(f"mesh {sizes!r}: sizes are positive, but that one may be -1, what is left of the devices")
+    if len(devices) % given or (not rest and given != len(devices)):
+        raise UserError(f"mesh {sizes!r} is for {given} devices{' each' if rest else ''}; there are {len(devices)}")
+    found |= {name: len(devices) // given for name in rest}
+    shape = tuple(found.get(name, 1) for name in MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def current_mesh() -> Mesh | AbstractMesh | None:
+    """The mesh that `jax.set_mesh` has set, without its devices inside `jit`; None if there is none of ours."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.axis_names != MESH_AXES:
+        return None
+    try:
+        return jax.sharding.get_mesh()
+    except ValueError:  # inside jit
+        return mesh
+
+
+def shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
+    """A NamedSharding for each leaf, by the names on its path and its shape.
+
+    Good for parameters and adapters, a TrainState (an optimiser's moments have the parameters' names), PPO's State
+    and Frozen, alike whether their leaves are arrays or ShapeDtypeStructs. Unknown names lie whole on every device.
+    """
+
+    def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return parameter_sharding(mesh, "/".join(names), np.shape(leaf))
+
+    return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
+def parameter_sharding(mesh: Mesh | AbstractMesh, name: str, shape: Sequence[int]) -> NamedSharding:
+    """Of one parameter, by a name such as "layer_0/query/kernel"."""
+    axes = parameter_axes(name.split("/"), len(shape))
+    return NamedSharding(mesh, partition_spec(mesh.shape, shape, axes))
+
+
+def hf_shardings(path_or_name: str | Path) -> Callable[[str], NamedSharding] | None:
+    """What `load_hf` and `load_hf_reward_model` take, so that each device reads its slices; None without a mesh."""
+    mesh = current_mesh()
+    if mesh is None:
+        return None
+    shapes = param_shapes(load_hf_config(path_or_name))
+    return lambda name: parameter_sharding(mesh, name, shapes.get(name.removeprefix("trunk/"), ()))
+
+
+def batch_shardings(mesh: Mesh | AbstractMesh, tree: Any, *, axis: int = 0) -> Any:
+    """A NamedSharding for each leaf, its rows (those of `axis`) cut along "data" and "fsdp" as far as these divide."""
+    names = (None,) * axis + ("batch",)
+    return jax.tree.map(lambda x: NamedSharding(mesh, partition_spec(mesh.shape, np.shape(x), names)), tree)
+
+
+def place(tree: Tree) -> Tree:
+    """Parameters and states on the mesh that is set, each slice straight to its device; on the default one without."""
+    mesh = current_mesh()
+    return jax.device_put(tree) if mesh is None else _put(tree, mesh, shardings(mesh, tree))
+
+
+def keep(tree: Tree) -> Tree:
+    """Parameters, gradients or states inside `jit`, kept where `place` puts them; untouched without a mesh."""
+    return tree if current_mesh() is None else place(tree)
+
+
+def place_batch(tree: Tree, *, axis: int = 0) -> Tree:
+    """A batch on the mesh that is set, in or outside of `jit`; untouched without one."""
+    mesh = current_mesh()
+    return tree if mesh is None else _put(tree, mesh, batch_shardings(mesh, tree, axis=axis))
+
+
+def _put(tree: Tree, mesh: Mesh | AbstractMesh, places: Any) -> Tree:
+    put = jax.lax.with_sharding_constraint if isinstance(mesh, AbstractMesh) else jax.device_put
+    return put(tree, places)
+
+
+def create(function: Callable[..., Tree], *args: Any) -> Tree:
+    """function(*args), its result born in its places on the mesh that is set: nothing is ever whole on one device."""
+    mesh = current_mesh()
+    if mesh is None:
+        return function(*args)
+    if isinstance(mesh, AbstractMesh):
+        return place(function(*args))
+    places = shardings(mesh, jax.eval_shape(function, *args))
+    return jax.jit(function, out_shardings=places)(*place(args))
+
+
+def check_rows(rows: int, what: str) -> None:
+    """Raises UserError when so many rows do not divide over the mesh that is set."""
+    mesh = current_mesh()
+    if mesh is None:
+        return
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if parts(rows, "batch") != ways:
+        raise UserError(f"{rows} {what} do not divide over data × fsdp = {ways} parts of the mesh")
