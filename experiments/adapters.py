@@ -14,6 +14,7 @@ from jaxtyping import PRNGKeyArray
 
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.models import cast_frozen, init_lora, quantize_frozen, with_dropout, with_lora
+from rlhf_jax.sharding import create
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ def split(cfg: Adapters, key: PRNGKeyArray, params: Any) -> tuple[Any, Any]:
     scalar = {name: params[name] for name in ("head",) if "trunk" in params}
     frozen = {name: value for name, value in params.items() if name not in scalar}
     try:
-        adapter = init_lora(
+        adapter = create(lambda: init_lora(
             key, frozen, rank=cfg.lora_rank, alpha=cfg.lora_alpha, targets=cfg.lora_targets,
             rank_stabilized=cfg.lora_rank_stabilized,
-        )  # fmt: skip
+        ))  # fmt: skip
     except (ValueError, re.error) as error:
         raise UserError(f"lora-targets {cfg.lora_targets!r}: {error}") from None
     if cfg.frozen_dtype == "int8":

@@ -25,10 +25,10 @@ from experiments import pipeline, sft
 from experiments.adapters import split
 from experiments.pairs import Answer, Batch, Examples, Pairs, lay_out, mismatch, paired, singly, width
 from experiments.reward_model import agreement, in_batches
-from experiments.setting import Comparisons, Setting, Source, announce, load_setting
+from experiments.setting import Comparisons, Setting, Source, announce, load_setting, on_mesh
 from experiments.sft import SFT
 from experiments.text import read_unpaired
-from experiments.training import SkippedSteps, Training, check_parts, counts_of, make_optimizer, save_due
+from experiments.training import SkippedSteps, Training, check_parts, counts_of, in_place, make_optimizer, save_due
 from rlhf_jax.batches import PackedRankings, Rankings, Tokens
 from rlhf_jax.data.preferences import packed_logprobs, stack_packed
 from rlhf_jax.data.tokens import join
@@ -39,6 +39,7 @@ from rlhf_jax.losses import dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 from rlhf_jax.masking import masked_mean
 from rlhf_jax.models import Transformer, with_lora
 from rlhf_jax.report import write_report
+from rlhf_jax.sharding import place
 from rlhf_jax.train import (
     Metrics,
     Params,
@@ -222,7 +223,7 @@ def make_batches(
         order = np.random.default_rng([seed, 4, epoch]).permutation(count)
         drawn = order[at * groups_a_step : (at + 1) * groups_a_step]
         parts = [lay_groups(part) for part in np.split(drawn, cfg.accumulate)]
-        return stack(parts) if cfg.accumulate > 1 else parts[0]
+        return in_place(cfg, stack(parts) if cfg.accumulate > 1 else parts[0])
 
     return batch
 
@@ -282,7 +283,7 @@ def train(
     """
     model = Transformer(setting.model)
     run.say(f"{cfg.loss}: β {cfg.beta_used:g}, learning rate {cfg.learning_rate:g}")
-    frozen, own = jax.device_put(split(cfg, jax.random.key(seed + 5), sft_params))
+    frozen, own = place(split(cfg, jax.random.key(seed + 5), sft_params))
     reference = frozen if cfg.lora_rank else own
     state = make_state(model, own, make_optimizer(cfg, cfg.steps))
     train_step = make_train_step(
@@ -325,6 +326,7 @@ def train(
     return params, reward, {f"dpo_{name}": float(value) for name, value in metrics.items()}
 
 
+@on_mesh
 def main(cfg: Config) -> dict[str, float]:
     """SFT, comparisons of its answers, preference optimisation; returns the final metrics."""
     setting = load_setting(cfg)

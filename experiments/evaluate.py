@@ -25,7 +25,7 @@ import numpy as np
 
 from experiments import suites
 from experiments.inference import Answers, Loaded, answer, load, logprobs, rewards
-from experiments.setting import ANSWER_LENGTH
+from experiments.setting import ANSWER_LENGTH, on_mesh
 from rlhf_jax.data.rejects import Place
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.evaluate import (
@@ -53,6 +53,8 @@ class Config:
     run_dir: str | None = None
     """Where the run is written; by default the next free runs/evaluate-<n>."""
     seed: int = 0
+    mesh: str | None = None
+    """Devices as a mesh, such as data=4,tensor=2, as in every experiment; by default one device."""
     model: str | None = None
     """A Hugging Face folder: the language model that is evaluated."""
     against: str | None = None
@@ -333,6 +335,7 @@ def save(run: Run, suite: str, prompts: Sequence[str], answers: Answers, columns
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
+@on_mesh
 def main(cfg: Config) -> dict[str, float]:
     """Evaluates what the flags name; returns what is also in the run's summary.json."""
     check(cfg)

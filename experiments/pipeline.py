@@ -20,7 +20,7 @@ import numpy as np
 from experiments import ppo, reward_model, sft
 from experiments.ppo import PPO
 from experiments.reward_model import RewardModel
-from experiments.setting import Setting, Source, announce, load_setting
+from experiments.setting import Setting, Source, announce, load_setting, on_mesh
 from experiments.sft import SFT
 from rlhf_jax.batches import Completions, Prompts, Tokens
 from rlhf_jax.data.tokens import join
@@ -154,6 +154,7 @@ def unbiased(head: Any) -> Any:
     return head | {"bias": jnp.zeros(())}
 
 
+@on_mesh
 def main(cfg: Config) -> dict[str, float]:
     """Runs everything; returns the final metrics, which are also in the run's summary.json."""
     setting = load_setting(cfg)

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from experiments import reward_model, sft
 from experiments.adapters import split
 from experiments.reward_model import RewardModel
-from experiments.setting import Setting, Source, announce, keep_freed_memory, load_setting
+from experiments.setting import Setting, Source, announce, keep_freed_memory, load_setting, on_mesh
 from experiments.sft import SFT
 from experiments.training import (
     SkippedSteps,
@@ -49,6 +49,7 @@ from rlhf_jax.losses import ppo_clip_loss, value_clip_loss
 from rlhf_jax.masking import masked_mean, masked_sum, masked_whiten
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, merge_lora, split_lora, with_lora
 from rlhf_jax.sampling import generate
+from rlhf_jax.sharding import check_rows, place, place_batch
 from rlhf_jax.train import (
     Metrics,
     Params,
@@ -151,13 +152,13 @@ def prepare(
     """
     if not cfg.lora_rank:
         frozen = Frozen(sft_params, merge_lora(reward_params), setting.prompts, setting.demonstrations)
-        return sft_params, jax.device_put(frozen)
+        return sft_params, place(frozen)
     trunk, policy = split(cfg, key, sft_params)
     _, adapter = split_lora(reward_params["trunk"])
     if not adapter:
         raise UserError("PPO with a lora-rank needs a reward model on its trunk: set --reward-model.lora-rank too")
     reward_model = {"trunk": adapter, "head": reward_params["head"]}
-    return policy, jax.device_put(Frozen({}, reward_model, setting.prompts, setting.demonstrations, trunk))
+    return policy, place(Frozen({}, reward_model, setting.prompts, setting.demonstrations, trunk))
 
 
 def init_state(cfg: PPO, model: ModelConfig, policy: Params, reward_params: Params, *, beta: Any = None) -> State:
@@ -166,7 +167,7 @@ def init_state(cfg: PPO, model: ModelConfig, policy: Params, reward_params: Para
     return State(
         make_state(Transformer(model), policy, optimizer),
         make_state(ScalarModel(model), reward_params, optimizer),
-        jnp.asarray(cfg.beta if beta is None else beta, jnp.float32),
+        place(jnp.asarray(cfg.beta if beta is None else beta, jnp.float32)),
     )
 
 
@@ -180,7 +181,7 @@ def make_iteration(cfg: PPO, config: ModelConfig, *, max_new_tokens: int, eos_id
     def rollout(state: State, frozen: Frozen, key: PRNGKeyArray) -> tuple[Prompts, Completions]:
         prompts_key, sample_key = jax.random.split(key)
         rows = jax.random.randint(prompts_key, (cfg.responses,), 0, len(frozen.prompts.row))
-        prompts = take(frozen.prompts, rows)
+        prompts = place_batch(take(frozen.prompts, rows))
         completions = generate(
             model, with_lora(frozen.trunk, state.policy.params), prompts.tokens, prompts.mask, sample_key,
             max_new_tokens=max_new_tokens, temperature=cfg.temperature, eos_id=eos_id, pad_id=pad_id,
@@ -314,6 +315,8 @@ def train(
         eos_id=setting.eos_id,
         pad_id=setting.pad_id,
     )
+    check_rows(cfg.responses, "responses")
+    check_parts(cfg, cfg.responses // cfg.minibatches, "responses")
     policy, frozen = prepare(cfg, setting, sft_params, reward_params, jax.random.key(seed + 4))
     state = init_state(cfg, setting.model, policy, frozen.reward_model)
     step_fn = jax.jit(iteration.whole, donate_argnums=0)
@@ -348,6 +351,7 @@ def train(
     }
 
 
+@on_mesh
 def main(cfg: Config) -> dict[str, float]:
     """SFT, reward model, PPO; returns the final metrics. `pipeline.py` adds the evaluation and the report."""
     setting = load_setting(cfg)

@@ -20,13 +20,14 @@ from jaxtyping import Array
 
 from experiments import sft
 from experiments.adapters import Dropping, in_training, split
-from experiments.setting import Comparisons, Setting, Source, announce, load_setting
+from experiments.setting import Comparisons, Setting, Source, announce, load_setting, on_mesh
 from experiments.sft import SFT
 from experiments.training import (
     SkippedSteps,
     Training,
     check_parts,
     counts_of,
+    in_place,
     make_optimizer,
     parts_of,
     save_due,
@@ -40,6 +41,7 @@ from rlhf_jax.log import Run, run_main
 from rlhf_jax.losses import ranking_loss
 from rlhf_jax.losses.reward_model import ranking_counts
 from rlhf_jax.models import ScalarModel, from_language_model, with_lora
+from rlhf_jax.sharding import place, place_batch
 from rlhf_jax.train import make_state, make_train_step, response_rewards, token_values
 
 
@@ -84,7 +86,7 @@ def in_batches(function: Callable[[Any, Tokens], Array], batch_size: int):
         count = len(tokens.mask)
         size = min(batch_size, count)
         starts = range(0, count, size)
-        parts = [compiled(params, take(tokens, np.arange(s, s + size) % count)) for s in starts]
+        parts = [compiled(params, place_batch(take(tokens, np.arange(s, s + size) % count))) for s in starts]
         return np.concatenate(parts)[:count]
 
     return score
@@ -119,11 +121,11 @@ def train(
 ) -> tuple[Any, dict[str, float]]:
     """Trains; returns the shifted parameters, adapters over the SFT's weights if asked for, and the final metrics."""
     model = ScalarModel(setting.model)
-    params = from_language_model(sft_params, jax.random.key(seed + 1), setting.model)
+    params = from_language_model(place(sft_params), jax.random.key(seed + 1), setting.model)
     prompts = len(comparisons.train.ranks)
     steps_an_epoch = max(1, prompts // cfg.prompts_per_step)
     steps = cfg.epochs * steps_an_epoch
-    frozen, own = jax.device_put(split(cfg, jax.random.key(seed + 3), params))
+    frozen, own = place(split(cfg, jax.random.key(seed + 3), params))
     state = make_state(model, own, make_optimizer(cfg, steps))
 
     check_parts(cfg, min(prompts, cfg.prompts_per_step), "prompts")
@@ -141,7 +143,7 @@ def train(
         if comparisons.pack is None:
             return parts_of(cfg, pick(comparisons.train, some))
         packed = [comparisons.pack(part) for part in np.split(some, cfg.accumulate)]
-        return stack_packed(packed) if cfg.accumulate > 1 else packed[0]
+        return in_place(cfg, stack_packed(packed) if cfg.accumulate > 1 else packed[0])
 
     counts = counts_of(cfg, lambda batch: ranking_counts(batch.ranks, batch.mask))
     train_step = make_train_step(loss_fn, counts=counts)
@@ -174,6 +176,7 @@ def train(
     return params, {f"reward_model_{k}": float(v) for k, v in metrics.items()}
 
 
+@on_mesh
 def main(cfg: Config) -> dict[str, float]:
     """SFT, comparisons of its answers, reward model; returns the final metrics."""
     setting = load_setting(cfg)

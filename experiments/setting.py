@@ -8,6 +8,7 @@ import ctypes
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Literal, NamedTuple
 
 import grain
@@ -23,6 +24,7 @@ from rlhf_jax.data.tokens import join, pack_sequences, pad_prompts, pad_sequence
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.log import Run
 from rlhf_jax.models import BFLOAT16, FLOAT32, MIXED, ModelConfig, Precision
+from rlhf_jax.sharding import make_mesh
 from rlhf_jax.simulation import Annotators, Demonstrators, agreement_rate, calibrate_noise, ceiling
 from rlhf_jax.simulation.world import Problem, draw_problems, make_tokenizer, utilities
 
@@ -101,6 +103,9 @@ class Source:
     seed: int = 0
     resume: bool = False
     """Go on from the last whole checkpoint in run-dir."""
+    mesh: str | None = None
+    """Devices as a mesh, such as fsdp=8,tensor=4: data=N for copies of the model, fsdp=N for parts of its parameters,
+    tensor=N for parts of each layer's work; one N may be -1, all that are left. By default one device."""
     model: str | None = None
     """A Hugging Face folder (safetensors) or hub name to start from, with its tokenizer; else a small new model."""
     precision: PrecisionName = "float32"
@@ -135,6 +140,19 @@ class Source:
     """Real text: tokens of prompt and response together. Longer prompts lose their beginning."""
     max_new_tokens: int = 32
     """Real text: the longest answer that is sampled."""
+
+
+def on_mesh(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """main(cfg) with the mesh of `cfg.mesh` set, on which everything then places itself."""
+
+    @wraps(main)
+    def placed(cfg: Any) -> Any:
+        if cfg.mesh is None:
+            return main(cfg)
+        with jax.set_mesh(make_mesh(cfg.mesh)):
+            return main(cfg)
+
+    return placed
 
 
 def load_setting(source: Source) -> Setting:

@@ -17,7 +17,7 @@ import numpy as np
 from flax.training.train_state import TrainState
 
 from experiments.adapters import Dropping, in_training, split
-from experiments.setting import Setting, Source, announce, load_setting
+from experiments.setting import Setting, Source, announce, load_setting, on_mesh
 from experiments.training import (
     SkippedSteps,
     Training,
@@ -34,6 +34,7 @@ from rlhf_jax.errors import at_least
 from rlhf_jax.log import Run, run_main
 from rlhf_jax.models import Transformer, merge_lora, with_lora
 from rlhf_jax.sampling import generate
+from rlhf_jax.sharding import create, place, place_batch
 from rlhf_jax.train import make_state, make_train_step, sft_objective
 
 
@@ -68,7 +69,7 @@ def make_sampler(setting: Setting, params: Any, seed: int, *, batch_size: int = 
         for start in range(0, count, size):
             rows = np.arange(start, start + size) % count  # the last batch is filled up from the beginning
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), start)
-            some = jax.tree.map(jnp.asarray, take(prompts, rows))
+            some = place_batch(jax.tree.map(jnp.asarray, take(prompts, rows)))
             completions = generate(
                 model, params, some.tokens, some.mask, key,
                 max_new_tokens=setting.max_new_tokens, temperature=1.0, eos_id=setting.eos_id, pad_id=setting.pad_id,
@@ -117,8 +118,8 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
     key = jax.random.key(seed)
     params = setting.params
     if params is None:
-        params = model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]
-    frozen, own = jax.device_put(split(cfg, jax.random.fold_in(key, 1), params))
+        params = create(lambda: model.init(key, jnp.zeros((1, 8), jnp.int32))["params"])
+    frozen, own = place(split(cfg, jax.random.fold_in(key, 1), params))
     state = make_state(model, own, make_optimizer(cfg, cfg.steps))
 
     loss_fn = make_loss(setting)
@@ -136,8 +137,7 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
     state, first, epochs = resume(run, state, frozen, ends)
     skipped = SkippedSteps(cfg, run, "sft")
     batches = setting.batches(cfg.batch_size, seed) if setting.batches else None
-    if batches is None:
-        check_parts(cfg, min(rows, cfg.batch_size), "rows")
+    check_parts(cfg, cfg.batch_size if batches is not None else min(rows, cfg.batch_size), "rows")
     if batches is not None and first:
         batches.set_state(checkpoint.inspect(run.dir, "sft", first).data_state)
     for step in run.progress("sft", range(first, cfg.steps), show=("loss", "val_loss", "utility")):
@@ -172,6 +172,7 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
     return epochs
 
 
+@on_mesh
 def main(cfg: Config) -> dict[str, float]:
     """Trains; returns the final metrics."""
     setting = load_setting(cfg)

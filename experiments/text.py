@@ -23,6 +23,7 @@ from rlhf_jax.data.rows import Read, find_format, read_rows
 from rlhf_jax.data.tokens import Document, bucket, pack_sequences, pad_prompts, pad_sequences, size, take
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, load_hf
+from rlhf_jax.sharding import hf_shardings
 
 HELDOUT_SHARE = 0.1
 STREAM_HEAD = 2560
@@ -113,7 +114,9 @@ def load_model(source: Source) -> tuple[ModelConfig, Any, PreTrainedTokenizerBas
     """The pretrained model and its tokenizer."""
     assert source.model
     try:
-        config, params = load_hf(source.model, precision=PRECISIONS[source.precision])
+        config, params = load_hf(
+            source.model, shardings=hf_shardings(source.model), precision=PRECISIONS[source.precision]
+        )
         tokenizer = AutoTokenizer.from_pretrained(source.model, local_files_only=Path(source.model).is_dir())
     except (ValueError, OSError) as error:
         raise UserError(str(error).splitlines()[0]) from None

@@ -13,6 +13,7 @@ from experiments.adapters import Adapters
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.log import Run
 from rlhf_jax.optimizers import adafactor, adamw, constant, cosine_decay, linear_decay, muon
+from rlhf_jax.sharding import check_rows, place_batch
 from rlhf_jax.train import Counts, microbatches
 
 OPTIMIZERS = {"adamw": adamw, "adafactor": adafactor, "muon": muon}
@@ -58,9 +59,11 @@ def make_optimizer(cfg: Training, steps: int) -> optax.GradientTransformation:
 
 
 def check_parts(cfg: Training, size: int, what: str) -> None:
-    """Raises UserError when a batch of that size does not divide into the microbatches asked for."""
+    """Raises UserError when a batch of that size does not divide into the microbatches asked for, or these do not
+    divide over the mesh."""
     if size % cfg.accumulate:
         raise UserError(f"{size} {what} a step do not divide into {cfg.accumulate} microbatches (accumulate)")
+    check_rows(size // cfg.accumulate, f"{what} {'a microbatch' if cfg.accumulate > 1 else 'a step'}")
 
 
 def save_due(cfg: Training, run: Run, step: int, *, evaluated: bool) -> bool:
@@ -103,4 +106,9 @@ def counts_of(cfg: Training, counts: Counts) -> Counts | None:
 
 def parts_of(cfg: Training, batch: Any) -> Any:
     """The batch as the stage's step takes it."""
-    return microbatches(batch, cfg.accumulate) if cfg.accumulate > 1 else batch
+    return in_place(cfg, microbatches(batch, cfg.accumulate) if cfg.accumulate > 1 else batch)
+
+
+def in_place(cfg: Training, parts: Any) -> Any:
+    """What `parts_of` gives, its rows over the mesh."""
+    return place_batch(parts, axis=int(cfg.accumulate > 1))

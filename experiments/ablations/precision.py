@@ -18,7 +18,7 @@ import numpy as np
 from experiments import ppo, reward_model, sft
 from experiments.ppo import PPO
 from experiments.reward_model import RewardModel
-from experiments.setting import PrecisionName, Source, load_setting
+from experiments.setting import PrecisionName, Source, load_setting, on_mesh
 from experiments.sft import SFT
 from rlhf_jax.errors import at_least
 from rlhf_jax.log import Run, run_main
@@ -118,6 +118,7 @@ def listed(values: np.ndarray) -> str:
     return ", ".join(f"{value:.4g}" for value in values)
 
 
+@on_mesh
 def main(cfg: Config) -> dict[str, float]:
     """Trains everything; returns the means over seeds."""
     with Run(cfg.run_dir, cfg, name="precision", resume=cfg.resume) as run:
