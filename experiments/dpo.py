@@ -37,7 +37,7 @@ from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.log import Run, run_main
 from rlhf_jax.losses import dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 from rlhf_jax.masking import masked_mean
-from rlhf_jax.models import Transformer, with_lora
+from rlhf_jax.models import ModelConfig, Transformer, with_lora
 from rlhf_jax.report import write_report
 from rlhf_jax.sharding import place
 from rlhf_jax.train import (
@@ -189,6 +189,15 @@ def objective(cfg: DPO, model: Transformer, params: Params, batch: Batch) -> Los
     }
 
 
+def make_step(cfg: DPO, config: ModelConfig):
+    """train_step(state, batch, frozen) -> (state, metrics)."""
+    model = Transformer(config)
+    return make_train_step(
+        lambda own, batch, frozen: objective(cfg, model, with_lora(frozen, own), batch),
+        counts=counts_of(cfg, lambda batch: {"loss": batch.good.sum()}),
+    )
+
+
 def make_batches(
     cfg: DPO, setting: Setting, examples: Examples, ref_score: Scorer, *, packed: bool, seed: int
 ) -> Callable[[int], Batch]:
@@ -286,10 +295,7 @@ def train(
     frozen, own = place(split(cfg, jax.random.key(seed + 5), sft_params))
     reference = frozen if cfg.lora_rank else own
     state = make_state(model, own, make_optimizer(cfg, cfg.steps))
-    train_step = make_train_step(
-        lambda own, batch, frozen: objective(cfg, model, with_lora(frozen, own), batch),
-        counts=counts_of(cfg, lambda batch: {"loss": batch.good.sum()}),
-    )
+    train_step = make_step(cfg, setting.model)
 
     score = in_batches(partial(answer_logprobs, model), 2 * cfg.batch_size)
     if unpaired is None:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
 from experiments import sft
 from experiments.adapters import Dropping, in_training, split
@@ -40,7 +40,7 @@ from rlhf_jax.evaluate import calibration, length_baseline, preference_accuracy
 from rlhf_jax.log import Run, run_main
 from rlhf_jax.losses import ranking_loss
 from rlhf_jax.losses.reward_model import ranking_counts
-from rlhf_jax.models import ScalarModel, from_language_model, with_lora
+from rlhf_jax.models import ModelConfig, ScalarModel, from_language_model, with_lora
 from rlhf_jax.sharding import place, place_batch
 from rlhf_jax.train import make_state, make_train_step, response_rewards, token_values
 
@@ -116,6 +116,21 @@ def agreement(scores: np.ndarray, heldout: Rankings) -> dict[str, Any]:
     }
 
 
+def make_step(cfg: RewardModel, config: ModelConfig, dropout_key: PRNGKeyArray):
+    """train_step(state, rankings, frozen, step) -> (state, metrics)."""
+    model = ScalarModel(config)
+
+    def loss_fn(own: Any, batch: Rankings | PackedRankings, frozen: Any, step: Any):
+        params = in_training(cfg, frozen, own, dropout_key, step)
+        if isinstance(batch, PackedRankings):
+            rewards = packed_rewards(token_values(model, params, batch.tokens), batch)
+        else:
+            rewards = response_rewards(model, params, batch.responses).reshape(batch.ranks.shape)
+        return ranking_loss(rewards, batch.ranks, batch.mask)
+
+    return make_train_step(loss_fn, counts=counts_of(cfg, lambda batch: ranking_counts(batch.ranks, batch.mask)))
+
+
 def train(
     cfg: RewardModel, setting: Setting, comparisons: Comparisons, sft_params: Any, run: Run, seed: int
 ) -> tuple[Any, dict[str, float]]:
@@ -130,14 +145,6 @@ def train(
 
     check_parts(cfg, min(prompts, cfg.prompts_per_step), "prompts")
 
-    def loss_fn(own: Any, batch: Rankings | PackedRankings, frozen: Any, step: Any):
-        params = in_training(cfg, frozen, own, jax.random.key(seed + 5), step)
-        if isinstance(batch, PackedRankings):
-            rewards = packed_rewards(token_values(model, params, batch.tokens), batch)
-        else:
-            rewards = response_rewards(model, params, batch.responses).reshape(batch.ranks.shape)
-        return ranking_loss(rewards, batch.ranks, batch.mask)
-
     def make_batch(some: np.ndarray) -> Any:
         """What a step takes: the comparisons of some prompts."""
         if comparisons.pack is None:
@@ -145,8 +152,7 @@ def train(
         packed = [comparisons.pack(part) for part in np.split(some, cfg.accumulate)]
         return in_place(cfg, stack_packed(packed) if cfg.accumulate > 1 else packed[0])
 
-    counts = counts_of(cfg, lambda batch: ranking_counts(batch.ranks, batch.mask))
-    train_step = make_train_step(loss_fn, counts=counts)
+    train_step = make_step(cfg, setting.model, jax.random.key(seed + 5))
     score = make_scorer(setting)
     state, first = run.restore("reward_model", state)
     skipped = SkippedSteps(cfg, run, "reward_model")

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
+from jaxtyping import PRNGKeyArray
 
 from experiments.adapters import Dropping, in_training, split
 from experiments.setting import Setting, Source, announce, load_setting, on_mesh
@@ -32,7 +33,7 @@ from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import at_least
 from rlhf_jax.log import Run, run_main
-from rlhf_jax.models import Transformer, merge_lora, with_lora
+from rlhf_jax.models import ModelConfig, Transformer, merge_lora, with_lora
 from rlhf_jax.sampling import generate
 from rlhf_jax.sharding import create, place, place_batch
 from rlhf_jax.train import make_state, make_train_step, sft_objective
@@ -80,14 +81,18 @@ def make_sampler(setting: Setting, params: Any, seed: int, *, batch_size: int = 
     return sample
 
 
-def make_loss(setting: Setting):
-    """loss_fn(params, tokens) -> (loss, metrics)."""
-    return partial(sft_objective, Transformer(setting.model))
+def make_step(cfg: SFT, config: ModelConfig, dropout_key: PRNGKeyArray):
+    """train_step(state, batch, frozen, step) -> (state, metrics)."""
+    loss_fn = partial(sft_objective, Transformer(config))
+    return make_train_step(
+        lambda own, batch, frozen, step: loss_fn(in_training(cfg, frozen, own, dropout_key, step), batch),
+        counts=counts_of(cfg, lambda batch: {"loss": batch.mask.sum()}),
+    )
 
 
 def make_validation_loss(setting: Setting):
     """validation_loss(params) -> float, over the validation demonstrations."""
-    loss_fn = jax.jit(make_loss(setting))
+    loss_fn = jax.jit(partial(sft_objective, Transformer(setting.model)))
     return lambda params: float(loss_fn(params, setting.validation)[0])
 
 
@@ -121,13 +126,7 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
         params = create(lambda: model.init(key, jnp.zeros((1, 8), jnp.int32))["params"])
     frozen, own = place(split(cfg, jax.random.fold_in(key, 1), params))
     state = make_state(model, own, make_optimizer(cfg, cfg.steps))
-
-    loss_fn = make_loss(setting)
-    dropout_key = jax.random.fold_in(key, 2)
-    train_step = make_train_step(
-        lambda own, batch, frozen, step: loss_fn(in_training(cfg, frozen, own, dropout_key, step), batch),
-        counts=counts_of(cfg, lambda batch: {"loss": batch.mask.sum()}),
-    )
+    train_step = make_step(cfg, setting.model, jax.random.fold_in(key, 2))
     validation_loss = make_validation_loss(setting)
 
     rows = len(setting.demonstrations.mask)

@@ -43,6 +43,7 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "position_embedding": (None, "embed"),
     "head": ("embed", "vocab"),
     **{f"{name}/kernel": axes for name, axes in LINEAR.items()},
+    **{f"{name}/kernel_scale": (out,) for name, (_, out) in LINEAR.items() if out != "embed"},
     **{f"{name}/bias": (out,) for name, (_, out) in LINEAR.items() if out != "embed"},
     **{f"{name}/lora_a": (into, None) for name, (into, _) in LINEAR.items()},
     **{f"{name}/lora_b": (None, out) for name, (_, out) in LINEAR.items()},

@@ -148,7 +148,7 @@ def microbatches(batch: Any, number: int) -> Any:
     return jax.tree.map(cut, batch)
 
 
-def _applied(state: State, loss: Array, metrics: Metrics, grads: Params) -> tuple[State, Metrics]:
+def _applied(state: TrainState, loss: Array, metrics: Metrics, grads: Params) -> tuple[TrainState, Metrics]:
     """The optimiser's step, or none where something is not finite."""
     norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
