@@ -202,7 +202,7 @@ def test_a_killed_run_goes_on_to_the_very_same_parameters(tmp_path):
 
 def test_a_run_that_only_skips_stops_and_leaves_the_batch(tmp_path):
     with pytest.raises(UserError, match=r"dpo: .* at 2 steps in a row, the last of them 2, .*skipped-dpo-2.npz"):
-        train(tmp_path / "run", steps=30, beta=float("inf"), max_skipped=2)
+        train(tmp_path / "run", steps=30, beta=1e39, max_skipped=2)
     written = np.load(tmp_path / "run" / "skipped-dpo-2.npz")
     assert written["ref_logprobs"].shape == (10,) and {"answers.inputs", "good"} <= set(written)
 
