@@ -11,15 +11,26 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from experiments.bench.meshes import ALGORITHMS, LENGTH, MESHES, MODEL, ROWS, collectives, stepped, tokens, weights
+from experiments.bench.meshes import (
+    ALGORITHMS,
+    IN_ORDER,
+    LENGTH,
+    MESHES,
+    MODEL,
+    ROWS,
+    collectives,
+    stepped,
+    tokens,
+    weights,
+)
 from experiments.setting import Source, on_mesh
 from experiments.training import Training, check_parts
 from rlhf_jax import checkpoint
 from rlhf_jax.axes import MESH_AXES
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import Transformer, init_cache, init_lora, with_dropout, with_lora
+from rlhf_jax.models import Transformer, init_cache, init_lora, load_hf, save_hf, with_dropout, with_lora
 from rlhf_jax.optimizers import adafactor, adamw, muon
-from rlhf_jax.sharding import create, current_mesh, make_mesh, place, shardings
+from rlhf_jax.sharding import create, current_mesh, hf_shardings, make_mesh, place, shardings
 from rlhf_jax.train import make_pmap_step, make_state, make_train_step, microbatches, sft_objective
 
 MIXED = MESHES[-1]
@@ -168,6 +179,17 @@ def test_a_checkpoint_is_restored_onto_another_mesh(tmp_path, mesh):
     chex.assert_trees_all_equal(jax.device_get(restored.params), jax.device_get(saved.params))
 
 
+def test_each_device_reads_its_slices_of_a_model(tmp_path):
+    config = replace(MODEL, scan_layers=False)
+    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    save_hf(tmp_path, config, params)
+    with jax.set_mesh(make_mesh("fsdp=4,tensor=2")):
+        _, read = load_hf(tmp_path, shardings=hf_shardings(tmp_path))
+    assert {cut(leaf) for _, leaf in parameters_of(read)} == {8}
+    chex.assert_trees_all_equal(jax.device_get(read), jax.device_get(params))
+    assert hf_shardings(tmp_path) is None
+
+
 def test_the_table_by_name():
     adapter = init_lora(jax.random.key(0), weights()[0], rank=2, alpha=4.0, targets="(output|gate)/kernel")
     odd = {
@@ -207,13 +229,14 @@ def test_without_a_mesh_nothing_is_asked_for():
 
 
 def test_an_adapters_dropout_is_the_same_on_a_mesh():
-    own = init_lora(jax.random.key(0), weights()[0], rank=2, alpha=4.0, targets="kernel")
+    params, batch = jax.tree.map(jnp.asarray, (weights()[0], tokens(0)))
+    own = init_lora(jax.random.key(0), params, rank=2, alpha=4.0, targets="kernel")
     own = jax.tree.map(lambda x: x + 0.1, own)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=IN_ORDER)
     def loss(own, rate):
         dropping = with_dropout(own, jax.random.key(3), rate=rate)
-        return sft_objective(TRANSFORMER, with_lora(weights()[0], dropping), jax.tree.map(jnp.asarray, tokens(0)))[0]
+        return sft_objective(TRANSFORMER, with_lora(params, dropping), batch)[0]
 
     expected = loss(own, 0.5)
     assert abs(expected - loss(own, 0.0)) > 1e-3
