@@ -332,6 +332,17 @@ def test_sigterm_between_two_stages_ends_at_once(tmp_path, capsys):
     assert "preempted: nothing new to save" in capsys.readouterr().out
 
 
+def test_a_second_sigterm_does_not_cut_the_ending_short(tmp_path):
+    unwound = []
+    with pytest.raises(Preempted), Run(tmp_path, Config()):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            unwound.append("to its end")
+    assert unwound == ["to its end"]
+
+
 @pytest.mark.parametrize("asks", [True, False])
 def test_sigterm_in_a_step_waits_for_what_is_saved(tmp_path, asks):
     """After the step has asked, which is too late to be saved, it waits for the next step to ask."""
