@@ -1,0 +1,83 @@
+"""Published shapes of models, and of the chips they may run on."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+
+from rlhf_jax.models import ModelConfig, Precision
+from rlhf_jax.models.hf import FAMILIES
+
+LLAMA3 = {
+    "model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 8192, "head_dim": 128,
+}  # fmt: skip
+QWEN3 = {
+    "model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6, "max_position_embeddings": 40960, "head_dim": 128, "hidden_act": "silu",
+    "attention_bias": False, "use_sliding_window": False,
+}  # fmt: skip
+GEMMA3 = {
+    "model_type": "gemma3_text", "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 1024,
+    "sliding_window_pattern": 6, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 131072,
+    "vocab_size": 262208, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}  # fmt: skip
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+
+def _of(base: dict[str, Any], width: int, layers: int, heads: int, d_ff: int, **more: Any) -> dict[str, Any]:
+    return base | dict(zip(SIZES, (width, layers, heads, d_ff), strict=True)) | more
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama3-8b": _of(LLAMA3, 4096, 32, 32, 14336),
+    "llama3-70b": _of(LLAMA3, 8192, 80, 64, 28672),
+    "qwen3-0.6b": _of(QWEN3, 1024, 28, 16, 3072, tie_word_embeddings=True),
+    "qwen3-1.7b": _of(QWEN3, 2048, 28, 16, 6144, tie_word_embeddings=True),
+    "qwen3-4b": _of(QWEN3, 2560, 36, 32, 9728, tie_word_embeddings=True),
+    "qwen3-8b": _of(QWEN3, 4096, 36, 32, 12288, tie_word_embeddings=False),
+    "qwen3-14b": _of(QWEN3, 5120, 40, 40, 17408, tie_word_embeddings=False),
+    "qwen3-32b": _of(QWEN3, 5120, 64, 64, 25600, tie_word_embeddings=False),
+    "gemma3-1b": _of(
+        GEMMA3, 1152, 26, 4, 6912, num_key_value_heads=1, vocab_size=262144, sliding_window=512, rope_scaling=None,
+        max_position_embeddings=32768,
+    ),
+    "gemma3-4b": _of(GEMMA3, 2560, 34, 8, 10240, num_key_value_heads=4),
+    "gemma3-12b": _of(GEMMA3, 3840, 48, 16, 15360, num_key_value_heads=8),
+    "gemma3-27b": _of(
+        GEMMA3, 5376, 62, 32, 21504, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=168
+    ),
+}  # fmt: skip
+"""As in the config.json of each (Llama 3: arXiv 2407.21783; Qwen3: 2505.09388; Gemma 3: 2503.19786)."""
+
+
+class Chip(NamedTuple):
+    """What one chip has, from Google's pages on Cloud TPU (read in November 2026)."""
+
+    flops: float
+    """Multiplications and additions a second in bfloat16."""
+    hbm: float
+    """Bytes of memory."""
+    hbm_bandwidth: float
+    """Bytes a second."""
+    ici_bandwidth: float
+    """Bytes a second between chips, both directions together."""
+
+
+CHIPS = {
+    "v5e": Chip(197e12, 16e9, 819e9, 400e9),
+    "v5p": Chip(459e12, 95e9, 2765e9, 1200e9),
+    "v6e": Chip(918e12, 32e9, 1640e9, 800e9),
+}
+
+
+def model_config(name: str, precision: Precision) -> ModelConfig:
+    """A published shape, its layers scanned and rematerialised, as large models are trained."""
+    hf = MODELS[name]
+    return replace(FAMILIES[hf["model_type"]].read(hf), precision=precision, scan_layers=True, remat=True)
+
+
+def count(tree: Any) -> int:
+    """Numbers in a tree of arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree) if hasattr(leaf, "size"))
