@@ -290,9 +290,8 @@ def peft_loads_the_adapters(run):
         np.testing.assert_allclose(adapted, merged, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_the_pipeline_with_adapters(small_world, trained, tmp_path, monkeypatch, dtype):
-    lora = ADAPTERS | {"frozen_dtype": dtype}
+def test_the_pipeline_with_adapters(small_world, trained, tmp_path, monkeypatch):
+    lora = ADAPTERS | {"frozen_dtype": "int8"}
     stages = {name: replace(stage, **lora) for name, stage in SMALL.items()}
     dropping = []
     for stage in (sft, reward_model):
@@ -309,7 +308,7 @@ def test_the_pipeline_with_adapters(small_world, trained, tmp_path, monkeypatch,
     # One program for all steps, whose keys differ.
     assert dropping == [(stage, 0.1, True) for stage in (sft, reward_model)]
     for trunk in (trained["experiments.reward_model"]["trunk"], trained["experiments.ppo"]):
-        assert trunk["layer_0"]["query"]["kernel"].dtype == dtype
+        assert trunk["layer_0"]["query"]["kernel"].dtype == "int8"
     peft_loads_the_adapters(tmp_path / "run")
     again = pipeline.main(pipeline.Config(run_dir=str(tmp_path / "run"), resume=True, **stages))
     same = ("win_rate", "ppo_score", "sft_score", "reward_model_val_accuracy")

@@ -150,13 +150,6 @@ def test_what_cannot_be_is_said(make, message):
         make()
 
 
-def test_fewer_rows_than_a_batch_that_do_not_divide(small_world, monkeypatch, tmp_path):
-    monkeypatch.setattr(setting, "DEMONSTRATIONS", 8)
-    cfg = sft.Config(run_dir=str(tmp_path / "run"), steps=1, batch_size=64, accumulate=64)
-    with pytest.raises(UserError, match="rows a step do not divide into 64 microbatches"):
-        sft.main(cfg)
-
-
 def test_the_ablation_compares_runs_of_the_same_seed(small_world, monkeypatch, tmp_path):
     used = []
 
