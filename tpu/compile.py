@@ -176,7 +176,7 @@ def too_large(cfg: Config, message: str) -> UserError:
     )
 
 
-def main(cfg: Config) -> dict[str, float]:
+def main(cfg: Config, *, quiet: bool = False) -> dict[str, float]:
     """Compiles; prints and returns the figures."""
     chip: Chip = CHIPS[cfg.topology.partition(":")[0]]
     try:
@@ -221,6 +221,8 @@ def main(cfg: Config) -> dict[str, float]:
         "mfu": program.flops / chips / chip.flops / least,
         "compile_seconds": time.perf_counter() - began,
     }
+    if quiet:
+        return figures
     print(f"{cfg.experiment}, {cfg.model}, {cfg.topology} as {dict(mesh.shape)}: fits")
     print(
         f"HBM a chip: {figures['hbm_gb']:.2f} of {figures['hbm_of_gb']:.0f} GB "

@@ -1,0 +1,60 @@
+"""What each experiment needs on TPU slices: experiments/results/tpu.md, by the compiler that would run it.
+
+    python tpu/table.py > table.md
+Some minutes a row on 2 CPU cores; `--rows 0 3` for some of them. Nothing is run on a TPU.
+"""
+
+from dataclasses import dataclass
+
+from compile import Config as Case
+from compile import main as compile_case
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.log import run_main
+
+CASES = (
+    Case("sft", "qwen3-0.6b", "v5e:4x4"),
+    Case("reward_model", "qwen3-0.6b", "v5e:4x4"),
+    Case("dpo", "qwen3-0.6b", "v5e:4x4"),
+    Case("ppo", "qwen3-0.6b", "v5e:4x4"),
+    Case("ppo", "qwen3-0.6b", "v5e:4x4", "fsdp=4,tensor=4"),
+    Case("ppo", "qwen3-0.6b", "v5e:4x4", "fsdp=4,tensor=4", lora_rank=16),
+    Case("sft", "llama3-8b", "v5e:8x16", rows=128),
+    Case("sft", "llama3-8b", "v5e:8x16", "fsdp=32,tensor=4"),
+    Case("ppo", "llama3-8b", "v5e:8x16", "fsdp=32,tensor=4"),
+    Case("ppo", "llama3-8b", "v6e:4x8", "fsdp=8,tensor=4", lora_rank=16),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Compiles the cases."""
+
+    rows: tuple[int, ...] = tuple(range(len(CASES)))
+    """Which of them."""
+
+
+def main(cfg: Config) -> dict[str, float]:
+    """Prints a row a case, as Markdown; returns the least seconds of each."""
+    print("| experiment | model | slice | mesh | HBM, GB (state, temporaries) | sent to a chip, GB | s at least | MFU |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    seconds = {}
+    for number in cfg.rows:
+        case = CASES[number]
+        what = case.experiment + (f", adapters of {case.lora_rank}" if case.lora_rank else "")
+        begin = f"| {what} | {case.model} | {case.topology} | {case.mesh} |"
+        try:
+            found = compile_case(case, quiet=True)
+        except UserError as error:
+            print(f"{begin} {str(error).partition(': ')[2].partition(';')[0]} | | | |", flush=True)
+            continue
+        memory = f"{found['hbm_gb']:.1f} of {found['hbm_of_gb']:.0f}"
+        parts = f"{found['arguments_gb']:.1f}, {found['temporaries_gb']:.1f}"
+        print(f"{begin} {memory} ({parts}) | {found['received_gb']:.3g} | {found['seconds']:.3g} |", end="")
+        print(f" {found['mfu']:.0%} |", flush=True)
+        seconds[f"{number}_seconds"] = found["seconds"]
+    return seconds
+
+
+if __name__ == "__main__":
+    run_main(main, Config)
