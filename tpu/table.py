@@ -36,8 +36,9 @@ class Config:
 
 def main(cfg: Config) -> dict[str, float]:
     """Prints a row a case, as Markdown; returns the least seconds of each."""
-    print("| experiment | model | slice | mesh | HBM, GB (state, temporaries) | sent to a chip, GB | s at least | MFU |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    columns = ("experiment", "model", "slice", "mesh", "HBM, GB (state, temporaries)", "sent to a chip, GB")
+    print("| " + " | ".join((*columns, "s at least", "MFU")) + " |")
+    print("|---" * 8 + "|", flush=True)
     seconds = {}
     for number in cfg.rows:
         case = CASES[number]

@@ -21,8 +21,6 @@ from typing import Any, NamedTuple
 
 TRAINING = ("sft", "reward_model", "dpo", "vocabulary")
 """Layers scanned and rematerialised: as fast on a CPU, where memory costs time, and half the memory."""
-KEEPING = ("sft", "reward_model")
-"""Where there is room for the products with weights, which are then not computed again."""
 ROWS = (*TRAINING, "generate", "ppo")
 
 
@@ -72,7 +70,9 @@ def build(row: str) -> Work:
     )  # fmt: skip
 
     large = row == "vocabulary"
-    remat = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if row in KEEPING else row in TRAINING
+    remat: Any = row in TRAINING
+    if row == "reward_model":  # without logits there is room for the products with weights
+        remat = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     config = ModelConfig(
         vocab_size=151936 if large else 32000, d_model=256 if large else 288, n_layers=2 if large else 6,
         n_heads=4 if large else 6, n_kv_heads=4 if large else 6, head_dim=64 if large else 48, d_ff=768,
