@@ -47,6 +47,7 @@ from rlhf_jax.kl import adaptive_beta, kl_k1, kl_k2, kl_k3, kl_shaped_rewards
 from rlhf_jax.log import Run, count_compilations, run_main
 from rlhf_jax.losses import ppo_clip_loss, value_clip_loss
 from rlhf_jax.masking import masked_mean, masked_sum, masked_whiten
+from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, merge_lora, split_lora, with_lora
 from rlhf_jax.sampling import generate
 from rlhf_jax.sharding import check_rows, place, place_batch
@@ -346,8 +347,11 @@ def train(
             if save_due(cfg, run, step + 1, evaluated=(step + 1) % 20 == 0 or step + 1 == cfg.steps):
                 shaped = float(metrics["score"] - metrics["beta"] * metrics["kl_k1"])
                 run.save("ppo", step + 1, state, keep=cfg.keep, metric=shaped)
+    if first == cfg.steps:  # a run that was killed after the last iteration, whose metrics are those it wrote
+        written = read_metrics(run.dir)["ppo"][-1]
+        metrics = {name: value for name, value in written.items() if name not in ("stage", "step", "time")}
     return with_lora(frozen.trunk, state.policy.params), {
-        f"ppo_{name}": float(value) for name, value in metrics.items()
+        f"ppo_{name}": np.nan if value is None else float(value) for name, value in metrics.items()
     }
 
 

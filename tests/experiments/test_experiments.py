@@ -311,7 +311,7 @@ def test_the_pipeline_with_adapters(small_world, trained, tmp_path, monkeypatch)
         assert trunk["layer_0"]["query"]["kernel"].dtype == "int8"
     peft_loads_the_adapters(tmp_path / "run")
     again = pipeline.main(pipeline.Config(run_dir=str(tmp_path / "run"), resume=True, **stages))
-    same = ("win_rate", "ppo_score", "sft_score", "reward_model_val_accuracy")
+    same = ("win_rate", "ppo_score", "ppo_kl_k1", "sft_score", "reward_model_val_accuracy")
     assert {name: again[name] for name in same} == {name: metrics[name] for name in same}
 
 
