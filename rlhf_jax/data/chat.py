@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError, ext, nodes
@@ -70,22 +70,22 @@ def render_template(
     chat = [_with_reasoning(turn) for turn in conversation]
     nonce = hashlib.sha256(json.dumps([chat, tools], default=str).encode()).hexdigest()[:16]
     numbers = {id(turn): number for number, turn in enumerate(chat)}
-
-    def mark(turn: Any, sign: str) -> str:
-        return f"{sign}{nonce}.{numbers[id(turn)]}{CLOSE}" if id(turn) in numbers else ""
-
     try:
         marked = _compiled(template).render(
             messages=chat,
             tools=tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
-            rlhf_jax_mark=mark,
+            rlhf_jax_mark=partial(_mark, nonce, numbers),
             **special_tokens,
         )
     except Exception as error:  # a template is a program, and may fail in any way
         raise BadRow(f"refused by the chat template: {error}") from None
     return _unmarked(marked, nonce, len(chat))
+
+
+def _mark(nonce: str, numbers: dict[int, int], turn: Any, sign: str) -> str:
+    return f"{sign}{nonce}.{numbers[id(turn)]}{CLOSE}" if id(turn) in numbers else ""
 
 
 def answer_spans(
@@ -126,9 +126,7 @@ def template_spans(
         if number == len(conversation) - 1:
             end = len(text)  # what some templates write after the last turn, an EOS, is the model's too
 
-        def saying(word: str, number: int = number) -> str | None:
-            return _saying(word, template, conversation, number, special_tokens, tools)
-
+        saying = partial(_saying, template, conversation, number, special_tokens, tools)
         begin = start + _header(text[start:end], header, saying)
         end = start + len(text[start:end].rstrip())
         if begin >= end or _hides(text[begin:end], turn, saying):
@@ -170,12 +168,12 @@ def _hides(shown: str, turn: dict[str, Any], saying: Callable[[str], str | None]
 
 
 def _saying(
-    word: str,
     template: str,
     conversation: Sequence[dict[str, Any]],
     number: int,
     special_tokens: dict[str, Any],
     tools: Tools,
+    word: str,
 ) -> str | None:
     """A message's turn if it said something else: what stays is the template's."""
     changed = {key: value for key, value in conversation[number].items() if key not in REASONING}

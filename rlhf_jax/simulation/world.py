@@ -66,30 +66,31 @@ def _draw_problem(rng: np.random.Generator, longer: int) -> Problem:
     task = TASKS[rng.integers(len(TASKS))]
     tone = tuple(TONES)[rng.integers(len(TONES))]
 
-    def animals(count: int) -> list[str]:
-        return [ANIMALS[i] for i in rng.permutation(len(ANIMALS))[:count]]
-
     if task == "sort":
-        words = animals(3 + longer)
+        words = _animals(rng, 3 + longer)
         target = sorted(words)
     elif task == "reverse":
-        words = animals(3 + longer)
+        words = _animals(rng, 3 + longer)
         target = words[::-1]
     elif task == "count":
-        words = animals(int(rng.integers(1, 5)) if not longer else 5)
+        words = _animals(rng, int(rng.integers(1, 5)) if not longer else 5)
         target = [NUMBERS[len(words) - 1]]
     elif task == "pick":
-        items = animals(4 + longer)
+        items = _animals(rng, 4 + longer)
         place = PLACES[rng.integers(len(PLACES))]
         words = [place, "in", *items]
         target = [items[-1] if place == "last" else items[PLACES.index(place)]]
     else:
-        keys = animals(2 + longer)
+        keys = _animals(rng, 2 + longer)
         values = [NUMBERS[i] for i in rng.permutation(4)[: len(keys)]]
         which = rng.integers(len(keys))
         words = [keys[which], "in", *(word for pair in zip(keys, values, strict=True) for word in pair)]
         target = [values[which]]
     return Problem(" ".join([tone, task, *words]), tone, tuple(target))
+
+
+def _animals(rng: np.random.Generator, count: int) -> list[str]:
+    return [ANIMALS[i] for i in rng.permutation(len(ANIMALS))[:count]]
 
 
 def is_exact(problem: Problem, response: str) -> bool:
