@@ -194,7 +194,8 @@ def announce(setting: Setting, run: Run) -> None:
 
 
 # The controlled world. Sizes as in `simulation`: a prompt has at most 14 tokens (16 shifted), an answer 20.
-DEMONSTRATIONS, COMPARED, RANKED, HELDOUT_PAIRS, HELDOUT = 32_000, 12_000, 8, 4096, 512
+DEMONSTRATIONS, COMPARED, RANKED, HELDOUT_PAIRS, PROMPTS, HELDOUT = 32_000, 12_000, 8, 4096, 8192, 512
+VALIDATION, LAYERS = 1024, 3
 AGREEMENT = 0.73
 PROMPT_LENGTH, ANSWER_LENGTH, PACKED_LENGTH = 16, 20, 64
 
@@ -225,12 +226,12 @@ def world_setting(seed: int, precision: Precision = FLOAT32) -> Setting:
 
     pairs, written = demonstrate(draw_problems(rng, DEMONSTRATIONS))
     demonstrations = pack_sequences(pairs, length=PACKED_LENGTH, pad_id=pad_id)
-    pairs, _ = demonstrate(draw_problems(rng, 1024))
+    pairs, _ = demonstrate(draw_problems(rng, VALIDATION))
     validation = pad_sequences(pairs, length=PROMPT_LENGTH + ANSWER_LENGTH, pad_id=pad_id)
-    problems = draw_problems(rng, COMPARED + HELDOUT_PAIRS + 8192 + HELDOUT)
+    problems = draw_problems(rng, COMPARED + HELDOUT_PAIRS + PROMPTS + HELDOUT)
     problems += draw_problems(rng, HELDOUT, shifted=True)
     everything = encode(problems)
-    cuts = np.cumsum([COMPARED, HELDOUT_PAIRS, 8192, HELDOUT])
+    cuts = np.cumsum([COMPARED, HELDOUT_PAIRS, PROMPTS, HELDOUT])
     compared, compared_heldout, prompts, heldout, shifted = (
         take(everything, rows) for rows in np.split(np.arange(len(problems)), cuts)
     )
@@ -264,7 +265,7 @@ def world_setting(seed: int, precision: Precision = FLOAT32) -> Setting:
         return Comparisons(rankings[0], rankings[1], facts)
 
     model = ModelConfig(
-        vocab_size=len(tokenizer), d_model=64, n_layers=3, n_heads=4, n_kv_heads=4, head_dim=16, d_ff=128,
+        vocab_size=len(tokenizer), d_model=64, n_layers=LAYERS, n_heads=4, n_kv_heads=4, head_dim=16, d_ff=128,
         rope_theta=10_000.0, norm_eps=1e-5, tie_embeddings=True, max_length=PROMPT_LENGTH + ANSWER_LENGTH,
         precision=precision,
     )  # fmt: skip

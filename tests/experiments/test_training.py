@@ -12,19 +12,20 @@ from experiments.ablations import precision
 from experiments.training import SkippedSteps, make_optimizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run
-from rlhf_jax.models import MIXED, ModelConfig
+from rlhf_jax.models import MIXED
 from rlhf_jax.optimizers import adafactor, adamw, muon
 from rlhf_jax.sampling import generate
 from rlhf_jax.train import make_train_step
 
-SIZES = dict(DEMONSTRATIONS=128, COMPARED=16, RANKED=4, HELDOUT_PAIRS=16, HELDOUT=16)
+SIZES = dict(
+    DEMONSTRATIONS=128, COMPARED=16, RANKED=4, HELDOUT_PAIRS=16, PROMPTS=64, HELDOUT=16, VALIDATION=64, LAYERS=1
+)  # fmt: skip
 
 
 @pytest.fixture
 def small_world(monkeypatch):
     for name, size in SIZES.items():
         monkeypatch.setattr(setting, name, size)
-    monkeypatch.setattr(setting, "ModelConfig", lambda **told: ModelConfig(**told | {"n_layers": 1}))
 
 
 RATES = {
