@@ -13,16 +13,16 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.log import run_main
 
 CASES = (
-    Case("sft", "qwen3-0.6b", "v5e:4x4"),
-    Case("reward_model", "qwen3-0.6b", "v5e:4x4"),
-    Case("dpo", "qwen3-0.6b", "v5e:4x4"),
-    Case("ppo", "qwen3-0.6b", "v5e:4x4"),
-    Case("ppo", "qwen3-0.6b", "v5e:4x4", "fsdp=4,tensor=4"),
-    Case("ppo", "qwen3-0.6b", "v5e:4x4", "fsdp=4,tensor=4", lora_rank=16),
-    Case("sft", "llama3-8b", "v5e:8x16", rows=128),
-    Case("sft", "llama3-8b", "v5e:8x16", "fsdp=32,tensor=4"),
-    Case("ppo", "llama3-8b", "v5e:8x16", "fsdp=32,tensor=4"),
-    Case("ppo", "llama3-8b", "v6e:4x8", "fsdp=8,tensor=4", lora_rank=16),
+    Case("sft", "qwen3-0.6b", topology="v5e:4x4"),
+    Case("reward_model", "qwen3-0.6b", topology="v5e:4x4"),
+    Case("dpo", "qwen3-0.6b", topology="v5e:4x4"),
+    Case("ppo", "qwen3-0.6b", topology="v5e:4x4"),
+    Case("ppo", "qwen3-0.6b", topology="v5e:4x4", mesh="fsdp=4,tensor=4"),
+    Case("ppo", "qwen3-0.6b", topology="v5e:4x4", mesh="fsdp=4,tensor=4", lora_rank=16),
+    Case("sft", "llama3-8b", topology="v5e:8x16", rows=128),
+    Case("sft", "llama3-8b", topology="v5e:8x16", mesh="fsdp=32,tensor=4"),
+    Case("ppo", "llama3-8b", topology="v5e:8x16", mesh="fsdp=32,tensor=4"),
+    Case("ppo", "llama3-8b", topology="v6e:4x8", mesh="fsdp=8,tensor=4", lora_rank=16),
 )
 
 

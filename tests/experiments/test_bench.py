@@ -1,5 +1,7 @@
 """What the timing scripts read and refuse; the work itself is too large for a test."""
 
+import json
+import subprocess
 import sys
 
 import flax.linen as nn
@@ -7,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.bench import beside, profile, rows
+from experiments.bench import accelerator, beside, profile, programs, rows, shapes
 from rlhf_jax.errors import UserError
 
 
@@ -79,3 +81,71 @@ def test_an_operation_is_placed_where_the_program_says_that_it_comes_from():
     assert profile.place("/layers/layers.attention/query/dot_general") == ("projections", "forward")
     assert profile.place("/jvp(Model)/trunk/layers/layers.attention/dot_general") == ("attention", "forward")
     assert profile.place("") == ("optimiser", "forward")
+
+
+TINY = shapes.QWEN2 | {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 64,
+    "num_key_value_heads": 1, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny_model(monkeypatch):
+    monkeypatch.setitem(shapes.MODELS, "tiny", TINY)
+
+
+def test_operations_by_hand(tiny_model):
+    """Two a weight and token; the head for responses only; each token sees half of the others; thrice in training."""
+    layers = 2 * (16 * 16 * 2 + 16 * 8 * 2 + 8 + 8 + 16 + 3 * 16 * 32 + 2 * 16)
+    forward = 2 * (2 * 8 * layers + 2 * 4 * 16 * 64) + 2 * 2 * (2 * 2 * 8 * 8 * 8)
+    for experiment, rank, times in [("sft", 0, 3), ("sft", 4, 2), ("dpo", 0, 3)]:
+        case = programs.Case(experiment, "tiny", rows=2, prompt=4, response=4, lora_rank=rank)
+        assert programs.build(case, jax.eval_shape).flops == times * forward
+    case = programs.Case("ppo", "tiny", rows=2, prompt=4, response=4, minibatches=1)
+    scored = forward - 2 * 2 * 4 * 16 * 64
+    assert programs.build(case, jax.eval_shape).update_flops == 3 * (forward + scored)
+
+
+@pytest.mark.parametrize("work, rank", [("sft", 0), ("ppo_update", 0), ("decode", 4)])
+def test_work_on_an_accelerator_runs_and_is_counted(tiny_model, monkeypatch, work, rank):
+    monkeypatch.setitem(accelerator.ADAPTED, "tiny", rank)
+    cfg = accelerator.Config(rows=2, prompt=4, response=4, steps=1)
+    row = accelerator.measure(cfg, "tiny", work, (1e12, 1e9))
+    tokens = {"decode": 64 * 4, "ppo_update": 4 * 2 * 8}.get(work, 2 * 8)
+    assert row["tokens_per_s"] * row["seconds_per_step"] == pytest.approx(tokens)
+    share = row["share_of_bandwidth" if work == "decode" else "mfu"]
+    assert 0 < share and row["lora_rank"] == rank
+    if work == "sft":
+        flops = programs.build(programs.Case("sft", "tiny", rows=2, prompt=4, response=4), jax.eval_shape).flops
+        assert share * row["seconds_per_step"] * 1e12 == pytest.approx(flops)
+
+
+def test_the_devices_row(monkeypatch, capsys):
+    accelerator.main(accelerator.Config(work=("device",), matrix=64, steps=1))
+    row = json.loads(capsys.readouterr().out)
+    assert row["device"] == jax.devices()[0].device_kind and row["flops_per_s"] > 0 and row["bytes_per_s"] > 0
+
+
+def test_a_row_that_does_not_fit_is_said_and_the_next_one_is_timed(monkeypatch, capsys):
+    said = iter([
+        (0, '{"flops_per_s": 2.0, "bytes_per_s": 4.0}', ""), (2, "", "RESOURCE_EXHAUSTED: Out of memory"),
+        (0, 'a note\n{"work": "decode", "share_of_bandwidth": 0.5}', ""),
+    ])  # fmt: skip
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, *next(said))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    cfg = accelerator.Config(models=("qwen2.5-7b",), work=("sft", "decode"))
+    assert accelerator.main(cfg) == {"qwen2.5-7b_decode": 0.5}
+    assert [json.loads(line).get("error") for line in capsys.readouterr().out.splitlines()] == [
+        None, "does not fit the device's memory", None
+    ]  # fmt: skip
+    assert all(command[-3:] == ["--peak", "2.0", "4.0"] for command in commands[1:])
+
+
+def test_an_unknown_shape_is_told_before_anything_is_timed():
+    with pytest.raises(UserError, match="no model 'gpt-5'; there are llama3-8b"):
+        accelerator.Config(models=("gpt-5",))

@@ -18,7 +18,8 @@ from rlhf_jax.models import MIXED, Transformer
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tpu"))
 import hlo  # noqa: E402
-from shapes import count, model_config  # noqa: E402
+
+from experiments.bench.shapes import count, model_config  # noqa: E402
 
 PROGRAM = """HloModule step
 
@@ -81,6 +82,7 @@ def test_a_collective_whose_chips_are_not_said_is_an_error():
 @pytest.mark.parametrize(
     "name, published",  # parameters as the checkpoints have them, tied embeddings once
     [
+        ("qwen2.5-0.5b", 494_032_768), ("qwen2.5-7b", 7_615_616_512),
         ("llama3-8b", 8_030_261_248), ("llama3-70b", 70_553_706_496), ("qwen3-0.6b", 596_049_920),
         ("qwen3-8b", 8_190_735_360), ("qwen3-32b", 32_762_123_264), ("gemma3-1b", 999_885_952),
     ],

@@ -12,6 +12,10 @@ LLAMA3 = {
     "model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 500000.0,
     "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 8192, "head_dim": 128,
 }  # fmt: skip
+QWEN2 = {
+    "model_type": "qwen2", "vocab_size": 151936, "num_key_value_heads": 2, "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "hidden_act": "silu", "use_sliding_window": False,
+}  # fmt: skip
 QWEN3 = {
     "model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "rope_theta": 1000000.0,
     "rms_norm_eps": 1e-6, "max_position_embeddings": 40960, "head_dim": 128, "hidden_act": "silu",
@@ -33,6 +37,11 @@ def _of(base: dict[str, Any], width: int, layers: int, heads: int, d_ff: int, **
 MODELS: dict[str, dict[str, Any]] = {
     "llama3-8b": _of(LLAMA3, 4096, 32, 32, 14336),
     "llama3-70b": _of(LLAMA3, 8192, 80, 64, 28672),
+    "qwen2.5-0.5b": _of(QWEN2, 896, 24, 14, 4864, tie_word_embeddings=True),
+    "qwen2.5-1.5b": _of(QWEN2, 1536, 28, 12, 8960, tie_word_embeddings=True),
+    "qwen2.5-7b": _of(
+        QWEN2, 3584, 28, 28, 18944, num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False
+    ),
     "qwen3-0.6b": _of(QWEN3, 1024, 28, 16, 3072, tie_word_embeddings=True),
     "qwen3-1.7b": _of(QWEN3, 2048, 28, 16, 6144, tie_word_embeddings=True),
     "qwen3-4b": _of(QWEN3, 2560, 36, 32, 9728, tie_word_embeddings=True),
@@ -49,7 +58,8 @@ MODELS: dict[str, dict[str, Any]] = {
         GEMMA3, 5376, 62, 32, 21504, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=168
     ),
 }  # fmt: skip
-"""As in the config.json of each (Llama 3: arXiv 2407.21783; Qwen3: 2505.09388; Gemma 3: 2503.19786)."""
+"""As in the config.json of each. Papers, arXiv: Llama 3 2407.21783, Qwen2.5 2412.15115, Qwen3 2505.09388, Gemma 3
+2503.19786."""
 
 
 class Chip(NamedTuple):
