@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import ppo, reward_model, sft
@@ -20,8 +22,10 @@ from experiments.ppo import PPO
 from experiments.reward_model import RewardModel
 from experiments.setting import PrecisionName, Source, load_setting, on_mesh
 from experiments.sft import SFT
+from rlhf_jax import checkpoint
 from rlhf_jax.errors import at_least
 from rlhf_jax.log import Run, run_main
+from rlhf_jax.models import Transformer
 
 LAST = 5
 """Iterations of PPO whose mean is taken."""
@@ -113,6 +117,25 @@ def table(cfg: Config, found: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def crossed(cfg: Config, run_dir: Path) -> str:
+    """Markdown: SFT's true utility on PPO's prompts, as it was trained and as it is sampled from."""
+    lines = ["| trained in | sampled in | true utility of SFT, each seed | standard error |", "|---|---|---|---|"]
+    seeds = range(cfg.seed, cfg.seed + cfg.seeds)
+    for trained in cfg.precisions:
+        for sampled in cfg.precisions:
+            utilities = []
+            for seed in seeds:
+                setting = load_setting(replace(cfg, seed=seed, precision=sampled))
+                init = jax.jit(Transformer(setting.model).init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+                params = checkpoint.restore(run_dir / f"{trained}-{seed}", "sft_epochs", cfg.sft.steps, like=init)
+                sample = sft.make_sampler(setting, params["params"], seed)
+                utilities.append(setting.judge(setting.prompts, sample(setting.prompts, 0)))
+            errors = np.array([values.std(ddof=1) / np.sqrt(len(values)) for values in utilities])
+            means = listed(np.array([values.mean() for values in utilities]))
+            lines.append(f"| {trained} | {sampled} | {means} | {errors.max():.2g} |")
+    return "\n".join(lines) + "\n"
+
+
 def listed(values: np.ndarray) -> str:
     """As they stand in a cell."""
     return ", ".join(f"{value:.4g}" for value in values)
@@ -130,6 +153,8 @@ def main(cfg: Config) -> dict[str, float]:
             for precision in cfg.precisions
         }
         text = table(cfg, found)
+        if cfg.model is None:
+            text += "\n" + crossed(cfg, run.dir)
         (run.dir / "table.md").write_text(text, encoding="utf-8")
         run.say(text)
         metrics = {
