@@ -353,7 +353,8 @@ def main(cfg: Config) -> dict[str, float]:
             pipeline.export(setting, policy, card, run)
         finally:
             # An interrupted run, too, can be looked at.
-            run.say(f"report: {write_report(run.dir)}")
+            if run.first:
+                run.say(f"report: {write_report(run.dir)}")
     return metrics
 
 

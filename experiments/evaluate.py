@@ -55,6 +55,8 @@ class Config:
     seed: int = 0
     mesh: str | None = None
     """Devices as a mesh, such as data=4,tensor=2, as in every experiment; by default one device."""
+    hosts: str | None = None
+    """One of many processes, as in every experiment."""
     model: str | None = None
     """A Hugging Face folder: the language model that is evaluated."""
     against: str | None = None
@@ -328,6 +330,8 @@ def evaluate_text(cfg: Config, model: Loaded, texts: Sequence[str]) -> Metrics:
 
 def save(run: Run, suite: str, prompts: Sequence[str], answers: Answers, columns: dict[str, list[Any]]) -> None:
     """One line an answer, for people."""
+    if not run.first:
+        return
     with open(run.dir / "answers.jsonl", "a", encoding="utf-8") as file:
         for row, prompt in enumerate(prompts):
             line = {"suite": suite, "prompt": prompt, "answer": answers.texts[row], "ended": bool(answers.ended[row])}

@@ -14,7 +14,7 @@ from rlhf_jax.data.tokens import pad_prompts, pad_sequences
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, load_hf
 from rlhf_jax.sampling import generate
-from rlhf_jax.sharding import hf_shardings, place_batch
+from rlhf_jax.sharding import hf_shardings, place_batch, to_host
 from rlhf_jax.train import response_rewards, token_scores
 
 Ids = Sequence[int]
@@ -91,7 +91,7 @@ def answer(
             jax.random.fold_in(jax.random.key(seed), number),
             max_new_tokens=max_new_tokens, temperature=temperature, eos_id=model.eos_id, pad_id=model.pad_id,
         )  # fmt: skip
-        tokens, mask = np.asarray(completions.tokens), np.asarray(completions.mask)
+        tokens, mask, _ = to_host(completions)
         sampled = [list(map(int, ids[here])) for ids, here in zip(tokens, mask, strict=True)]
         decoded = model.tokenizer.batch_decode(sampled[:real], skip_special_tokens=True)
         for row, text in zip(rows[:real].tolist(), decoded, strict=True):
@@ -123,5 +123,5 @@ def _score(score: Any, model: Loaded, pairs: Sequence[tuple[Ids, Ids]], batch_si
     lengths = [len(prompt) + len(response) for prompt, response in pairs]
     for rows, real, width in batches(lengths, batch_size, model.config.max_length):
         tokens = pad_sequences([pairs[row] for row in rows], length=width, pad_id=model.pad_id)
-        found[rows[:real]] = np.asarray(score(model.params, place_batch(tokens)))[:real]
+        found[rows[:real]] = to_host(score(model.params, place_batch(tokens)))[:real]
     return found

@@ -37,6 +37,7 @@ from rlhf_jax.models import (
     with_lora,
 )
 from rlhf_jax.report import write_report
+from rlhf_jax.sharding import to_host
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def evaluate(
                 metrics[f"{name}{one}_utility_std"] = utility.std()
             metrics[f"{name}win_rate"], low, high = win_rate(truths[1], truths[0])
             metrics |= {f"{name}win_rate_low": low, f"{name}win_rate_high": high}
-        if not name:
+        if not name and run.first:
             write_examples(setting, prompts, dict(zip(who, samples, strict=True)), scores, truths, run)
     return {key: float(value) for key, value in metrics.items()}
 
@@ -114,13 +115,16 @@ def write_examples(
 
 def export(setting: Setting, policy: Any, card: ModelCard, run: Run) -> None:
     """Writes policy/, which transformers, vLLM and lm-evaluation-harness load."""
-    save_hf(run.dir / "policy", setting.model, merge_lora(policy), tokenizer=setting.tokenizer, card=card)
+    whole = to_host(merge_lora(policy))
+    if run.first:
+        save_hf(run.dir / "policy", setting.model, whole, tokenizer=setting.tokenizer, card=card)
 
 
 def export_reward_model(setting: Setting, reward_params: Any, card: ModelCard, run: Run) -> None:
     """Writes reward_model/, which transformers and vLLM load."""
-    whole = merge_lora(reward_params) | {"head": unbiased(reward_params["head"])}
-    save_hf_reward_model(run.dir / "reward_model", setting.model, whole, tokenizer=setting.tokenizer, card=card)
+    whole = to_host(merge_lora(reward_params) | {"head": unbiased(reward_params["head"])})
+    if run.first:
+        save_hf_reward_model(run.dir / "reward_model", setting.model, whole, tokenizer=setting.tokenizer, card=card)
 
 
 def card(source: Source, algorithm: str, metrics: dict[str, float], stage: str) -> ModelCard:
@@ -140,12 +144,14 @@ def export_adapters(setting: Setting, sft_params: Any, policy: Any, reward_param
     base = (run.dir / "base").resolve()
     if adapter or reward_adapter:
         frozen = trunk if adapter else with_lora(sft_params, reward_trunk)  # which may lack the language head
-        frozen = merge_lora(frozen)  # int8 as the floats that it stands for
-        save_hf(base, setting.model, frozen, tokenizer=setting.tokenizer, card=ModelCard("Supervised fine-tuning"))
-    if adapter:
+        frozen = to_host(merge_lora(frozen))  # int8 as the floats that it stands for
+        if run.first:
+            save_hf(base, setting.model, frozen, tokenizer=setting.tokenizer, card=ModelCard("Supervised fine-tuning"))
+    adapter, reward_adapter, head = to_host((adapter, reward_adapter, unbiased(reward_params["head"])))
+    if adapter and run.first:
         save_peft(run.dir / "policy_adapter", setting.model, adapter, base_model=str(base))
-    if reward_adapter:
-        own = {"trunk": reward_adapter, "head": unbiased(reward_params["head"])}
+    if reward_adapter and run.first:
+        own = {"trunk": reward_adapter, "head": head}
         save_peft_reward_model(run.dir / "reward_model_adapter", setting.model, own, base_model=str(base))
 
 
@@ -181,7 +187,8 @@ def main(cfg: Config) -> dict[str, float]:
             export_adapters(setting, epochs[-1], policy, reward_params, run)
         finally:
             # An interrupted run, too, can be looked at.
-            run.say(f"report: {write_report(run.dir)}")
+            if run.first:
+                run.say(f"report: {write_report(run.dir)}")
     return metrics
 
 

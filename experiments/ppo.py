@@ -43,6 +43,7 @@ from rlhf_jax.batches import Completions, Experience, Prompts, Tokens
 from rlhf_jax.data.tokens import join, take
 from rlhf_jax.diagnostics import explained_variance
 from rlhf_jax.errors import UserError, at_least
+from rlhf_jax.hosts import from_first
 from rlhf_jax.kl import adaptive_beta, kl_k1, kl_k2, kl_k3, kl_shaped_rewards
 from rlhf_jax.log import Run, count_compilations, run_main
 from rlhf_jax.losses import ppo_clip_loss, value_clip_loss
@@ -50,7 +51,7 @@ from rlhf_jax.masking import masked_mean, masked_sum, masked_whiten
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, merge_lora, split_lora, with_lora
 from rlhf_jax.sampling import generate
-from rlhf_jax.sharding import check_rows, place, place_batch
+from rlhf_jax.sharding import check_rows, place, place_batch, to_host
 from rlhf_jax.train import (
     Metrics,
     Params,
@@ -330,7 +331,8 @@ def train(
         for step in run.progress("ppo", range(first, cfg.steps), show=show):
             began = time.perf_counter()
             state, metrics, prompts, completions = step_fn(state, frozen, jax.random.fold_in(key, step))
-            sampled = int(np.asarray(completions.mask).sum())
+            prompts, completions = to_host((prompts, completions))
+            sampled = int(completions.mask.sum())
             seconds = time.perf_counter() - began
             skipped.watch(step + 1, metrics["skipped"] + metrics["value_skipped"], (prompts, completions))
             if setting.judge is not None:
@@ -348,7 +350,7 @@ def train(
                 shaped = float(metrics["score"] - metrics["beta"] * metrics["kl_k1"])
                 run.save("ppo", step + 1, state, keep=cfg.keep, metric=shaped)
     if first == cfg.steps:  # a run that was killed after the last iteration, whose metrics are those it wrote
-        written = read_metrics(run.dir)["ppo"][-1]
+        written = from_first(lambda: read_metrics(run.dir)["ppo"][-1])
         metrics = {name: value for name, value in written.items() if name not in ("stage", "step", "time")}
     return with_lora(frozen.trunk, state.policy.params), {
         f"ppo_{name}": np.nan if value is None else float(value) for name, value in metrics.items()

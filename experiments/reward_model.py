@@ -41,7 +41,7 @@ from rlhf_jax.log import Run, run_main
 from rlhf_jax.losses import ranking_loss
 from rlhf_jax.losses.reward_model import ranking_counts
 from rlhf_jax.models import ModelConfig, ScalarModel, from_language_model, with_lora
-from rlhf_jax.sharding import place, place_batch
+from rlhf_jax.sharding import place, place_batch, to_host
 from rlhf_jax.train import make_state, make_train_step, response_rewards, token_values
 
 
@@ -87,7 +87,7 @@ def in_batches(function: Callable[[Any, Tokens], Array], batch_size: int):
         size = min(batch_size, count)
         starts = range(0, count, size)
         parts = [compiled(params, place_batch(take(tokens, np.arange(s, s + size) % count))) for s in starts]
-        return np.concatenate(parts)[:count]
+        return np.concatenate(to_host(parts))[:count]
 
     return score
 

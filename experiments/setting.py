@@ -22,6 +22,7 @@ from rlhf_jax.data.rejects import OnBadRow, Rejects
 from rlhf_jax.data.sample import sample
 from rlhf_jax.data.tokens import join, pack_sequences, pad_prompts, pad_sequences, take
 from rlhf_jax.errors import UserError, at_least
+from rlhf_jax.hosts import many
 from rlhf_jax.log import Run
 from rlhf_jax.models import BFLOAT16, FLOAT32, MIXED, ModelConfig, Precision
 from rlhf_jax.sharding import make_mesh
@@ -105,7 +106,11 @@ class Source:
     """Go on from the last whole checkpoint in run-dir."""
     mesh: str | None = None
     """Devices as a mesh, such as fsdp=8,tensor=4: data=N for copies of the model, fsdp=N for parts of its parameters,
-    tensor=N for parts of each layer's work; one N may be -1, all that are left. By default one device."""
+    tensor=N for parts of each layer's work; one N may be -1, all that are left. By default one device; where there are
+    many processes, data=-1."""
+    hosts: str | None = None
+    """One of many processes: ADDRESS:PORT of the first, how many, number of this one, as in 10.0.0.1:8476,4,0. By
+    default from the environment: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; SLURM; Open MPI; TPU."""
     model: str | None = None
     """A Hugging Face folder (safetensors) or hub name to start from, with its tokenizer; else a small new model."""
     precision: PrecisionName = "float32"
@@ -147,9 +152,9 @@ def on_mesh(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
     @wraps(main)
     def placed(cfg: Any) -> Any:
-        if cfg.mesh is None:
+        if cfg.mesh is None and not many():
             return main(cfg)
-        with jax.set_mesh(make_mesh(cfg.mesh)):
+        with jax.set_mesh(make_mesh(cfg.mesh or "")):
             return main(cfg)
 
     return placed
@@ -186,7 +191,8 @@ def announce(setting: Setting, run: Run) -> None:
     for note in setting.notes:
         run.say(note)
     if setting.rejects is not None:
-        setting.rejects.write_to(run.dir / "rejected.jsonl")
+        if run.first:
+            setting.rejects.write_to(run.dir / "rejected.jsonl")
         for line in setting.rejects.summary():
             run.say(line)
     run.say("a demonstration; what is learned is coloured, or in [[brackets]]:")

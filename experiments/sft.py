@@ -24,18 +24,21 @@ from experiments.training import (
     Training,
     check_parts,
     counts_of,
+    data_state,
     make_optimizer,
     parts_of,
     save_due,
+    set_data_state,
 )
 from rlhf_jax import checkpoint
 from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import at_least
+from rlhf_jax.hosts import from_first
 from rlhf_jax.log import Run, run_main
 from rlhf_jax.models import ModelConfig, Transformer, merge_lora, with_lora
 from rlhf_jax.sampling import generate
-from rlhf_jax.sharding import create, place, place_batch
+from rlhf_jax.sharding import create, place, place_batch, to_host
 from rlhf_jax.train import make_state, make_train_step, sft_objective
 
 
@@ -75,7 +78,7 @@ def make_sampler(setting: Setting, params: Any, seed: int, *, batch_size: int = 
                 model, params, some.tokens, some.mask, key,
                 max_new_tokens=setting.max_new_tokens, temperature=1.0, eos_id=setting.eos_id, pad_id=setting.pad_id,
             )  # fmt: skip
-            parts.append(jax.tree.map(np.asarray, completions))
+            parts.append(to_host(completions))
         return Completions(*(np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True)))
 
     return sample
@@ -101,10 +104,11 @@ def resume(run: Run, state: TrainState, frozen: Any, ends: list[int]) -> tuple[T
 
     These are checkpoints of their own, which are all kept; it goes on from before the first that is not whole.
     """
-    lines = checkpoint.set_aside_damaged(run.dir, "sft_epochs") if run.resumed else []
+    lines = from_first(lambda: checkpoint.set_aside_damaged(run.dir, "sft_epochs")) if run.resumed else []
     for line in lines:
         run.warn(line)
-    have = [end for end in ends if (run.dir / "checkpoints" / "sft_epochs" / str(end)).exists()]
+    folder = run.dir / "checkpoints" / "sft_epochs"
+    have = from_first(lambda: [end for end in ends if (folder / str(end)).exists()])
     missing = next((end for end in ends if end not in have), math.inf)
     state, first = run.restore("sft", state, before=missing)
     like = {"params": state.params}
@@ -114,7 +118,7 @@ def resume(run: Run, state: TrainState, frozen: Any, ends: list[int]) -> tuple[T
 
 def whole(frozen: Any, own: Any) -> Any:
     """Plain parameters on the host."""
-    return jax.tree.map(np.asarray, merge_lora(with_lora(frozen, own)))
+    return to_host(merge_lora(with_lora(frozen, own)))
 
 
 def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
@@ -138,7 +142,7 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
     batches = setting.batches(cfg.batch_size, seed) if setting.batches else None
     check_parts(cfg, cfg.batch_size if batches is not None else min(rows, cfg.batch_size), "rows")
     if batches is not None and first:
-        batches.set_state(checkpoint.inspect(run.dir, "sft", first).data_state)
+        set_data_state(batches, checkpoint.inspect(run.dir, "sft", first, files=False).data_state)
     for step in run.progress("sft", range(first, cfg.steps), show=("loss", "val_loss", "utility")):
         if batches is not None:
             batch = next(batches)
@@ -147,7 +151,7 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
                 permutation = np.random.default_rng([seed, 1, step // steps_an_epoch]).permutation(rows)
             start = step % steps_an_epoch * cfg.batch_size
             batch = take(setting.demonstrations, permutation[start : start + cfg.batch_size])
-        state, metrics = train_step(state, parts_of(cfg, batch), frozen, step)
+        state, metrics = train_step(state, parts_of(cfg, batch, share=batches is not None), frozen, step)
         skipped.watch(step + 1, metrics["skipped"], batch)
         if step + 1 in ends:
             run.save("sft_epochs", step + 1, {"params": state.params})
@@ -163,7 +167,7 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
         if save_due(cfg, run, step + 1, evaluated=evaluated):
             run.save(
                 "sft", step + 1, state, keep=cfg.keep, metric=-metrics["val_loss"] if evaluated else None,
-                data_state=None if batches is None else batches.get_state(),
+                data_state=None if batches is None else data_state(batches),
             )  # fmt: skip
     if setting.streaming and setting.rejects is not None:
         for line in setting.rejects.summary():

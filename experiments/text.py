@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
-import jax
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -23,7 +22,7 @@ from rlhf_jax.data.rows import Read, find_format, read_rows
 from rlhf_jax.data.tokens import Document, bucket, pack_sequences, pad_prompts, pad_sequences, size, take
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, load_hf
-from rlhf_jax.sharding import hf_shardings
+from rlhf_jax.sharding import hf_shardings, host_share
 
 HELDOUT_SHARE = 0.1
 STREAM_HEAD = 2560
@@ -147,12 +146,14 @@ def read_demonstrations(source: Source, reader: Reader, pad_id: int, rng: np.ran
     length, weights = source.max_length, source.demonstrations_weights or None
 
     def batches(batch_size: int, seed: int) -> grain.DatasetIterator[Tokens]:
+        share = host_share()
         return document_batches(
-            train, batch_size=batch_size, length=length, pad_id=pad_id, seed=seed, weights=weights, shard=shard()
-        )
+            train, batch_size=batch_size // share[1], length=length, pad_id=pad_id, seed=seed, weights=weights,
+            shard=share,
+        )  # fmt: skip
 
     if weights:
-        batches(1, 0)  # refuses wrong weights before anything is trained
+        batches(host_share()[1], 0)  # refuses wrong weights before anything is trained
     everything = [document for documents in train for document in documents]
     return Demonstrations(
         pack_sequences(everything, length=length, pad_id=pad_id), pad(validation, length, pad_id), batches
@@ -180,11 +181,13 @@ def stream_demonstrations(source: Source, reader: Reader, pad_id: int, rng: np.r
     length, weights = source.max_length, source.demonstrations_weights or None
 
     def batches(batch_size: int, seed: int) -> grain.DatasetIterator[Tokens]:
+        share = host_share()
         return streamed_batches(
-            opened, batch_size=batch_size, length=length, pad_id=pad_id, seed=seed, weights=weights, shard=shard()
-        )
+            opened, batch_size=batch_size // share[1], length=length, pad_id=pad_id, seed=seed, weights=weights,
+            shard=share,
+        )  # fmt: skip
 
-    batches(1, 0)
+    batches(host_share()[1], 0)
     return Demonstrations(pack_sequences(head, length=length, pad_id=pad_id), pad(validation, length, pad_id), batches)
 
 
@@ -289,8 +292,3 @@ def make_prompts(rows: Sequence[Prompt], reader: Reader, length: int, pad_id: in
 def pad(documents: Sequence[Document], length: int, pad_id: int) -> Tokens:
     """One document to a row, in the bucket of the longest."""
     return pad_sequences(documents, length=bucket(max(map(size, documents)), longest=length), pad_id=pad_id)
-
-
-def shard() -> tuple[int, int]:
-    """This host, of how many."""
-    return jax.process_index(), jax.process_count()

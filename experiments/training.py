@@ -11,9 +11,10 @@ import optax
 
 from experiments.adapters import Adapters
 from rlhf_jax.errors import UserError, at_least
+from rlhf_jax.hosts import gather
 from rlhf_jax.log import Run
 from rlhf_jax.optimizers import adafactor, adamw, constant, cosine_decay, linear_decay, muon
-from rlhf_jax.sharding import check_rows, place_batch
+from rlhf_jax.sharding import check_rows, place_batch, place_share, to_host
 from rlhf_jax.train import Counts, microbatches
 
 OPTIMIZERS = {"adamw": adamw, "adafactor": adafactor, "muon": muon}
@@ -90,9 +91,10 @@ class SkippedSteps:
         self._in_a_row = self._in_a_row + 1 if int(last[1]) else 0
         if self._in_a_row >= self._most:
             path = self._run.dir / f"skipped-{self._stage}-{last[0]}.npz"
-            leaves = jax.tree_util.tree_flatten_with_path(last[2])[0]
-            arrays = {jax.tree_util.keystr(p, simple=True, separator="."): np.asarray(leaf) for p, leaf in leaves}
-            np.savez(path, allow_pickle=False, **arrays)
+            leaves = jax.tree_util.tree_flatten_with_path(to_host(last[2]))[0]
+            arrays = {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
+            if self._run.first:
+                np.savez(path, allow_pickle=False, **arrays)
             raise UserError(
                 f"{self._stage}: loss or gradient not finite at {self._in_a_row} steps in a row, the last of them"
                 f" {last[0]}, whose batch is in {path}; a smaller learning rate may help"
@@ -104,11 +106,28 @@ def counts_of(cfg: Training, counts: Counts) -> Counts | None:
     return counts if cfg.accumulate > 1 else None
 
 
-def parts_of(cfg: Training, batch: Any) -> Any:
-    """The batch as the stage's step takes it."""
-    return in_place(cfg, microbatches(batch, cfg.accumulate) if cfg.accumulate > 1 else batch)
+def parts_of(cfg: Training, batch: Any, *, share: bool = False) -> Any:
+    """The batch as the stage's step takes it; `share`: this process has only its own of the batch."""
+    return in_place(cfg, microbatches(batch, cfg.accumulate) if cfg.accumulate > 1 else batch, share=share)
 
 
-def in_place(cfg: Training, parts: Any) -> Any:
+def in_place(cfg: Training, parts: Any, *, share: bool = False) -> Any:
     """What `parts_of` gives, its rows over the mesh."""
-    return place_batch(parts, axis=int(cfg.accumulate > 1))
+    return (place_share if share else place_batch)(parts, axis=int(cfg.accumulate > 1))
+
+
+def data_state(batches: Any) -> Any:
+    """Where the data stand, for a checkpoint: of each process, where there are many."""
+    states = gather(batches.get_state())
+    return states[0] if len(states) == 1 else {"processes": states}
+
+
+def set_data_state(batches: Any, saved: Any) -> None:
+    """Goes on from there. Raises UserError when there were more processes, or fewer, each with its share."""
+    states = saved["processes"] if "processes" in saved else [saved]
+    if len(states) != jax.process_count():
+        raise UserError(
+            f"the checkpoint was written by {len(states)} processes, each at its place in its share of the"
+            f" demonstrations; it cannot go on with {jax.process_count()}"
+        )
+    batches.set_state(states[jax.process_index()])

@@ -13,8 +13,10 @@ import dataclasses
 import errno
 import json
 import math
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,7 @@ from rich.text import Text
 
 from rlhf_jax import checkpoint
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts import first, from_first, leave, many, start
 from rlhf_jax.metrics import Events, MetricsFile
 from rlhf_jax.signals import Preempted, Signals
 
@@ -49,25 +52,26 @@ class Run:
 
     `run_dir` None takes the next free runs/<name>-<n>. A folder that already holds something is refused with
     a UserError unless `resume`, which goes on appending to it. Metrics are flushed line by line, so a run
-    that was killed can be read up to its last step.
+    that was killed can be read up to its last step. Of many processes the first writes and prints; all call alike.
     """
 
     def __init__(self, run_dir: str | Path | None, cfg: Any, *, name: str = "run", resume: bool = False):
-        self.dir = _open_folder(run_dir, name, resume)
+        self.dir = Path(from_first(lambda: str(_open_folder(run_dir, name, resume))))
         self.resumed = resume
-        self._console = Console(stderr=False, highlight=False, soft_wrap=True)
+        self.first = first()
+        self._console = Console(stderr=False, highlight=False, soft_wrap=True, quiet=not self.first)
         self._bar: Progress | None = None
         self._shown: dict[tuple[str, str], float] = {}
         self._signals = Signals()
         self._writer = checkpoint.Writer(self.dir)
         self._saved: tuple[str, int] | None = None
+        self._metrics = MetricsFile(self.dir / "metrics.jsonl" if self.first else Path(os.devnull))
+        self._events = Events(self.dir / "tensorboard") if self.first else None
         config = json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
         if resume:
             self._compare(config)
-        _write_json(self.dir / "config.json", config)
-        _write_json(self.dir / "status.json", {"status": "running"})
-        self._metrics = MetricsFile(self.dir / "metrics.jsonl")
-        self._events = Events(self.dir / "tensorboard")
+        self._write("config.json", config)
+        self._write("status.json", {"status": "running"})
 
     def __enter__(self) -> "Run":
         self._signals.open()
@@ -83,7 +87,8 @@ class Run:
         if self._bar is not None:
             self._bar.stop()
         failures: list[Exception] = []
-        for close in (self._writer.close, self._metrics.close, self._events.close):
+        events = [] if self._events is None else [self._events.close]
+        for close in (self._writer.close, self._metrics.close, *events):
             try:
                 close()
             except Exception as failure:  # a full disk, or what the writing of the last checkpoint met
@@ -92,7 +97,7 @@ class Run:
         if failures:
             status = "failed"
         try:
-            _write_json(self.dir / "status.json", {"status": status})
+            self._write("status.json", {"status": status})
         except OSError as failure:
             failures.append(failure)
         if failures and hidden:
@@ -136,9 +141,9 @@ class Run:
         step = None
         if self.resumed:
             self._writer.wait()
-            for line in checkpoint.set_aside_damaged(self.dir, stage):
+            for line in from_first(lambda: checkpoint.set_aside_damaged(self.dir, stage)):
                 self.warn(line)
-            step = checkpoint.latest(self.dir, stage, before=before)
+            step = from_first(lambda: checkpoint.latest(self.dir, stage, before=before))
             self._metrics.rewind(stage, step or 0)
         if step is None:
             return state, 0
@@ -157,15 +162,12 @@ class Run:
             if not self._metrics.add(line):
                 return
             for name, value in scalars.items():
-                if math.isfinite(value):
+                if self._events is not None and math.isfinite(value):
                     self._events.add_scalar(f"{stage}/{name}", float(value), step)
 
     def summary(self, metrics: Mapping[str, Any]) -> None:
         """Writes summary.json, the final numbers."""
-        _write_json(
-            self.dir / "summary.json",
-            _finite({name: _scalar(name, value) for name, value in metrics.items()}),
-        )
+        self._write("summary.json", _finite({name: _scalar(name, value) for name, value in metrics.items()}))
 
     def say(self, text: str) -> None:
         """One line for the user, above the progress bar if there is one."""
@@ -225,12 +227,16 @@ class Run:
     def _numbers(self, stage: str, show: Sequence[str]) -> str:
         return "  ".join(f"{n} {self._shown[stage, n]:.4g}" for n in show if (stage, n) in self._shown)
 
+    def _write(self, name: str, value: Any) -> None:
+        if self.first:
+            _write_json(self.dir / name, value)
+
     def _compare(self, config: dict[str, Any]) -> None:
         before = _read_json(self.dir / "config.json")
         if not before:
             self.warn(f"{self.dir / 'config.json'} cannot be read; going on with the flags given now")
         old, new = _flat(before), _flat(config)
-        for name in sorted(old.keys() - {"resume", "run_dir"}):
+        for name in sorted(old.keys() - {"resume", "run_dir", "hosts"}):
             if old[name] != new.get(name):
                 self.warn(f"resumed with {name} = {new.get(name)}, it was {old[name]}")
 
@@ -255,26 +261,34 @@ def run_main(main: Callable[[ConfigT], Any], config: type[ConfigT]) -> None:
     """The entry point of an experiment: flags from the command line, then `main(cfg)`.
 
     With --resume, flags that are not given are those that the run was started with. What the user can put right ends
-    in one line and exit code 2, Ctrl-C in exit code 130, SIGTERM in 143, without traceback.
+    in one line and exit code 2, Ctrl-C in exit code 130, SIGTERM in 143, without traceback. Before `main` the process
+    joins those that it was started with, if any (`hosts.start`).
     """
     try:
         cfg = tyro.cli(config)
         run_dir = getattr(cfg, "run_dir", None)
         if run_dir and getattr(cfg, "resume", False):
-            cfg = tyro.cli(config, default=_with_saved(config(), _read_json(Path(run_dir) / "config.json")))
+            saved = _read_json(Path(run_dir) / "config.json")
+            saved.pop("hosts", None)
+            cfg = tyro.cli(config, default=_with_saved(config(), saved))
+        start(getattr(cfg, "hosts", None))
         main(cfg)
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        leave(INTERRUPTED)
     except UserError as error:
         message = str(error)
-    except OSError as error:
-        if error.errno not in NOT_A_BUG:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in NOT_A_BUG:
+            message = f"{error.strerror}: {error.filename or 'while writing'}"
+        elif many():
+            traceback.print_exc()
+            leave(1)
+        else:
             raise
-        message = f"{error.strerror}: {error.filename or 'while writing'}"
     else:
         return
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    leave(2)
 
 
 def _with_saved(cfg: ConfigT, saved: Mapping[str, Any]) -> ConfigT:

@@ -11,16 +11,18 @@ what the mesh does not divide lie whole on every device; matrices are cut along 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.axes import MESH_AXES, parameter_axes, partition_spec, parts
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts import many
 from rlhf_jax.models import load_hf_config
 from rlhf_jax.models.weights import param_shapes
 
@@ -118,9 +120,63 @@ def place_batch(tree: Tree, *, axis: int = 0) -> Tree:
     return tree if mesh is None else _put(tree, mesh, batch_shardings(mesh, tree, axis=axis))
 
 
+def host_share() -> tuple[int, int]:
+    """(number, count): which of how many equal shares of a batch's rows lies on this process's devices.
+
+    (0, 1), all rows, for one process, and where processes have rows in common other than whole shares.
+    """
+    mesh = current_mesh()
+    if not many() or not isinstance(mesh, Mesh):
+        return 0, 1
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows: dict[int, set[int]] = {}
+    places: Mapping[Any, Any] = NamedSharding(mesh, PartitionSpec(("data", "fsdp"))).devices_indices_map((ways,))
+    for device, index in places.items():
+        rows.setdefault(device.process_index, set()).add(index[0].start or 0)
+    shares = sorted({tuple(sorted(some)) for some in rows.values()})
+    if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) != ways:
+        return 0, 1
+    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
+
+
+def place_share(tree: Tree, *, axis: int = 0) -> Tree:
+    """As `place_batch` for a batch of which each process has read its `host_share` only."""
+    mesh, (_, count) = current_mesh(), host_share()
+    if mesh is None or count == 1:
+        return place_batch(tree, axis=axis)
+
+    def of_leaf(x: Any) -> jax.Array:
+        shape = (*x.shape[:axis], x.shape[axis] * count, *x.shape[axis + 1 :])
+        sharding = NamedSharding(mesh, partition_spec(mesh.shape, shape, (None,) * axis + ("batch",)))
+        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return jax.tree.map(of_leaf, tree)
+
+
 def _put(tree: Tree, mesh: Mesh | AbstractMesh, places: Any) -> Tree:
-    put = jax.lax.with_sharding_constraint if isinstance(mesh, AbstractMesh) else jax.device_put
-    return put(tree, places)
+    if isinstance(mesh, AbstractMesh):
+        return jax.lax.with_sharding_constraint(tree, places)
+    return jax.tree.map(_put_part, tree, places) if many() else jax.device_put(tree, places)
+
+
+def _put_part(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """Of what every process has whole, its own part; `device_put` would first compare all of it over the network."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    host = np.asarray(leaf)
+    host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def to_host(tree: Tree) -> Tree:
+    """Every array whole, as numpy's. All processes ask together: each has only its part of some arrays."""
+
+    def of_leaf(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    return jax.tree.map(of_leaf, tree)
 
 
 def create(function: Callable[..., Tree], *args: Any) -> Tree:

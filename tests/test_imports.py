@@ -19,6 +19,7 @@ LEVELS = (
     {
         "train",
         "sharding",
+        "hosts",
         "checkpoint",
         "manifest",
         "signals",

@@ -131,7 +131,8 @@ def _check(prompt_mask: Any, max_new_tokens: int, temperature: Any, top_k: int |
         known = value is not None and not isinstance(value, jax.core.Tracer)
         if known and not least <= float(value) <= most:
             raise ValueError(f"{name} must lie between {least:g} and {most:g}, not {float(value):g}")
-    if not isinstance(prompt_mask, jax.core.Tracer):
+    # Of an array that lies on several hosts a part is not here.
+    if not isinstance(prompt_mask, jax.core.Tracer) and getattr(prompt_mask, "is_fully_addressable", True):
         mask = np.asarray(prompt_mask, bool)
         bad = np.flatnonzero(~mask[:, -1:].any(axis=1) | (mask[:, :-1] & ~mask[:, 1:]).any(axis=1))
         if len(bad):
