@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from glob import glob
 from typing import Any, NoReturn, TypeVar
@@ -123,6 +124,19 @@ def leave(code: int) -> NoReturn:
         time.sleep(1)  # with process 0 JAX's service goes, and at once the others, who may have something to say
     _dismiss()
     os._exit(code)
+
+
+def fail(error: Exception) -> NoReturn:
+    """Ends one of several processes that met a bug, or what looks like one.
+
+    Where another is lost, its closed connection may be noticed first; JAX finds out why, ends this one and has it say
+    so, if given the time.
+    """
+    traceback.print_exception(error)
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        sys.stderr.flush()
+        time.sleep(HEARTBEAT_SECONDS + 10)
+    leave(1)
 
 
 _sentinel: subprocess.Popen[bytes] | None = None

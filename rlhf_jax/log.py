@@ -16,7 +16,6 @@ import math
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +31,7 @@ from rich.text import Text
 
 from rlhf_jax import checkpoint
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts import first, from_first, leave, many, start
+from rlhf_jax.hosts import fail, first, from_first, leave, many, start
 from rlhf_jax.metrics import Events, MetricsFile
 from rlhf_jax.signals import Preempted, Signals
 
@@ -281,8 +280,7 @@ def run_main(main: Callable[[ConfigT], Any], config: type[ConfigT]) -> None:
         if isinstance(error, OSError) and error.errno in NOT_A_BUG:
             message = f"{error.strerror}: {error.filename or 'while writing'}"
         elif many():
-            traceback.print_exc()
-            leave(1)
+            fail(error)
         else:
             raise
     else:
