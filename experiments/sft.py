@@ -141,7 +141,7 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
     skipped = SkippedSteps(cfg, run, "sft")
     batches = setting.batches(cfg.batch_size, seed) if setting.batches else None
     check_parts(cfg, cfg.batch_size if batches is not None else min(rows, cfg.batch_size), "rows")
-    if batches is not None and first:
+    if batches is not None and 0 < first < cfg.steps:
         set_data_state(batches, checkpoint.inspect(run.dir, "sft", first, files=False).data_state)
     for step in run.progress("sft", range(first, cfg.steps), show=("loss", "val_loss", "utility")):
         if batches is not None:

@@ -1,0 +1,291 @@
+"""2 and 4 processes train as one does, go on from each other's checkpoints, and say so when one of them is killed."""
+
+import faulthandler
+import gc
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src import cache_key
+
+from experiments import ppo, setting, sft
+from experiments.ppo import PPO
+from experiments.sft import SFT
+from experiments.training import set_data_state
+from rlhf_jax import checkpoint, hosts
+from rlhf_jax.data.tokens import take
+from rlhf_jax.errors import UserError
+from rlhf_jax.log import Run, run_main
+from rlhf_jax.metrics import CLOCKS, read_metrics
+from rlhf_jax.models import ScalarModel, Transformer
+from rlhf_jax.sharding import create, host_share, make_mesh, place_share, to_host
+
+LIMIT = 240
+"""Seconds after which a process that has not ended says where it is, and ends."""
+ROWS = 4
+STEPS = {"sft": [1, 6], "ppo": [1, 2]}
+"""What is logged."""
+
+
+@dataclass(frozen=True)
+class Config(setting.Source):
+    sft: SFT = field(default_factory=lambda: SFT(steps=6, batch_size=ROWS, save_every=2))
+    ppo: PPO = field(default_factory=lambda: PPO(steps=2, responses=ROWS, minibatches=1, epochs=1, save_every=1))
+    only_sft: bool = False
+
+
+class Batches:
+    """Demonstrations in their order: of each batch this process's share."""
+
+    def __init__(self, tokens):
+        self.tokens, self.read, (self.number, self.count) = tokens, 0, host_share()
+
+    def __next__(self):
+        if os.environ.get("KILLED") == f"sft {self.read} {self.number}":
+            time.sleep(2)  # until the last checkpoint is written, and the other one waits for this one's part of a sum
+            os.kill(os.getpid(), signal.SIGKILL)
+        size = ROWS // self.count
+        begin = self.read * ROWS + self.number * size
+        self.read += 1
+        return take(self.tokens, np.arange(begin, begin + size))
+
+    def get_state(self):
+        return [self.number, self.read]
+
+    def set_state(self, saved):
+        assert saved[0] == self.number
+        self.read = saved[1]
+
+
+def tiny():
+    """Of the world its text; nothing that is sampled for measuring only."""
+    sizes = dict(DEMONSTRATIONS=96, COMPARED=1, HELDOUT_PAIRS=1, HELDOUT=1)
+    vars(setting).update(sizes)
+    world = setting.world_setting(0)
+    shape = dict(n_layers=1, d_model=16, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=32)
+    return world._replace(
+        model=replace(world.model, **shape),
+        validation=take(world.validation, np.arange(8)),
+        prompts=take(world.prompts, np.arange(16)),
+        max_new_tokens=8,
+        judge=None,
+        batches=lambda batch_size, seed: Batches(world.demonstrations),
+    )
+
+
+def run_one(world):
+    """A program as the experiments are, of SFT and PPO."""
+
+    @setting.on_mesh
+    def main(cfg):
+        with Run(cfg.run_dir, cfg, resume=cfg.resume) as run:
+            if not cfg.resume and hosts.many():
+                agree()
+            untrained = world._replace(params=new(Transformer(world.model)))
+            trained = sft.train(cfg.sft, untrained, run, cfg.seed)[-1]
+            if not cfg.only_sft:
+                scores = new(ScalarModel(world.model))
+                run.summary(ppo.train(cfg.ppo, world, trained, scores, run, cfg.seed)[1])
+
+    run_main(main, Config)
+
+
+def new(model):
+    """Parameters, in one program also where there is no mesh."""
+    return create(jax.jit(lambda: model.init(jax.random.key(1), jnp.zeros((1, 8), jnp.int32))["params"]))
+
+
+def agree():
+    """What processes tell each other; and arrays of which each has read its own rows."""
+    whole = np.arange(16).reshape(2, 8)
+    number, count = host_share()
+    assert (number, count) == (jax.process_index(), jax.process_count())
+    for axis in (0, 1):
+        batch = whole if axis else whole.T
+        placed = place_share(np.split(batch, count, axis=axis)[number], axis=axis)
+        assert len(placed.addressable_shards) == len(jax.local_devices()) and not placed.is_fully_replicated
+        np.testing.assert_array_equal(to_host(placed), batch)
+    with jax.set_mesh(make_mesh("tensor=-1")):
+        assert host_share() == (0, 1)
+        np.testing.assert_array_equal(to_host(place_share(whole)), whole)
+    assert hosts.gather({"of": number * "x"}) == [{"of": n * "x"} for n in range(count)]
+    assert hosts.from_first(lambda: number) == 0
+    with pytest.raises(UserError, match="of process 0"):
+        hosts.from_first(lambda: mistake(number))
+
+
+def mistake(number):
+    raise UserError(f"of process {number}")
+
+
+def spread(world, folder, name, processes, *flags, devices=1, killed=""):
+    """Forks processes that run the program; (exit code, seconds until then) of each.
+
+    Before JAX has a backend, so that no process costs imports.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    began, children, ended = time.monotonic(), {}, {}
+    for number in range(processes):
+        child = os.fork()
+        if child == 0:
+            for stream, kind in enumerate(("out", "err"), 1):
+                os.dup2(os.open(folder / f"{name}.{kind}{number}", os.O_WRONLY | os.O_CREAT, 0o644), stream)
+            faulthandler.dump_traceback_later(LIMIT, exit=True)
+            cache_key._hash_accelerator_config = layout
+            jax.config.update("jax_num_cpu_devices", devices)
+            if processes > 1:
+                values = (f"127.0.0.1:{port}", str(processes), str(number))
+                os.environ.update(zip(hosts.VARIABLES, values, strict=True), KILLED=killed)
+            sys.argv = [name, "--run-dir", str(folder / name.split()[0]), *flags]
+            run_one(world)
+            sys.exit()
+        children[child] = number
+    while len(ended) < processes:
+        for child, number in children.items():
+            if number not in ended:
+                found, status = os.waitpid(child, os.WNOHANG)
+                if found:
+                    ended[number] = os.waitstatus_to_exitcode(status), time.monotonic() - began
+        time.sleep(0.02)
+    for number, (code, _) in ended.items():
+        assert killed or code == 0, "\n".join([f"process {number} of {name}:", *said(folder, name, number)])
+    return [ended[number] for number in range(processes)]
+
+
+def layout(key, devices):
+    """In the key of a compiled program, in place of what JAX takes for this: on a CPU it differs by process, and all
+    but process 0 would compile anew each time."""
+    key.update(repr([device.process_index for device in devices.flat]).encode())
+
+
+def lives(folder):
+    """All of the processes, one group after the other; how the two ended of which one was killed."""
+    world = tiny()
+    gc.freeze()
+    spread(world, folder, "alone", 1)
+    spread(world, folder, "two", 2, devices=2)
+    shutil.copytree(folder / "two", folder / "back")
+    spread(world, folder, "back", 1, "--resume")
+    # Of what two did, PPO's first iteration stays.
+    shutil.copytree(folder / "two", folder / "four")
+    for gone in ("sft", "sft_epochs", "ppo/2"):
+        shutil.rmtree(folder / "four" / "checkpoints" / gone)
+    spread(world, folder, "four", 4, "--resume", "--mesh", "fsdp=4")
+    hosts.HEARTBEAT_SECONDS = 10
+    ended = spread(world, folder, "killed", 2, "--only-sft", killed="sft 4 1")
+    shutil.copytree(folder / "killed", folder / "killed before")
+    spread(world, folder, "killed again", 2, "--resume")
+    (folder / "ended.json").write_text(json.dumps(ended), encoding="utf-8")
+    return ended
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of all runs, and how the two ended of which one was killed."""
+    folder = tmp_path_factory.mktemp("runs")
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla")} | os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # Simulated devices of one process take their collectives in one order (experiments/results/sharding.md).
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_concurrency_optimized_scheduler=false",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, __file__, folder], env=environment, capture_output=True, text=True, timeout=7 * LIMIT
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads((folder / "ended.json").read_text(encoding="utf-8"))
+
+
+def said(folder, name, number, kind="err"):
+    """Lines of a process, without those of its libraries."""
+    text = (folder / f"{name}.{kind}{number}").read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if not line.startswith("[Gloo]")]
+
+
+def arrays(one):
+    """Those of a checkpoint, by name."""
+    folder = one.path.resolve() / "arrays"
+    with checkpoint._quiet_orbax() as checkpointer:
+        names = checkpointer.metadata(folder).item_metadata.tree
+    return {name: checkpoint._read_array(folder, name) for name in names}
+
+
+def compared(run_dir, expected, stages):
+    """(what, ours, theirs) of every metric but for clocks, and of each array in each checkpoint."""
+    with open(run_dir / "metrics.jsonl", encoding="utf-8") as file:
+        written = [(row["stage"], row["step"]) for row in map(json.loads, file)]
+    assert sorted(written) == sorted((stage, step) for stage in stages for step in STEPS[stage])
+    ours, theirs = read_metrics(run_dir), read_metrics(expected)
+    for stage in stages:
+        for our, their in zip(ours[stage], theirs[stage], strict=True):
+            assert our.keys() == their.keys()
+            for name in their.keys() - {"stage", *CLOCKS}:
+                yield f"{stage} metrics: {name}", our[name], their[name]
+    folders = (run_dir, expected)
+    ours, theirs = ({(one.stage, one.step): one for one in checkpoint.checkpoints(folder)} for folder in folders)
+    assert ours.keys() == {key for key in theirs if key[0].removesuffix("_epochs") in stages}
+    for key, one in ours.items():
+        assert one.damage is None
+        mine, other = arrays(one), arrays(theirs[key])
+        assert mine.keys() == other.keys()
+        for name in mine:
+            yield f"{key[0].removesuffix('_epochs')} checkpoints: {key[1]} {name}", mine[name], other[name]
+
+
+def assert_same(*runs):
+    for what, ours, theirs in compared(*runs):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5, err_msg=what)
+
+
+@pytest.mark.parametrize("name, processes", [("two", 2), ("four", 4)])
+def test_processes_do_what_one_does(runs, name, processes):
+    """Four of them with each parameter cut in four, and PPO's first iteration that of two."""
+    folder, _ = runs
+    assert_same(folder / name, folder / "alone", {"sft", "ppo"})
+    assert f"run: {folder / name}" in said(folder, name, 0, "out")
+    assert [said(folder, name, number, "out") for number in range(1, processes)] == [[]] * (processes - 1)
+
+
+def test_one_goes_on_from_what_two_have_done(runs):
+    folder, _ = runs
+    summaries = [json.loads((folder / name / "summary.json").read_text(encoding="utf-8")) for name in ("two", "back")]
+    assert summaries[0] == summaries[1]
+    with pytest.raises(UserError, match=r"written by 2 processes, .* it cannot go on with 1"):
+        set_data_state(None, checkpoint.inspect(folder / "two", "sft", 4).data_state)
+
+
+def test_one_is_killed_the_other_says_so_and_a_restart_goes_on(runs):
+    folder, ended = runs
+    (code, seconds), (killed, at) = ended
+    assert killed == -signal.SIGKILL and code not in (0, 2)
+    assert said(folder, "killed", 0)[-1] == hosts.LOST.format(0, 2)
+    assert seconds - at < 40
+    saved = [(one.stage, one.step, one.damage) for one in checkpoint.checkpoints(folder / "killed before")]
+    assert saved == [("sft", 2, None), ("sft", 4, None)]
+    first = [read_metrics(folder / name)["sft"][0] for name in ("killed before", "killed")]
+    assert first[0] == first[1]  # with its time: it was not done again
+    assert_same(folder / "killed", folder / "alone", {"sft"})
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    (_, ended), (_, killed) = lives(folder)
+    print(f"after one was killed the other ended in {ended - killed:.1f} s")
+    for name in ("two", "four"):
+        largest = {}
+        for what, ours, theirs in compared(folder / name, folder / "alone", {"sft", "ppo"}):
+            what = what.partition(":")[0]
+            largest[what] = max(largest.get(what, 0.0), float(np.abs(np.subtract(ours, theirs)).max()))
+        print(name, {what: f"{difference:.1e}" for what, difference in largest.items()})
