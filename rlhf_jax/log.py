@@ -260,8 +260,8 @@ def run_main(main: Callable[[ConfigT], Any], config: type[ConfigT]) -> None:
     """The entry point of an experiment: flags from the command line, then `main(cfg)`.
 
     With --resume, flags that are not given are those that the run was started with. What the user can put right ends
-    in one line and exit code 2, Ctrl-C in exit code 130, SIGTERM in 143, without traceback. Before `main` the process
-    joins those that it was started with, if any (`hosts.start`).
+    in one line and exit code 2, Ctrl-C in exit code 130, SIGTERM in 143, without traceback. Where there is a
+    flag --hosts, the process joins those that it was started with, if any, before `main` (`hosts.start`).
     """
     try:
         cfg = tyro.cli(config)
@@ -270,7 +270,8 @@ def run_main(main: Callable[[ConfigT], Any], config: type[ConfigT]) -> None:
             saved = _read_json(Path(run_dir) / "config.json")
             saved.pop("hosts", None)
             cfg = tyro.cli(config, default=_with_saved(config(), saved))
-        start(getattr(cfg, "hosts", None))
+        if hasattr(cfg, "hosts"):
+            start(cfg.hosts)
         main(cfg)
     except KeyboardInterrupt:
         leave(INTERRUPTED)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from rlhf_jax import checkpoint
+from rlhf_jax import checkpoint, log
 from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run, count_compilations, run_main
 from rlhf_jax.metrics import read_metrics
@@ -120,6 +120,24 @@ def test_a_resumed_run_has_the_flags_that_it_was_started_with(tmp_path, monkeypa
     assert flags("--resume") == Config(str(tmp_path), True, 5)
     (tmp_path / "config.json").write_text("{broken")
     assert flags("--resume") == Config(str(tmp_path), True)
+
+
+def test_which_of_many_processes_it_is_a_program_is_told_each_time(tmp_path, monkeypatch):
+    @dataclass(frozen=True)
+    class Spread(Config):
+        hosts: str | None = None
+
+    joined = []
+    monkeypatch.setattr(log, "start", joined.append)
+
+    def program(config, *given):
+        monkeypatch.setattr(sys, "argv", ["program", "--run-dir", str(tmp_path), *given])
+        run_main(lambda cfg: Run(cfg.run_dir, cfg, resume=cfg.resume), config)
+
+    program(Spread, "--hosts", "10.0.0.1:8476,4,0")
+    program(Spread, "--resume")
+    program(Config, "--resume")  # it has no such flag, and works by itself
+    assert joined == ["10.0.0.1:8476,4,0", None]
 
 
 def test_what_cannot_be_resumed_or_made_is_said_in_one_line(tmp_path):

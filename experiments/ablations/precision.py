@@ -24,6 +24,7 @@ from experiments.setting import PrecisionName, Source, load_setting, on_mesh
 from experiments.sft import SFT
 from rlhf_jax import checkpoint
 from rlhf_jax.errors import at_least
+from rlhf_jax.hosts import from_first
 from rlhf_jax.log import Run, run_main
 from rlhf_jax.models import Transformer
 
@@ -52,12 +53,13 @@ class Config(Source):
 
 def one_run(cfg: Config, seed: int, precision: PrecisionName, folder: Path) -> dict[str, float]:
     """Trains; returns what it ends at. A finished run is only read."""
-    if not (folder / "summary.json").exists():
+    begun, done = from_first(lambda: [(folder / name).exists() for name in ("config.json", "summary.json")])
+    if not done:
         source = replace(cfg, seed=seed, precision=precision)
-        with Run(folder, source, resume=(folder / "config.json").exists()) as run:
+        with Run(folder, source, resume=begun) as run:
             train(cfg, source, run)
-            run.summary(results(folder))
-    return results(folder)
+            run.summary(from_first(lambda: results(folder)))
+    return from_first(lambda: results(folder))
 
 
 def train(cfg: Config, source: Source, run: Run) -> None:
@@ -155,7 +157,8 @@ def main(cfg: Config) -> dict[str, float]:
         text = table(cfg, found)
         if cfg.model is None:
             text += "\n" + crossed(cfg, run.dir)
-        (run.dir / "table.md").write_text(text, encoding="utf-8")
+        if run.first:
+            (run.dir / "table.md").write_text(text, encoding="utf-8")
         run.say(text)
         metrics = {
             f"{precision}: {name}": float(np.mean([end[name] for end in found[precision]]))
