@@ -5,7 +5,7 @@ the collectives. Without such a mesh nothing is asked for.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -108,3 +108,16 @@ def parts(size: int, axis: str) -> int:
     sizes = _sizes()
     entry = (*partition_spec(sizes, (size,), (axis,)), ())[0]
     return math.prod(sizes[name] for name in ((entry,) if isinstance(entry, str) else entry))
+
+
+def on_parts(function: Callable[..., Any], arrays: Sequence[Any], axes: Sequence[Sequence[str | None]]) -> Any:
+    """function(*arrays), by each device for its parts of arrays of these axes; without a mesh, at once.
+
+    For what XLA cannot cut by itself, such as kernels. The result has the axes of the first array.
+    """
+    sizes = _sizes()
+    if math.prod(sizes.values()) == 1:
+        return function(*arrays)
+    specs = tuple(partition_spec(sizes, x.shape, names) for x, names in zip(arrays, axes, strict=True))
+    over = jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names=set(sizes), check_vma=False)
+    return over(*arrays)

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -45,6 +45,8 @@ class Case:
     frozen_dtype: Literal["float32", "bfloat16"] | None = "bfloat16"
     """Of the frozen trunk."""
     precision: PrecisionName = "mixed"
+    attention: Literal["auto", "reference"] = "auto"
+    """auto: by a kernel of the platform, where a sequence reads itself."""
 
     def __post_init__(self) -> None:
         at_least(self, prompt=1, response=1, minibatches=1, lora_rank=0)
@@ -96,7 +98,7 @@ def training(cfg: Training, model: Any, params: Any, make: Make) -> tuple[Any, A
 
 def build(case: Case, make: Make, parts: int = 1) -> Program:
     """The program, for a mesh whose axes data × fsdp have so many parts."""
-    config = model_config(case.model, PRECISIONS[case.precision])
+    config = replace(model_config(case.model, PRECISIONS[case.precision]), attention=case.attention)
     model, scalar = Transformer(config), ScalarModel(config)
     params = make(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"])
     rows, length = case.rows or parts * (4 if case.experiment == "ppo" else 2), case.prompt + case.response

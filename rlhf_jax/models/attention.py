@@ -44,8 +44,10 @@ class Scene(NamedTuple):
     """What every layer sees alike."""
 
     positions: Int[Array, "B T"]
-    visible: Bool[Array, "#B T S"]
-    """Causal, and of the same document."""
+    segment_ids: Int[Array, "B T"] | None
+    """None: all are of one document."""
+    visible: Bool[Array, "#B T S"] | None
+    """Causal, and of the same document; None where a kernel does without (`fused.py`)."""
     distances: Int[Array, "B T S"] | None
     """Positions back from query to key; None where no layer has a window."""
     start: Int[Array, ""]

@@ -14,6 +14,7 @@ from rlhf_jax.axes import LINEAR, constrain
 from rlhf_jax.logprobs import soft_cap
 from rlhf_jax.models.attention import LayerNumbers, Scene, attend, attend_causally, layer_numbers, stacked_numbers
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.fused import cudnn, fused, splash, way
 from rlhf_jax.models.rope import LongRope, rotate
 
 LORA_LEAVES = ("lora_a", "lora_b", "lora_scale")
@@ -200,6 +201,9 @@ class Block(nn.Module):
             values = jax.lax.dynamic_update_slice(layer[1], values, (zero, zero, scene.start, zero))
             layer = keys, values
         visible = scene.visible
+        if visible is None:
+            kernel = splash if way(config, h.shape[1]) == "splash" else cudnn
+            return fused(config, queries, keys, values, scene.segment_ids, numbers.window, kernel=kernel), layer
         if numbers.window is not None and scene.distances is not None:
             visible = visible & (scene.distances < numbers.window)
         see = attend_causally if layer is None else attend
@@ -263,11 +267,13 @@ class Transformer(nn.Module):
         length = tokens.shape[1]
         if positions is None:
             positions = jnp.broadcast_to(jnp.expand_dims(jnp.arange(length), 0), tokens.shape)
-        visible = jnp.tri(length, dtype=bool)[None]
-        if segment_ids is not None:
-            visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
-        scene = Scene(positions, visible, self._distances(positions, positions), jnp.zeros((), jnp.int32))
-        hidden, _ = self._run(tokens, None, scene)
+        visible = distances = None
+        if way(self.config, length) == "reference":
+            visible, distances = jnp.tri(length, dtype=bool)[None], self._distances(positions, positions)
+            if segment_ids is not None:
+                visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
+        scene = Scene(positions, segment_ids, visible, distances, jnp.zeros((), jnp.int32))
+        hidden, _ = self._run(tokens, None, scene, length)
         return hidden
 
     def decode(
@@ -285,17 +291,17 @@ class Transformer(nn.Module):
         slots = jnp.arange(segments.shape[1])
         causal = slots[None, :] <= (start + jnp.arange(length))[:, None]
         visible = causal[None] & (segments[:, None, :] == segment_ids[:, :, None])
-        scene = Scene(positions, visible, self._distances(positions, places), start)
-        hidden, layers = self._run(tokens, (cache.keys, cache.values), scene)
+        scene = Scene(positions, segment_ids, visible, self._distances(positions, places), start)
+        hidden, layers = self._run(tokens, (cache.keys, cache.values), scene, len(slots))
         keys, values = layers
         return hidden, KVCache(keys, values, segments, start + length, places)
 
     def _distances(self, queries: Array, keys: Array) -> Array | None:
         return queries[:, :, None] - keys[:, None, :] if any(self.config.windows) else None
 
-    def _run(self, tokens: Array, layers: Any, scene: Scene) -> tuple[Array, Any]:
+    def _run(self, tokens: Array, layers: Any, scene: Scene, length: int) -> tuple[Array, Any]:
         config = self.config
-        length, limit = scene.visible.shape[2], config.length_limit
+        limit = config.length_limit
         if limit is not None and length > limit:
             raise ValueError(f"a sequence of {length} tokens is longer than the {limit} that this model can read")
         dtype = config.precision.compute
