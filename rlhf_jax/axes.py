@@ -16,6 +16,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "copy": ("data",),
     "row": ("data", "fsdp", "tensor"),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
@@ -24,7 +25,8 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 """What an axis stands for -> the axes of the mesh that it is cut along, as far as they divide it.
 
-"row" is for work that could be cut along nothing else. "tensor" should divide the heads of the keys, too.
+"row" is for work that could be cut along nothing else, "copy" for rows that all parts of one parameter see. "tensor"
+should divide the heads of the keys, too.
 """
 
 LINEAR = {

@@ -74,18 +74,25 @@ def predicted(name, mesh):
 
     "fsdp" gathers kernels, a layer at a time. Gradients are added up over all rows, along "fsdp" and then what each
     device keeps of them along "data"; so are the terms of losses and norms. "tensor" adds up the residual stream after
-    attention and feed-forward, and its gradient before them; of the head, numbers for each token, no logits. Losses of
-    pairs bring one number of each row to where its pair is.
+    attention and feed-forward, and its gradient before them; of the head, numbers for each token, no logits. To look
+    words up, tokens are gathered, columns of embeddings go to where their rows are, and their gradients come back.
+    Losses of pairs bring one number of each row to where its pair is.
     """
     sizes = make_mesh(mesh).shape
     fsdp, tensor = sizes["fsdp"], sizes["tensor"]
     rows = ROWS // (sizes["data"] * fsdp)
     widths = [width // tensor for width in (32, 16, 40, 96)]
-    gathered = {(16, width) for width in widths} if fsdp > 1 else set()
+    # A reward model has no head, and to look words up the table stays where it is.
+    gathered = {(16, width) for width in widths[: 3 if name == "reward model" else 4]} if fsdp > 1 else set()
     added = {(), (16,)} | {(depth, width) for depth in (16, 16 // fsdp) for width in widths}
     if tensor > 1:
         added |= {(rows * LENGTH, 16), (rows, LENGTH, 16), (rows, LENGTH)}
+    copies = ROWS // sizes["data"]
+    if tensor > 1:
+        added |= {(copies, LENGTH, 16 // fsdp)}
     found = {("all-gather", squeezed(shape)) for shape in gathered} | {("all-reduce", squeezed(s)) for s in added}
+    if fsdp > 1:
+        found |= {("all-gather", squeezed((copies, LENGTH))), ("all-to-all", squeezed((rows, LENGTH, 16 // fsdp)))}
     if name != "sft":
         found |= {(kind, shape) for kind, shape in sent(name, mesh) if len(shape) < 2 and sum(shape) <= ROWS}
     return found
@@ -95,7 +102,7 @@ def predicted(name, mesh):
 @pytest.mark.parametrize("name", ["sft", "reward model", "dpo"])
 def test_a_step_sends_what_the_design_says_and_nothing_else(name, mesh):
     assert sent(name, mesh) - predicted(name, mesh) == set()
-    gathered = {some for some in predicted("sft", mesh) if some[0] == "all-gather"}
+    gathered = {some for some in predicted(name, mesh) if some[0] in ("all-gather", "all-to-all")}
     assert gathered <= sent(name, mesh)
 
 
@@ -111,15 +118,18 @@ def test_the_heads_kernel_and_its_gradient_travel_once_and_not_with_each_chunk(n
 
 @pytest.mark.parametrize("mesh", [MIXED_MESH])
 def test_an_iteration_of_ppo_sends_little_more(mesh):
-    """To draw, each device gets whole logits of rows of its own; to shuffle, a few numbers a token are sent."""
+    """To draw, each device gets whole logits of rows of its own; to look words up, columns of all rows' embeddings
+    become rows; to shuffle, a few numbers a token are sent."""
+    sizes = make_mesh(mesh).shape
+    embeddings = ROWS * LENGTH * 16 // (sizes["data"] * sizes["fsdp"] ** 2)
     gathered = {some for some in predicted("sft", mesh) if some[0] == "all-gather"}
-    vocabulary = {96, 96 // make_mesh(mesh).shape["tensor"]}
+    vocabulary, depths = {96, 96 // sizes["tensor"]}, {16, 16 // sizes["fsdp"]}
     for kind, shape in sent("ppo", mesh) - gathered:
         if vocabulary & set(shape):
             drawn = kind == "all-to-all" and np.prod(shape) <= ROWS * 96
-            assert drawn or (kind == "all-reduce" and 16 in shape), (kind, shape)
+            assert drawn or (kind == "all-reduce" and depths & set(shape)), (kind, shape)
         elif kind != "all-reduce":
-            assert np.prod(shape) <= ROWS * LENGTH, (kind, shape)
+            assert np.prod(shape) <= (embeddings if kind == "all-to-all" else ROWS * LENGTH), (kind, shape)
 
 
 def cut(leaf):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from rlhf_jax.axes import LINEAR, constrain
+from rlhf_jax.axes import LINEAR, PARAMETERS, constrain
 from rlhf_jax.logprobs import soft_cap
 from rlhf_jax.models.attention import LayerNumbers, Scene, attend, attend_causally, layer_numbers, stacked_numbers
 from rlhf_jax.models.config import ModelConfig
@@ -305,8 +305,9 @@ class Transformer(nn.Module):
         if limit is not None and length > limit:
             raise ValueError(f"a sequence of {length} tokens is longer than the {limit} that this model can read")
         dtype = config.precision.compute
-        # On a mesh the rows of the table are whole where they are looked up, as they are in a tied head.
-        x = constrain(self.embedding, "vocab")[tokens].astype(dtype)
+        # On a mesh each device looks up its columns of all rows, which then go where the rows are; the table stays.
+        x = constrain(self.embedding, *PARAMETERS["embedding"])[constrain(tokens, "copy")].astype(dtype)
+        x = constrain(x, "copy", None, "embed")
         if config.embedding_scale != 1:
             x = x * jnp.asarray(config.embedding_scale, dtype)
         if config.learned_positions:
