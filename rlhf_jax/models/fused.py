@@ -138,7 +138,8 @@ def cudnn(
 ) -> Float[Array, "B T N K"]:
     """By `jax.nn.dot_product_attention`: with segments, a mask [B, 1, T, T] is in memory, though no scores are.
 
-    Segments and windows are both in the mask: cuDNN's own windows are not made to go with one.
+    Segments and windows are both in the mask: cuDNN's own windows are not made to go with one. The tests lower it for
+    GPUs; it has not been run on one, since none was at hand.
     """
     length = queries.shape[1]
     # cuDNN's backward pass with a mask is for even lengths.
