@@ -178,23 +178,9 @@ class Block(nn.Module):
     ) -> tuple[Array, Layer | None]:
         """What the heads saw, [B, T, N·K], and the layer's cache with this in it."""
         config = self.config
-
-        def heads(name: str, count: int) -> Array:
-            out = Linear(config, count * config.head_dim, bias=config.qkv_bias, name=name)(h)
-            norm = None if config.qk_norm is None or name == "value" else Norm(config, name=f"{name}_norm")
-            if norm is not None and config.qk_norm == "projection":
-                out = norm(out)
-            out = out.reshape(*out.shape[:2], count, config.head_dim)
-            if norm is not None and config.qk_norm == "head":
-                out = norm(out)
-            if name == "value" or not config.rotary_width:
-                return out
-            magnitude = config.rope_scaling.attention_factor if isinstance(config.rope_scaling, LongRope) else 1.0
-            return rotate(out, scene.positions, numbers.frequencies, magnitude)
-
-        queries = heads("query", config.n_heads)
-        keys = heads("key", config.n_kv_heads).swapaxes(1, 2)
-        values = heads("value", config.n_kv_heads).swapaxes(1, 2)
+        queries = self.heads("query", h, config.n_heads, numbers, scene)
+        keys = self.heads("key", h, config.n_kv_heads, numbers, scene).swapaxes(1, 2)
+        values = self.heads("value", h, config.n_kv_heads, numbers, scene).swapaxes(1, 2)
         if layer is not None:
             zero = jnp.zeros_like(scene.start)
             keys = jax.lax.dynamic_update_slice(layer[0], keys, (zero, zero, scene.start, zero))
@@ -208,6 +194,21 @@ class Block(nn.Module):
             visible = visible & (scene.distances < numbers.window)
         see = attend_causally if layer is None else attend
         return see(config, queries, keys, values, visible), layer
+
+    def heads(self, name: str, h: Array, count: int, numbers: LayerNumbers, scene: Scene) -> Array:
+        """Queries, keys or values, [B, T, count, K], turned to their positions."""
+        config = self.config
+        out = Linear(config, count * config.head_dim, bias=config.qkv_bias, name=name)(h)
+        norm = None if config.qk_norm is None or name == "value" else Norm(config, name=f"{name}_norm")
+        if norm is not None and config.qk_norm == "projection":
+            out = norm(out)
+        out = out.reshape(*out.shape[:2], count, config.head_dim)
+        if norm is not None and config.qk_norm == "head":
+            out = norm(out)
+        if name == "value" or not config.rotary_width:
+            return out
+        magnitude = config.rope_scaling.attention_factor if isinstance(config.rope_scaling, LongRope) else 1.0
+        return rotate(out, scene.positions, numbers.frequencies, magnitude)
 
 
 class Transformer(nn.Module):
