@@ -17,6 +17,8 @@ from rlhf_jax.evaluate import wilson_interval
 class Quiet:
     """A run that is not listened to."""
 
+    first = True
+
     def __init__(self, folder):
         self.dir = folder
 
