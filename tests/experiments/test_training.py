@@ -1,6 +1,7 @@
 """The flags of optimiser, precision and accumulation reach every stage; what cannot be is one clear line."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -159,9 +160,42 @@ def test_the_ablation_compares_runs_of_the_same_seed(small_world, monkeypatch, t
         run.log("sft", 1, {"val_loss": 1.0 + source.seed + (source.precision == "mixed") / 8, "utility": 0.5})
 
     monkeypatch.setattr(precision, "train", train)
+    monkeypatch.setattr(precision, "crossed", lambda cfg, run_dir: "as sampled")
     cfg = precision.Config(run_dir=str(tmp_path / "run"), seeds=2, stages=("sft",))
     metrics = precision.main(cfg)
     assert used == [(0, "float32"), (1, "float32"), (0, "mixed"), (1, "mixed")]
     assert metrics["float32: SFT: validation loss"] == 1.5 and metrics["mixed: SFT: validation loss"] == 1.625
     table = (tmp_path / "run" / "table.md").read_text(encoding="utf-8")
-    assert "| SFT: validation loss | 1, 2 | 0.71 | 1.125, 2.125 | +0.12 ± 0 |" in table
+    assert "| SFT: validation loss | 1, 2 | 0.71 | 1.125, 2.125 | +0.12 ± 0 |" in table and table.endswith(
+        "as sampled"
+    )
+
+
+def test_the_ablation_samples_each_sft_in_each_precision(small_world, monkeypatch, tmp_path):
+    cfg = precision.Config(seeds=2, stages=("sft",), sft=sft.SFT(steps=1, batch_size=4), run_dir=str(tmp_path))
+    asked = []
+
+    def make_sampler(setting, params, seed):
+        asked.append((seed, setting.model.precision == MIXED, np.asarray(params["embedding"])[5, 5].item()))
+        return lambda prompts, number: prompts
+
+    expected = []
+    for trained in cfg.precisions:
+        for seed in range(2):
+            source = replace(cfg, seed=seed, precision=trained)
+            with Run(tmp_path / f"{trained}-{seed}", source) as run:
+                params = sft.train(cfg.sft, setting.load_setting(source), run, seed)[-1]
+            expected.append((seed, trained == "mixed", np.asarray(params["embedding"])[5, 5].item()))
+    monkeypatch.setattr(sft, "make_sampler", make_sampler)
+    judged = iter(np.arange(8.0))
+    load = precision.load_setting
+    monkeypatch.setattr(
+        precision, "load_setting", lambda source: load(source)._replace(judge=lambda *_: np.full(4, next(judged)))
+    )
+    table = precision.crossed(cfg, tmp_path)
+    assert [(seed, one) for seed, _, one in asked[:2] + asked[4:6]] == [(seed, one) for seed, _, one in expected]
+    assert [sampled for _, sampled, _ in asked] == [False, False, True, True] * 2
+    assert table.splitlines()[2:] == [
+        "| float32 | float32 | 0, 1 | 0 |", "| float32 | mixed | 2, 3 | 0 |",
+        "| mixed | float32 | 4, 5 | 0 |", "| mixed | mixed | 6, 7 | 0 |",
+    ]  # fmt: skip
