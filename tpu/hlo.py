@@ -42,7 +42,7 @@ def sizes(shapes: str) -> list[int]:
 
 def chips_of(rest: str) -> int:
     """How many chips take part together in a collective. Raises ValueError where the text does not say."""
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
         axes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
         return math.prod(int(axes[name]) for name in re.findall(r"'(\w+)'", match[2]))
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):

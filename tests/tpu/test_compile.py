@@ -74,6 +74,17 @@ def test_what_is_sent_by_hand():
     }
 
 
+@pytest.mark.parametrize(
+    "groups, chips",
+    [
+        ("{{0,1,2},{3,4,5}}", 3), ("[2,4]<=[8]", 4), ("mesh['x'=4,'y'=2] {'x'}", 4),
+        ("mesh['x'=4,'y'=2] {'x','y'}", 8), ("mesh['x'=1,'y'=4,'z'=2], device_ids=([4,2]T(1,0)) {'y'}", 4),
+    ],
+)  # fmt: skip
+def test_chips_that_take_part_together(groups, chips):
+    assert hlo.chips_of(f"%a), channel_id=1, replica_groups={groups}, use_global_device_ids=true") == chips
+
+
 def test_a_collective_whose_chips_are_not_said_is_an_error():
     with pytest.raises(ValueError, match="no replica_groups"):
         hlo.received("all-gather", "f32[8]", "%a), dimensions={0}")
