@@ -151,7 +151,8 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
                 permutation = np.random.default_rng([seed, 1, step // steps_an_epoch]).permutation(rows)
             start = step % steps_an_epoch * cfg.batch_size
             batch = take(setting.demonstrations, permutation[start : start + cfg.batch_size])
-        state, metrics = train_step(state, parts_of(cfg, batch, share=batches is not None), frozen, step)
+        batch = parts_of(cfg, batch, share=batches is not None)
+        state, metrics = train_step(state, batch, frozen, step)
         skipped.watch(step + 1, metrics["skipped"], batch)
         if step + 1 in ends:
             run.save("sft_epochs", step + 1, {"params": state.params})

@@ -14,7 +14,7 @@ from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.hosts import gather
 from rlhf_jax.log import Run
 from rlhf_jax.optimizers import adafactor, adamw, constant, cosine_decay, linear_decay, muon
-from rlhf_jax.sharding import check_rows, place_batch, place_share, to_host
+from rlhf_jax.sharding import check_rows, host_share, place_batch, place_share, to_host
 from rlhf_jax.train import Counts, microbatches
 
 OPTIMIZERS = {"adamw": adamw, "adafactor": adafactor, "muon": muon}
@@ -117,17 +117,19 @@ def in_place(cfg: Training, parts: Any, *, share: bool = False) -> Any:
 
 
 def data_state(batches: Any) -> Any:
-    """Where the data stand, for a checkpoint: of each process, where there are many."""
-    states = gather(batches.get_state())
-    return states[0] if len(states) == 1 else {"processes": states}
+    """Where the data stand, for a checkpoint: in each share, where processes have shares of their own."""
+    number, count = host_share()
+    states = dict(gather([number, batches.get_state()]))
+    return states[0] if count == 1 else {"shares": [states[one] for one in range(count)]}
 
 
 def set_data_state(batches: Any, saved: Any) -> None:
-    """Goes on from there. Raises UserError when there were more processes, or fewer, each with its share."""
-    states = saved["processes"] if "processes" in saved else [saved]
-    if len(states) != jax.process_count():
+    """Goes on from there. Raises UserError when there were more shares, or fewer."""
+    number, count = host_share()
+    states = saved["shares"] if isinstance(saved, dict) and "shares" in saved else [saved]
+    if len(states) != count:
         raise UserError(
-            f"the checkpoint was written by {len(states)} processes, each at its place in its share of the"
-            f" demonstrations; it cannot go on with {jax.process_count()}"
+            f"the checkpoint is of a run whose processes read the demonstrations in {len(states)} shares, each at its"
+            f" place; with these processes and this --mesh it would be {count}"
         )
-    batches.set_state(states[jax.process_index()])
+    batches.set_state(states[number])

@@ -262,7 +262,7 @@ def test_one_goes_on_from_what_two_have_done(runs):
     folder, _ = runs
     summaries = [json.loads((folder / name / "summary.json").read_text(encoding="utf-8")) for name in ("two", "back")]
     assert summaries[0] == summaries[1]
-    with pytest.raises(UserError, match=r"written by 2 processes, .* it cannot go on with 1"):
+    with pytest.raises(UserError, match=r"in 2 shares, .* it would be 1"):
         set_data_state(None, checkpoint.inspect(folder / "two", "sft", 4).data_state)
 
 

@@ -136,6 +136,39 @@ def test_steps_are_skipped_in_a_row_or_not(tmp_path):
             skipped.watch(step, np.int32(1), {})
 
 
+def test_data_go_on_in_as_many_shares_only(monkeypatch):
+    """Another mesh may change the shares with the same processes: each would go on at another's place."""
+
+    class Batches:
+        def get_state(self):
+            return {"next": 7}
+
+        def set_state(self, state):
+            self.state = state
+
+    def on(number, count, *heard):
+        monkeypatch.setattr(training, "host_share", lambda: (number, count))
+        monkeypatch.setattr(training, "gather", lambda value: list(heard) or [value])
+
+    on(0, 1)
+    assert training.data_state(Batches()) == {"next": 7}
+    on(0, 1, [0, {"next": 3}], [0, {"next": 3}])  # two processes that read the same
+    alike = training.data_state(Batches())
+    assert alike == {"next": 3}
+    on(1, 2, [1, {"next": 5}], [0, {"next": 4}])
+    shares = training.data_state(Batches())
+    batches = Batches()
+    training.set_data_state(batches, shares)
+    assert batches.state == {"next": 5}
+    with pytest.raises(UserError, match=r"in 1 shares, .* it would be 2"):
+        training.set_data_state(batches, alike)
+    on(0, 1)
+    with pytest.raises(UserError, match=r"in 2 shares, .* it would be 1"):
+        training.set_data_state(batches, shares)
+    training.set_data_state(batches, alike)
+    assert batches.state == {"next": 3}
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
