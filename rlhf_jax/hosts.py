@@ -26,6 +26,7 @@ Value = TypeVar("Value")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 HEARTBEAT_SECONDS = 30
 """After so long without a sign of life JAX takes a process for lost, and ends the others."""
+MISSING = "error: process {} of {}: the others were not found at {}, or this one was killed; start all of them"
 LOST = (
     "error: process {} of {} was ended before its run was: another process is gone or cannot be reached, or this one"
     " was killed; start all of them again, with --resume"
@@ -38,7 +39,8 @@ def start(told: str | None = None, environment: Mapping[str, str] = os.environ) 
     They are found by what is `told`, "address:port of process 0,processes,number of this one"; or else by
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which say the same; or else, where
     `jax.distributed.initialize()` knows how, in SLURM, under Open MPI's mpirun and on TPU hosts. Anywhere else nothing
-    is done. Raises UserError for only some of the three, for numbers that are none, and for processes not found.
+    is done. Raises UserError for only some of the three and for numbers that are none. Where the others do not come
+    within five minutes JAX ends this process, whose last line says so.
     """
     if jax.distributed.is_initialized():
         return
@@ -144,15 +146,15 @@ _sentinel: subprocess.Popen[bytes] | None = None
 
 def _initialize(address: str | None, count: int | None, number: int | None) -> None:
     if address is not None:
-        _watch(LOST.format(number, count))
+        _watch(MISSING.format(number, count, address))
     try:
         jax.distributed.initialize(address, count, number, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the other processes cannot be found: {str(error).splitlines()[0]}") from error
-    if _sentinel is None:
-        state = jax.process_index(), jax.process_count()
-        if state[1] > 1:
-            _watch(LOST.format(*state))
+    _dismiss()
+    if many():
+        _watch(LOST.format(jax.process_index(), jax.process_count()))
+        from_first(lambda: None)  # a CPU's processes connect at their first exchange, and wait for 30 seconds only
 
 
 def _watch(message: str) -> None:

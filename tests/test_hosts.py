@@ -42,6 +42,15 @@ def test_processes_are_found_where_there_are_some(environment, expected, started
     assert started == expected
 
 
+def test_until_all_are_there_the_last_line_says_that_they_were_not_found(monkeypatch, started):
+    said = []
+    monkeypatch.setattr(hosts, "_watch", said.append)
+    monkeypatch.setattr(hosts, "many", lambda: True)
+    monkeypatch.setattr(hosts, "from_first", lambda function: said.append("met"))
+    hosts.start(None, ALL)
+    assert said == [hosts.MISSING.format("1", 2, "127.0.0.1:8476"), hosts.LOST.format(0, 1), "met"]
+
+
 def test_a_tpu_host_asks_for_the_others(monkeypatch, started):
     monkeypatch.setattr(hosts, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
     hosts.start(None, {"TPU_SKIP_MDS_QUERY": "1"})
