@@ -51,6 +51,8 @@ class Config:
 
     def __post_init__(self) -> None:
         at_least(self, rows=2, prompt=1, response=1, steps=1, matrix=1)
+        if self.rows % 2:
+            raise UserError(f"rows is {self.rows}, and DPO's answers go in pairs: give an even number")
         if not self.models or not self.work:
             raise UserError("nothing to time: give some --models and --work")
         for model in self.models:
@@ -111,8 +113,11 @@ def updating(program: Program) -> Callable[[], Any]:
 def decoding(program: Program) -> Callable[[], Any]:
     """PPO's sampling: prompts are read, then a token of each row at a time."""
     assert program.iteration is not None
-    rollout = jax.jit(program.iteration.rollout)
-    return lambda: rollout(*program.args)
+    rollout, (state, frozen, key) = jax.jit(program.iteration.rollout), program.args
+    # What samples is kept, and no more.
+    state = state._replace(policy=state.policy.replace(opt_state=()), critic=())
+    frozen = frozen._replace(reference=(), reward_model=())
+    return lambda: rollout(state, frozen, key)
 
 
 def measure(cfg: Config, model: str, work: Work, peak: tuple[float, float]) -> dict[str, Any]:
@@ -143,7 +148,7 @@ def measure(cfg: Config, model: str, work: Work, peak: tuple[float, float]) -> d
         "rows": rows,
         "seconds_per_step": taken,
         "tokens_per_s": tokens / taken,
-        "peak_memory_gb": memory["peak_bytes_in_use"] / 1e9 if memory else None,
+        "process_peak_memory_gb": memory["peak_bytes_in_use"] / 1e9 if memory else None,
     } | (share if work == "decode" else {"mfu": flops / taken / peak[0]})
 
 
@@ -165,18 +170,21 @@ def apart(cfg: Config, work: Work, **more: Any) -> dict[str, Any]:
 
 def main(cfg: Config) -> dict[str, float]:
     """Prints a line a row; returns MFU, or decoding's share of the bandwidth, of each."""
-    alone = len(cfg.models) == len(cfg.work) == 1 and cfg.peak is not None
-    if alone or cfg.work == ("device",):
-        row = measure(cfg, cfg.models[0], cfg.work[0], cfg.peak) if cfg.peak is not None else device(cfg)
-        print(json.dumps(row), flush=True)
+    if cfg.work == ("device",):
+        print(json.dumps(device(cfg)), flush=True)
+        return {}
+    if len(cfg.models) == len(cfg.work) == 1 and cfg.peak is not None:
+        print(json.dumps(measure(cfg, cfg.models[0], cfg.work[0], cfg.peak)), flush=True)
         return {}
     found, peak = {}, cfg.peak
     if peak is None:
         row = apart(cfg, "device")
         print(json.dumps(row), flush=True)
+        if "error" in row:
+            raise UserError(f"two matrices of {cfg.matrix} rows do not fit the device: a smaller --matrix, or --peak")
         peak = row["flops_per_s"], row["bytes_per_s"]
     for model in cfg.models:
-        for work in cfg.work:
+        for work in [work for work in cfg.work if work != "device"]:
             row = apart(cfg, work, models=model, peak=peak)
             print(json.dumps(row), flush=True)
             if "error" not in row:

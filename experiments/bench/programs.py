@@ -50,6 +50,10 @@ class Case:
 
     def __post_init__(self) -> None:
         at_least(self, prompt=1, response=1, minibatches=1, lora_rank=0)
+        if self.rows is not None:
+            at_least(self, rows=1)
+            if self.experiment in ("reward_model", "dpo") and self.rows % 2:
+                raise UserError(f"rows is {self.rows}, and answers go in pairs: give an even number")
         if self.model not in MODELS:
             raise UserError(f"no model {self.model!r}; there are {', '.join(MODELS)}")
 
@@ -69,11 +73,15 @@ class Program(NamedTuple):
     """Those of PPO's update."""
 
 
-def flops(config: ModelConfig, matrices: int, rows: int, length: int, read: int) -> float:
-    """Forward: two a weight and token, the head only at the `read` tokens of a row, and causal attention."""
+def flops(config: ModelConfig, matrices: int, rows: int, length: int, read: int, *, times: int = 1) -> float:
+    """Two a weight and token, the head only at the `read` tokens of a row, and causal attention.
+
+    `times`: 1 forward, 3 with the gradients of activations and of weights, 2 where weights are frozen. Attention has
+    no weights, but both of its factors have gradients.
+    """
     head = config.d_model * config.vocab_size if read else 0
-    attention = 2 * config.n_layers * config.n_heads * config.head_dim * length  # q·k and weights·v, half of them seen
-    return 2.0 * rows * (length * (matrices + attention / 2) + read * head)
+    attention = config.n_layers * config.n_heads * config.head_dim * length  # q·k and weights·v, half of them seen
+    return 2.0 * rows * (times * (length * matrices + read * head) + (3 if times > 1 else 1) * length * attention)
 
 
 def tokens(config: ModelConfig, rows: int, prompt: int, response: int) -> Tokens:
@@ -105,8 +113,8 @@ def build(case: Case, make: Make, parts: int = 1) -> Program:
     adapters = {"lora_rank": case.lora_rank, "frozen_dtype": case.frozen_dtype if case.lora_rank else None}
     back = 2 if case.lora_rank else 3  # forward, and the gradients of activations and of weights
     matrices = count(params["layers"])
-    once = flops(config, matrices, rows, length, case.response)
-    scored = flops(config, matrices, rows, length, 0)
+    once, learned = (flops(config, matrices, rows, length, case.response, times=times) for times in (1, back))
+    scored, valued = (flops(config, matrices, rows, length, 0, times=times) for times in (1, back))
 
     def batch() -> Tokens:
         return tokens(config, rows, case.prompt, case.response)
@@ -115,12 +123,12 @@ def build(case: Case, make: Make, parts: int = 1) -> Program:
         stage = sft.SFT(**adapters)
         frozen, _, state = training(stage, model, params, make)
         step = sft.make_step(stage, config, jax.random.key(0))
-        return Program(step, (state, make(batch), frozen, make(lambda: jnp.zeros((), jnp.int32))), back * once)
+        return Program(step, (state, make(batch), frozen, make(lambda: jnp.zeros((), jnp.int32))), learned)
     if case.experiment == "dpo":
         stage = dpo.DPO(**adapters)
         frozen, _, state = training(stage, model, params, make)
         good = make(lambda: Batch(batch(), *(jnp.ones(rows, dtype) for dtype in (bool, jnp.int32, jnp.float32))))
-        return Program(dpo.make_step(stage, config), (state, good, frozen), back * once)
+        return Program(dpo.make_step(stage, config), (state, good, frozen), learned)
     rewards = make(lambda p: from_language_model(p, jax.random.key(0), config), params)
     if case.experiment == "reward_model":
         stage = reward_model.RewardModel(**adapters)
@@ -128,7 +136,7 @@ def build(case: Case, make: Make, parts: int = 1) -> Program:
         shape = rows // 2, 2
         pairs = make(lambda: Rankings(batch(), jnp.broadcast_to(jnp.arange(2), shape), jnp.ones(shape, bool)))
         step = reward_model.make_step(stage, config, jax.random.key(0))
-        return Program(step, (state, pairs, frozen, make(lambda: jnp.zeros((), jnp.int32))), back * scored)
+        return Program(step, (state, pairs, frozen, make(lambda: jnp.zeros((), jnp.int32))), valued)
 
     stage = ppo.PPO(**adapters, responses=rows, minibatches=case.minibatches, epochs=1)
     iteration = ppo.make_iteration(stage, config, max_new_tokens=case.response, eos_id=-1, pad_id=0)
@@ -141,12 +149,14 @@ def build(case: Case, make: Make, parts: int = 1) -> Program:
     )
     state = ppo.State(policy, critic, make(lambda: jnp.zeros(())))
     frozen = ppo.Frozen({} if case.lora_rank else params, own, prompts, None, trunk)
-    update = back * (once + scored)
+    update = learned + valued
     width = np.dtype(config.precision.compute).itemsize
     cache = (
         2 * config.n_layers * config.n_kv_heads * config.head_dim * width * rows * (case.prompt + case.response / 2)
     )
-    decoded = case.response * (width * count(params) * parts + cache)
+    # Of an embedding that is not the head, too, only the words of that moment are looked up.
+    read = count(params) - (count(params["embedding"]) if "head" in params else 0)
+    decoded = case.response * (width * read * parts + cache)
     whole = jax.jit(iteration.whole, donate_argnums=0)
     args = (state, frozen, make(lambda: jax.random.key(0)))
     # Sampling; the policy's and reference's log-probabilities, rewards and values; and the update.

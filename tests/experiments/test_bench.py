@@ -95,15 +95,43 @@ def tiny_model(monkeypatch):
 
 
 def test_operations_by_hand(tiny_model):
-    """Two a weight and token; the head for responses only; each token sees half of the others; thrice in training."""
+    """Two a weight and token; the head for responses only; each token sees half of the others; thrice in training.
+
+    Where the weights have no gradient only their part is done twice.
+    """
     layers = 2 * (16 * 16 * 2 + 16 * 8 * 2 + 8 + 8 + 16 + 3 * 16 * 32 + 2 * 16)
-    forward = 2 * (2 * 8 * layers + 2 * 4 * 16 * 64) + 2 * 2 * (2 * 2 * 8 * 8 * 8)
+    weights, attention = 2 * (2 * 8 * layers + 2 * 4 * 16 * 64), 2 * 2 * (2 * 2 * 8 * 8 * 8)
     for experiment, rank, times in [("sft", 0, 3), ("sft", 4, 2), ("dpo", 0, 3)]:
         case = programs.Case(experiment, "tiny", rows=2, prompt=4, response=4, lora_rank=rank)
-        assert programs.build(case, jax.eval_shape).flops == times * forward
+        assert programs.build(case, jax.eval_shape).flops == times * weights + 3 * attention
     case = programs.Case("ppo", "tiny", rows=2, prompt=4, response=4, minibatches=1)
-    scored = forward - 2 * 2 * 4 * 16 * 64
-    assert programs.build(case, jax.eval_shape).update_flops == 3 * (forward + scored)
+    forward, scored = weights + attention, weights + attention - 2 * 2 * 4 * 16 * 64
+    program = programs.build(case, jax.eval_shape)
+    assert program.update_flops == 3 * (forward + scored)
+    assert program.flops == forward + 2 * (forward + scored) + program.update_flops
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bytes_of_decoding_by_hand(monkeypatch, tied):
+    """Every weight for each token, but for an embedding that is looked up only; and the cache, half of it written."""
+    monkeypatch.setitem(shapes.MODELS, "tiny", TINY | {"tie_word_embeddings": tied})
+    case = programs.Case("ppo", "tiny", rows=4, prompt=4, response=8)
+    layers = 2 * (16 * 16 * 2 + 16 * 8 * 2 + 8 + 8 + 16 + 3 * 16 * 32 + 2 * 16)
+    cache = 2 * 2 * 1 * 8 * 4 * (4 + 4)  # keys and values, layers, heads, size, rows, tokens
+    assert programs.build(case, jax.eval_shape).decoded == 8 * 2 * (layers + 16 + 16 * 64 + cache)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"experiment": "dpo", "rows": 3}, "rows is 3, and answers go in pairs"),
+        ({"experiment": "reward_model", "rows": 1}, "rows is 1, and answers go in pairs"),
+        ({"experiment": "sft", "rows": 0}, "rows is 0; it must be at least 1"),
+    ],
+)
+def test_rows_that_cannot_be(flags, message):
+    with pytest.raises(UserError, match=message):
+        programs.Case(model="qwen2.5-7b", **flags)
 
 
 @pytest.mark.parametrize("work, rank", [("sft", 0), ("ppo_update", 0), ("decode", 4)])
@@ -144,6 +172,17 @@ def test_a_row_that_does_not_fit_is_said_and_the_next_one_is_timed(monkeypatch, 
         None, "does not fit the device's memory", None
     ]  # fmt: skip
     assert all(command[-3:] == ["--peak", "2.0", "4.0"] for command in commands[1:])
+
+
+def test_the_device_is_measured_alone_or_first(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        accelerator, "apart", lambda cfg, work, **more: asked.append(work) or {"error": "does not fit"}
+    )
+    with pytest.raises(UserError, match="two matrices of 16384 rows do not fit"):
+        accelerator.main(accelerator.Config(work=("device", "sft")))
+    assert accelerator.main(accelerator.Config(models=("qwen2.5-7b",), work=("device", "sft"), peak=(1.0, 1.0))) == {}
+    assert asked == ["device", "sft"]
 
 
 def test_an_unknown_shape_is_told_before_anything_is_timed():
