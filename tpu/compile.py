@@ -30,6 +30,9 @@ from rlhf_jax.log import run_main
 from rlhf_jax.sharding import batch_shardings, make_mesh, shardings
 from rlhf_jax.train import HEAD_CHUNK
 
+# What was compiled for devices that are not there cannot be read back.
+jax.config.update("jax_enable_compilation_cache", False)
+
 
 @dataclass(frozen=True)
 class Config(Case):

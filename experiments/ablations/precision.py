@@ -20,7 +20,7 @@ import numpy as np
 from experiments import ppo, reward_model, sft
 from experiments.ppo import PPO
 from experiments.reward_model import RewardModel
-from experiments.setting import PrecisionName, Source, load_setting, on_mesh
+from experiments.setting import PRECISIONS, PrecisionName, Source, load_setting, on_mesh
 from experiments.sft import SFT
 from rlhf_jax import checkpoint
 from rlhf_jax.errors import at_least
@@ -128,8 +128,14 @@ def crossed(cfg: Config, run_dir: Path) -> str:
             utilities = []
             for seed in seeds:
                 setting = load_setting(replace(cfg, seed=seed, precision=sampled))
-                init = jax.jit(Transformer(setting.model).init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
-                params = checkpoint.restore(run_dir / f"{trained}-{seed}", "sft_epochs", cfg.sft.steps, like=init)
+                init, like = (
+                    jax.jit(Transformer(replace(setting.model, precision=PRECISIONS[name])).init)(
+                        jax.random.key(0), jnp.zeros((1, 8), jnp.int32)
+                    )
+                    for name in (sampled, trained)
+                )
+                params = checkpoint.restore(run_dir / f"{trained}-{seed}", "sft_epochs", cfg.sft.steps, like=like)
+                params = jax.tree.map(lambda x, as_sampled: x.astype(as_sampled.dtype), params, init)
                 sample = sft.make_sampler(setting, params["params"], seed)
                 utilities.append(setting.judge(setting.prompts, sample(setting.prompts, 0)))
             errors = np.array([values.std(ddof=1) / np.sqrt(len(values)) for values in utilities])
@@ -155,7 +161,7 @@ def main(cfg: Config) -> dict[str, float]:
             for precision in cfg.precisions
         }
         text = table(cfg, found)
-        if cfg.model is None:
+        if cfg.model is None and not cfg.sft.lora_rank:
             text += "\n" + crossed(cfg, run.dir)
         if run.first:
             (run.dir / "table.md").write_text(text, encoding="utf-8")
