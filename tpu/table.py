@@ -19,10 +19,12 @@ CASES = (
     Case("ppo", "qwen3-0.6b", topology="v5e:4x4"),
     Case("ppo", "qwen3-0.6b", topology="v5e:4x4", mesh="fsdp=4,tensor=4"),
     Case("ppo", "qwen3-0.6b", topology="v5e:4x4", mesh="fsdp=4,tensor=4", lora_rank=16),
+    Case("ppo", "qwen3-0.6b", topology="v5e:4x4", mesh="data=2,tensor=8"),
     Case("sft", "llama3-8b", topology="v5e:8x16", rows=128),
     Case("sft", "llama3-8b", topology="v5e:8x16", mesh="fsdp=32,tensor=4"),
     Case("ppo", "llama3-8b", topology="v5e:8x16", mesh="fsdp=32,tensor=4"),
     Case("ppo", "llama3-8b", topology="v6e:4x8", mesh="fsdp=8,tensor=4", lora_rank=16),
+    Case("ppo", "llama3-8b", topology="v6e:4x8", mesh="data=4,tensor=8", lora_rank=16),
 )
 
 
