@@ -20,7 +20,7 @@ import numpy as np
 from experiments import ppo, reward_model, sft
 from experiments.ppo import PPO
 from experiments.reward_model import RewardModel
-from experiments.setting import PRECISIONS, PrecisionName, Source, load_setting, on_mesh
+from experiments.setting import PrecisionName, Source, load_setting, on_mesh
 from experiments.sft import SFT
 from rlhf_jax import checkpoint
 from rlhf_jax.errors import at_least
@@ -122,25 +122,25 @@ def table(cfg: Config, found: dict[str, list[dict[str, float]]]) -> str:
 def crossed(cfg: Config, run_dir: Path) -> str:
     """Markdown: SFT's true utility on PPO's prompts, as it was trained and as it is sampled from."""
     lines = ["| trained in | sampled in | true utility of SFT, each seed | standard error |", "|---|---|---|---|"]
-    seeds = range(cfg.seed, cfg.seed + cfg.seeds)
-    for trained in cfg.precisions:
-        for sampled in cfg.precisions:
-            utilities = []
-            for seed in seeds:
-                setting = load_setting(replace(cfg, seed=seed, precision=sampled))
-                init, like = (
-                    jax.jit(Transformer(replace(setting.model, precision=PRECISIONS[name])).init)(
-                        jax.random.key(0), jnp.zeros((1, 8), jnp.int32)
-                    )
-                    for name in (sampled, trained)
-                )
-                params = checkpoint.restore(run_dir / f"{trained}-{seed}", "sft_epochs", cfg.sft.steps, like=like)
-                params = jax.tree.map(lambda x, as_sampled: x.astype(as_sampled.dtype), params, init)
-                sample = sft.make_sampler(setting, params["params"], seed)
-                utilities.append(setting.judge(setting.prompts, sample(setting.prompts, 0)))
-            errors = np.array([values.std(ddof=1) / np.sqrt(len(values)) for values in utilities])
-            means = listed(np.array([values.mean() for values in utilities]))
-            lines.append(f"| {trained} | {sampled} | {means} | {errors.max():.2g} |")
+    found: dict[tuple[str, str], list[np.ndarray]] = {(t, s): [] for t in cfg.precisions for s in cfg.precisions}
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        settings = {name: load_setting(replace(cfg, seed=seed, precision=name)) for name in cfg.precisions}
+        likes = {
+            name: jax.jit(Transformer(setting.model).init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+            for name, setting in settings.items()
+        }
+        for trained, sampled in found:
+            stored = checkpoint.restore(
+                run_dir / f"{trained}-{seed}", "sft_epochs", cfg.sft.steps, like=likes[trained]
+            )["params"]
+            params = jax.tree.map(lambda x, like: x.astype(like.dtype), stored, likes[sampled]["params"])
+            setting = settings[sampled]
+            answers = sft.make_sampler(setting, params, seed)(setting.prompts, 0)
+            found[trained, sampled].append(setting.judge(setting.prompts, answers))
+    for (trained, sampled), utilities in found.items():
+        errors = [values.std(ddof=1) / np.sqrt(len(values)) for values in utilities]
+        means = listed(np.array([values.mean() for values in utilities]))
+        lines.append(f"| {trained} | {sampled} | {means} | {max(errors):.2g} |")
     return "\n".join(lines) + "\n"
 
 

@@ -226,9 +226,14 @@ def test_the_ablation_samples_each_sft_in_each_precision(small_world, monkeypatc
         precision, "load_setting", lambda source: load(source)._replace(judge=lambda *_: np.full(4, next(judged)))
     )
     table = precision.crossed(cfg, tmp_path)
-    assert [(seed, one) for seed, _, one in asked[:2] + asked[4:6]] == [(seed, one) for seed, _, one in expected]
-    assert [sampled for _, sampled, _ in asked] == [False, False, True, True] * 2
+    # For each seed: trained in float32 and sampled in both, then trained in mixed precision.
+    assert [seed for seed, _, _ in asked] == [0] * 4 + [1] * 4
+    assert [sampled for _, sampled, _ in asked] == [False, True, False, True] * 2
+    params = {(seed, mixed): one for seed, mixed, one in expected}
+    assert [one for _, _, one in asked] == [
+        params[seed, mixed] for seed in (0, 1) for mixed in (False, False, True, True)
+    ]
     assert table.splitlines()[2:] == [
-        "| float32 | float32 | 0, 1 | 0 |", "| float32 | mixed | 2, 3 | 0 |",
-        "| mixed | float32 | 4, 5 | 0 |", "| mixed | mixed | 6, 7 | 0 |",
+        "| float32 | float32 | 0, 4 | 0 |", "| float32 | mixed | 1, 5 | 0 |",
+        "| mixed | float32 | 2, 6 | 0 |", "| mixed | mixed | 3, 7 | 0 |",
     ]  # fmt: skip
