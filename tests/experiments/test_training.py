@@ -13,7 +13,7 @@ from experiments.ablations import precision
 from experiments.training import SkippedSteps, make_optimizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run
-from rlhf_jax.models import MIXED
+from rlhf_jax.models import BFLOAT16, MIXED
 from rlhf_jax.optimizers import adafactor, adamw, muon
 from rlhf_jax.sampling import generate
 from rlhf_jax.train import make_train_step
@@ -205,11 +205,18 @@ def test_the_ablation_compares_runs_of_the_same_seed(small_world, monkeypatch, t
 
 
 def test_the_ablation_samples_each_sft_in_each_precision(small_world, monkeypatch, tmp_path):
-    cfg = precision.Config(seeds=2, stages=("sft",), sft=sft.SFT(steps=1, batch_size=4), run_dir=str(tmp_path))
+    """The two have weights of different types, so that neither is read as the other."""
+    cfg = precision.Config(
+        precisions=("float32", "bfloat16"),
+        seeds=2,
+        stages=("sft",),
+        sft=sft.SFT(steps=1, batch_size=4),
+        run_dir=str(tmp_path),
+    )
     asked = []
 
     def make_sampler(setting, params, seed):
-        asked.append((seed, setting.model.precision == MIXED, np.asarray(params["embedding"])[5, 5].item()))
+        asked.append((seed, setting.model.precision == BFLOAT16, np.asarray(params["embedding"])[5, 5].item()))
         return lambda prompts, number: prompts
 
     expected = []
@@ -218,7 +225,7 @@ def test_the_ablation_samples_each_sft_in_each_precision(small_world, monkeypatc
             source = replace(cfg, seed=seed, precision=trained)
             with Run(tmp_path / f"{trained}-{seed}", source) as run:
                 params = sft.train(cfg.sft, setting.load_setting(source), run, seed)[-1]
-            expected.append((seed, trained == "mixed", np.asarray(params["embedding"])[5, 5].item()))
+            expected.append((seed, trained == "bfloat16", np.asarray(params["embedding"])[5, 5].item()))
     monkeypatch.setattr(sft, "make_sampler", make_sampler)
     judged = iter(np.arange(8.0))
     load = precision.load_setting
@@ -226,14 +233,13 @@ def test_the_ablation_samples_each_sft_in_each_precision(small_world, monkeypatc
         precision, "load_setting", lambda source: load(source)._replace(judge=lambda *_: np.full(4, next(judged)))
     )
     table = precision.crossed(cfg, tmp_path)
-    # For each seed: trained in float32 and sampled in both, then trained in mixed precision.
+    # For each seed: trained in float32 and sampled in both, then trained in bfloat16.
     assert [seed for seed, _, _ in asked] == [0] * 4 + [1] * 4
     assert [sampled for _, sampled, _ in asked] == [False, True, False, True] * 2
-    params = {(seed, mixed): one for seed, mixed, one in expected}
-    assert [one for _, _, one in asked] == [
-        params[seed, mixed] for seed in (0, 1) for mixed in (False, False, True, True)
-    ]
+    params = {(seed, half): one for seed, half, one in expected}
+    trained = [params[seed, half] for seed in (0, 1) for half in (False, False, True, True)]
+    np.testing.assert_allclose([one for _, _, one in asked], trained, rtol=2**-8)
     assert table.splitlines()[2:] == [
-        "| float32 | float32 | 0, 4 | 0 |", "| float32 | mixed | 1, 5 | 0 |",
-        "| mixed | float32 | 2, 6 | 0 |", "| mixed | mixed | 3, 7 | 0 |",
+        "| float32 | float32 | 0, 4 | 0 |", "| float32 | bfloat16 | 1, 5 | 0 |",
+        "| bfloat16 | float32 | 2, 6 | 0 |", "| bfloat16 | bfloat16 | 3, 7 | 0 |",
     ]  # fmt: skip
