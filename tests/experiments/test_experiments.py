@@ -158,12 +158,15 @@ def run_iteration(**changes):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_first_ratio_is_exactly_one_and_the_rewards_are_those_of_the_parts(temperature):
+def test_the_first_ratio_is_one_and_the_rewards_are_those_of_the_parts(temperature):
     cfg, config, frozen, iteration, state = run_iteration(temperature=temperature)
     prompts, completions = iteration.rollout(state, frozen, jax.random.key(0))
     experience, metrics = iteration.score(state, frozen, prompts, completions)
     _, update_metrics = iteration.update(state, frozen, experience, jax.random.key(1))
-    assert float(update_metrics["ratio"]) == 1.0 and float(update_metrics["clip_fraction"]) == 0.0
+    # Scoring and update are two programs, which round differently where XLA fuses them differently: a few units in
+    # the last place of a log-probability of about 3. A temperature that one of them forgot would be 0.1 and more.
+    np.testing.assert_allclose(update_metrics["ratio"], 1.0, rtol=2e-6)
+    assert float(update_metrics["clip_fraction"]) == 0.0
     np.testing.assert_allclose(metrics["kl_k1"], 0.0, atol=1e-6)
     # By hand: the reward model's value at the last token, on that token, or the rule for answers without an end.
     model = ScalarModel(config)
