@@ -25,29 +25,25 @@ from experiments import pipeline, sft
 from experiments.adapters import split
 from experiments.pairs import Answer, Batch, Examples, Pairs, lay_out, mismatch, paired, singly, width
 from experiments.reward_model import agreement, in_batches
-from experiments.setting import Comparisons, Setting, Source, announce, load_setting, on_mesh
+from experiments.setting import Comparisons, Setting, Source, announce, load_setting
 from experiments.sft import SFT
 from experiments.text import read_unpaired
 from experiments.training import SkippedSteps, Training, check_parts, counts_of, in_place, make_optimizer, save_due
 from rlhf_jax.batches import PackedRankings, Rankings, Tokens
+from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.data.preferences import packed_logprobs, stack_packed
 from rlhf_jax.data.tokens import join
 from rlhf_jax.diagnostics import distinct_n, duplicate_share
 from rlhf_jax.errors import UserError, at_least
-from rlhf_jax.log import Run, run_main
+from rlhf_jax.log import Run
 from rlhf_jax.losses import dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 from rlhf_jax.masking import masked_mean
 from rlhf_jax.models import ModelConfig, Transformer, with_lora
 from rlhf_jax.report import write_report
-from rlhf_jax.sharding import place
-from rlhf_jax.train import (
-    Metrics,
-    Params,
-    answer_logprobs,
-    make_state,
-    make_train_step,
-    response_logprobs,
-)
+from rlhf_jax.scoring import answer_logprobs, response_logprobs
+from rlhf_jax.sharding import shard_params
+from rlhf_jax.train import make_state, make_train_step
+from rlhf_jax.types import Metrics, Params
 
 BETAS = {"dpo": 0.1, "ipo": 0.03, "simpo": 2.0, "orpo": 3.0, "kto": 0.1}
 """The β of each loss unless it is told another: of those tried in the controlled world (results/dpo.md)."""
@@ -292,7 +288,7 @@ def train(
     """
     model = Transformer(setting.model)
     run.say(f"{cfg.loss}: β {cfg.beta_used:g}, learning rate {cfg.learning_rate:g}")
-    frozen, own = place(split(cfg, jax.random.key(seed + 5), sft_params))
+    frozen, own = shard_params(split(cfg, jax.random.key(seed + 5), sft_params))
     reference = frozen if cfg.lora_rank else own
     state = make_state(model, own, make_optimizer(cfg, cfg.steps))
     train_step = make_step(cfg, setting.model)

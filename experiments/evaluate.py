@@ -25,7 +25,8 @@ import numpy as np
 
 from experiments import suites
 from experiments.inference import Answers, Loaded, answer, load, logprobs, rewards
-from experiments.setting import ANSWER_LENGTH, on_mesh
+from experiments.setting import ANSWER_LENGTH
+from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.data.rejects import Place
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.evaluate import (
@@ -38,7 +39,7 @@ from rlhf_jax.evaluate import (
     wilson_interval,
     win_rate,
 )
-from rlhf_jax.log import Run, run_main
+from rlhf_jax.log import Run
 from rlhf_jax.rewards import ifeval, math
 from rlhf_jax.rewards.judge import Judge, both_orders, comparison
 from rlhf_jax.simulation.world import draw_problems, is_exact, utilities

@@ -14,8 +14,8 @@ from rlhf_jax.data.tokens import pad_prompts, pad_sequences
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, load_hf
 from rlhf_jax.sampling import generate
-from rlhf_jax.sharding import hf_shardings, place_batch, to_host
-from rlhf_jax.train import response_rewards, token_scores
+from rlhf_jax.scoring import response_rewards, token_scores
+from rlhf_jax.sharding import hf_shardings, shard_batch, to_host
 
 Ids = Sequence[int]
 SHORTEST = 16
@@ -87,7 +87,7 @@ def answer(
     for number, (rows, real, width) in enumerate(batches(lengths, batch_size, model.config.max_length)):
         some = pad_prompts([prompts[row] for row in rows], length=width, pad_id=model.pad_id)
         completions = generate(
-            transformer, model.params, *place_batch((jnp.asarray(some.tokens), jnp.asarray(some.mask))),
+            transformer, model.params, *shard_batch((jnp.asarray(some.tokens), jnp.asarray(some.mask))),
             jax.random.fold_in(jax.random.key(seed), number),
             max_new_tokens=max_new_tokens, temperature=temperature, eos_id=model.eos_id, pad_id=model.pad_id,
         )  # fmt: skip
@@ -123,5 +123,5 @@ def _score(score: Any, model: Loaded, pairs: Sequence[tuple[Ids, Ids]], batch_si
     lengths = [len(prompt) + len(response) for prompt, response in pairs]
     for rows, real, width in batches(lengths, batch_size, model.config.max_length):
         tokens = pad_sequences([pairs[row] for row in rows], length=width, pad_id=model.pad_id)
-        found[rows[:real]] = to_host(score(model.params, place_batch(tokens)))[:real]
+        found[rows[:real]] = to_host(score(model.params, shard_batch(tokens)))[:real]
     return found

@@ -20,12 +20,13 @@ import numpy as np
 from experiments import ppo, reward_model, sft
 from experiments.ppo import PPO
 from experiments.reward_model import RewardModel
-from experiments.setting import Setting, Source, announce, load_setting, on_mesh
+from experiments.setting import Setting, Source, announce, load_setting
 from experiments.sft import SFT
 from rlhf_jax.batches import Completions, Prompts, Tokens
+from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.data.tokens import join
 from rlhf_jax.evaluate import win_rate
-from rlhf_jax.log import Run, count_compilations, run_main
+from rlhf_jax.log import Run, count_compilations
 from rlhf_jax.models import (
     ModelCard,
     merge_lora,

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from experiments import reward_model, sft
 from experiments.adapters import split
 from experiments.reward_model import RewardModel
-from experiments.setting import Setting, Source, announce, keep_freed_memory, load_setting, on_mesh
+from experiments.setting import Setting, Source, announce, keep_freed_memory, load_setting
 from experiments.sft import SFT
 from experiments.training import (
     SkippedSteps,
@@ -40,30 +40,22 @@ from experiments.training import (
 )
 from rlhf_jax.advantages import gae
 from rlhf_jax.batches import Completions, Experience, Prompts, Tokens
+from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.data.tokens import join, take
 from rlhf_jax.diagnostics import explained_variance
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.hosts import from_first
 from rlhf_jax.kl import adaptive_beta, kl_k1, kl_k2, kl_k3, kl_shaped_rewards
-from rlhf_jax.log import Run, count_compilations, run_main
+from rlhf_jax.log import Run, count_compilations
 from rlhf_jax.losses import ppo_clip_loss, value_clip_loss
 from rlhf_jax.masking import masked_mean, masked_sum, masked_whiten
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, merge_lora, split_lora, with_lora
 from rlhf_jax.sampling import generate
-from rlhf_jax.sharding import check_rows, place, place_batch, to_host
-from rlhf_jax.train import (
-    Metrics,
-    Params,
-    make_state,
-    make_train_step,
-    ppo_update,
-    response_logprobs,
-    response_rewards,
-    sft_objective,
-    token_scores,
-    token_values,
-)
+from rlhf_jax.scoring import response_logprobs, response_rewards, sft_objective, token_scores, token_values
+from rlhf_jax.sharding import check_rows, shard_batch, shard_params, to_host
+from rlhf_jax.train import make_state, make_train_step, ppo_update
+from rlhf_jax.types import Metrics, Params
 
 
 @dataclass(frozen=True)
@@ -154,13 +146,13 @@ def prepare(
     """
     if not cfg.lora_rank:
         frozen = Frozen(sft_params, merge_lora(reward_params), setting.prompts, setting.demonstrations)
-        return sft_params, place(frozen)
+        return sft_params, shard_params(frozen)
     trunk, policy = split(cfg, key, sft_params)
     _, adapter = split_lora(reward_params["trunk"])
     if not adapter:
         raise UserError("PPO with a lora-rank needs a reward model on its trunk: set --reward-model.lora-rank too")
     reward_model = {"trunk": adapter, "head": reward_params["head"]}
-    return policy, place(Frozen({}, reward_model, setting.prompts, setting.demonstrations, trunk))
+    return policy, shard_params(Frozen({}, reward_model, setting.prompts, setting.demonstrations, trunk))
 
 
 def init_state(cfg: PPO, model: ModelConfig, policy: Params, reward_params: Params, *, beta: Any = None) -> State:
@@ -169,7 +161,7 @@ def init_state(cfg: PPO, model: ModelConfig, policy: Params, reward_params: Para
     return State(
         make_state(Transformer(model), policy, optimizer),
         make_state(ScalarModel(model), reward_params, optimizer),
-        place(jnp.asarray(cfg.beta if beta is None else beta, jnp.float32)),
+        shard_params(jnp.asarray(cfg.beta if beta is None else beta, jnp.float32)),
     )
 
 
@@ -183,7 +175,7 @@ def make_iteration(cfg: PPO, config: ModelConfig, *, max_new_tokens: int, eos_id
     def rollout(state: State, frozen: Frozen, key: PRNGKeyArray) -> tuple[Prompts, Completions]:
         prompts_key, sample_key = jax.random.split(key)
         rows = jax.random.randint(prompts_key, (cfg.responses,), 0, len(frozen.prompts.row))
-        prompts = place_batch(take(frozen.prompts, rows))
+        prompts = shard_batch(take(frozen.prompts, rows))
         completions = generate(
             model, with_lora(frozen.trunk, state.policy.params), prompts.tokens, prompts.mask, sample_key,
             max_new_tokens=max_new_tokens, temperature=cfg.temperature, eos_id=eos_id, pad_id=pad_id,

@@ -20,7 +20,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from experiments import sft
 from experiments.adapters import Dropping, in_training, split
-from experiments.setting import Comparisons, Setting, Source, announce, load_setting, on_mesh
+from experiments.setting import Comparisons, Setting, Source, announce, load_setting
 from experiments.sft import SFT
 from experiments.training import (
     SkippedSteps,
@@ -33,16 +33,18 @@ from experiments.training import (
     save_due,
 )
 from rlhf_jax.batches import PackedRankings, Rankings, Tokens
+from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.data.preferences import packed_rewards, stack_packed
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import at_least
 from rlhf_jax.evaluate import calibration, length_baseline, preference_accuracy
-from rlhf_jax.log import Run, run_main
+from rlhf_jax.log import Run
 from rlhf_jax.losses import ranking_loss
 from rlhf_jax.losses.reward_model import ranking_counts
 from rlhf_jax.models import ModelConfig, ScalarModel, from_language_model, with_lora
-from rlhf_jax.sharding import place, place_batch, to_host
-from rlhf_jax.train import make_state, make_train_step, response_rewards, token_values
+from rlhf_jax.scoring import response_rewards, token_values
+from rlhf_jax.sharding import shard_batch, shard_params, to_host
+from rlhf_jax.train import make_state, make_train_step
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def in_batches(function: Callable[[Any, Tokens], Array], batch_size: int):
         count = len(tokens.mask)
         size = min(batch_size, count)
         starts = range(0, count, size)
-        parts = [compiled(params, place_batch(take(tokens, np.arange(s, s + size) % count))) for s in starts]
+        parts = [compiled(params, shard_batch(take(tokens, np.arange(s, s + size) % count))) for s in starts]
         return np.concatenate(to_host(parts))[:count]
 
     return score
@@ -136,11 +138,11 @@ def train(
 ) -> tuple[Any, dict[str, float]]:
     """Trains; returns the shifted parameters, adapters over the SFT's weights if asked for, and the final metrics."""
     model = ScalarModel(setting.model)
-    params = from_language_model(place(sft_params), jax.random.key(seed + 1), setting.model)
+    params = from_language_model(shard_params(sft_params), jax.random.key(seed + 1), setting.model)
     prompts = len(comparisons.train.ranks)
     steps_an_epoch = max(1, prompts // cfg.prompts_per_step)
     steps = cfg.epochs * steps_an_epoch
-    frozen, own = place(split(cfg, jax.random.key(seed + 3), params))
+    frozen, own = shard_params(split(cfg, jax.random.key(seed + 3), params))
     state = make_state(model, own, make_optimizer(cfg, steps))
 
     check_parts(cfg, min(prompts, cfg.prompts_per_step), "prompts")

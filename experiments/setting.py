@@ -8,7 +8,6 @@ import ctypes
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any, Literal, NamedTuple
 
 import grain
@@ -22,10 +21,8 @@ from rlhf_jax.data.rejects import OnBadRow, Rejects
 from rlhf_jax.data.sample import sample
 from rlhf_jax.data.tokens import join, pack_sequences, pad_prompts, pad_sequences, take
 from rlhf_jax.errors import UserError, at_least
-from rlhf_jax.hosts import many
 from rlhf_jax.log import Run
 from rlhf_jax.models import BFLOAT16, FLOAT32, MIXED, ModelConfig, Precision
-from rlhf_jax.sharding import make_mesh
 from rlhf_jax.simulation import Annotators, Demonstrators, agreement_rate, calibrate_noise, ceiling
 from rlhf_jax.simulation.world import Problem, draw_problems, make_tokenizer, utilities
 
@@ -145,19 +142,6 @@ class Source:
     """Real text: tokens of prompt and response together. Longer prompts lose their beginning."""
     max_new_tokens: int = 32
     """Real text: the longest answer that is sampled."""
-
-
-def on_mesh(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """main(cfg) with the mesh of `cfg.mesh` set, on which everything then places itself."""
-
-    @wraps(main)
-    def placed(cfg: Any) -> Any:
-        if cfg.mesh is None and not many():
-            return main(cfg)
-        with jax.set_mesh(make_mesh(cfg.mesh or "")):
-            return main(cfg)
-
-    return placed
 
 
 def load_setting(source: Source) -> Setting:

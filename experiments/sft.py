@@ -18,7 +18,7 @@ from flax.training.train_state import TrainState
 from jaxtyping import PRNGKeyArray
 
 from experiments.adapters import Dropping, in_training, split
-from experiments.setting import Setting, Source, announce, load_setting, on_mesh
+from experiments.setting import Setting, Source, announce, load_setting
 from experiments.training import (
     SkippedSteps,
     Training,
@@ -32,14 +32,16 @@ from experiments.training import (
 )
 from rlhf_jax import checkpoint
 from rlhf_jax.batches import Completions, Prompts
+from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import at_least
 from rlhf_jax.hosts import from_first
-from rlhf_jax.log import Run, run_main
+from rlhf_jax.log import Run
 from rlhf_jax.models import ModelConfig, Transformer, merge_lora, with_lora
 from rlhf_jax.sampling import generate
-from rlhf_jax.sharding import create, place, place_batch, to_host
-from rlhf_jax.train import make_state, make_train_step, sft_objective
+from rlhf_jax.scoring import sft_objective
+from rlhf_jax.sharding import create, shard_batch, shard_params, to_host
+from rlhf_jax.train import make_state, make_train_step
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def make_sampler(setting: Setting, params: Any, seed: int, *, batch_size: int = 
         for start in range(0, count, size):
             rows = np.arange(start, start + size) % count  # the last batch is filled up from the beginning
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), start)
-            some = place_batch(jax.tree.map(jnp.asarray, take(prompts, rows)))
+            some = shard_batch(jax.tree.map(jnp.asarray, take(prompts, rows)))
             completions = generate(
                 model, params, some.tokens, some.mask, key,
                 max_new_tokens=setting.max_new_tokens, temperature=1.0, eos_id=setting.eos_id, pad_id=setting.pad_id,
@@ -128,7 +130,7 @@ def train(cfg: SFT, setting: Setting, run: Run, seed: int) -> list[Any]:
     params = setting.params
     if params is None:
         params = create(lambda: model.init(key, jnp.zeros((1, 8), jnp.int32))["params"])
-    frozen, own = place(split(cfg, jax.random.fold_in(key, 1), params))
+    frozen, own = shard_params(split(cfg, jax.random.fold_in(key, 1), params))
     state = make_state(model, own, make_optimizer(cfg, cfg.steps))
     train_step = make_step(cfg, setting.model, jax.random.fold_in(key, 2))
     validation_loss = make_validation_loss(setting)

@@ -14,7 +14,7 @@ from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.hosts import gather
 from rlhf_jax.log import Run
 from rlhf_jax.optimizers import adafactor, adamw, constant, cosine_decay, linear_decay, muon
-from rlhf_jax.sharding import check_rows, host_share, place_batch, place_share, to_host
+from rlhf_jax.sharding import check_rows, host_share, shard_batch, shard_host_rows, to_host
 from rlhf_jax.train import Counts, microbatches
 
 OPTIMIZERS = {"adamw": adamw, "adafactor": adafactor, "muon": muon}
@@ -113,7 +113,7 @@ def parts_of(cfg: Training, batch: Any, *, share: bool = False) -> Any:
 
 def in_place(cfg: Training, parts: Any, *, share: bool = False) -> Any:
     """What `parts_of` gives, its rows over the mesh."""
-    return (place_share if share else place_batch)(parts, axis=int(cfg.accumulate > 1))
+    return (shard_host_rows if share else shard_batch)(parts, axis=int(cfg.accumulate > 1))
 
 
 def data_state(batches: Any) -> Any:

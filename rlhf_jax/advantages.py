@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from rlhf_jax.kl import ScalarLike
+from rlhf_jax.types import ScalarLike
 
 
 def gae(

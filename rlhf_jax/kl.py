@@ -3,10 +3,9 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool, Float
 
-ScalarLike = float | int | Num[Array, ""]
-"""A hyperparameter: a number, or a traced scalar under a schedule or a vmapped sweep."""
+from rlhf_jax.types import ScalarLike
 
 
 def kl_k1(logprobs: Float[Array, "B T"], ref_logprobs: Float[Array, "B T"]) -> Float[Array, "B T"]:

@@ -1,20 +1,15 @@
-"""A run's folder (config, metrics, TensorBoard events, status), its progress on screen, how a program ends.
+"""A run's folder (config, metrics, TensorBoard events, status), its progress on screen.
 
 with Run(cfg.run_dir, cfg, name="sft", resume=cfg.resume) as run:
     for step in run.progress("sft", range(cfg.steps), show=("loss",)):
         ...
         run.log("sft", step + 1, metrics)
-
-if __name__ == "__main__":
-    run_main(main, Config)
 """
 
 import dataclasses
-import errno
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,26 +19,21 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from rlhf_jax import checkpoint
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts import fail, first, from_first, leave, many, start
+from rlhf_jax.hosts import first, from_first
 from rlhf_jax.metrics import Events, MetricsFile
 from rlhf_jax.signals import Preempted, Signals
 
 Item = TypeVar("Item")
-ConfigT = TypeVar("ConfigT")
 Tree = TypeVar("Tree")
 
 PLAIN_LINES = 10
 """Lines that a stage prints where there is no terminal to draw a bar on."""
-NOT_A_BUG = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
-INTERRUPTED = 130
-"""What a shell expects of a program that Ctrl-C ended: 128 + SIGINT."""
 
 
 class Run:
@@ -231,7 +221,7 @@ class Run:
             _write_json(self.dir / name, value)
 
     def _compare(self, config: dict[str, Any]) -> None:
-        before = _read_json(self.dir / "config.json")
+        before = read_json(self.dir / "config.json")
         if not before:
             self.warn(f"{self.dir / 'config.json'} cannot be read; going on with the flags given now")
         old, new = _flat(before), _flat(config)
@@ -256,53 +246,7 @@ def count_compilations() -> Iterator[Callable[[], int]]:
         jax.monitoring.unregister_event_duration_listener(listener)
 
 
-def run_main(main: Callable[[ConfigT], Any], config: type[ConfigT]) -> None:
-    """The entry point of an experiment: flags from the command line, then `main(cfg)`.
-
-    With --resume, flags that are not given are those that the run was started with. What the user can put right ends
-    in one line and exit code 2, Ctrl-C in exit code 130, SIGTERM in 143, without traceback. Where there is a
-    flag --hosts, the process joins those that it was started with, if any, before `main` (`hosts.start`).
-    """
-    try:
-        cfg = tyro.cli(config)
-        run_dir = getattr(cfg, "run_dir", None)
-        if run_dir and getattr(cfg, "resume", False):
-            saved = _read_json(Path(run_dir) / "config.json")
-            saved.pop("hosts", None)
-            cfg = tyro.cli(config, default=_with_saved(config(), saved))
-        if hasattr(cfg, "hosts"):
-            start(cfg.hosts)
-        main(cfg)
-    except KeyboardInterrupt:
-        leave(INTERRUPTED)
-    except UserError as error:
-        message = str(error)
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in NOT_A_BUG:
-            message = f"{error.strerror}: {error.filename or 'while writing'}"
-        elif many():
-            fail(error)
-        else:
-            raise
-    else:
-        return
-    print(f"error: {message}", file=sys.stderr)
-    leave(2)
-
-
-def _with_saved(cfg: ConfigT, saved: Mapping[str, Any]) -> ConfigT:
-    """A config with the values that a config.json holds; what it lacks, and what is not a field any more, stays."""
-    changes: dict[str, Any] = {}
-    for field in dataclasses.fields(cfg):  # type: ignore[arg-type]
-        if field.name in saved:
-            value, own = saved[field.name], getattr(cfg, field.name)
-            if dataclasses.is_dataclass(own):
-                value = _with_saved(own, value if isinstance(value, dict) else {})
-            changes[field.name] = tuple(value) if isinstance(value, list) else value
-    return dataclasses.replace(cfg, **changes)  # type: ignore[type-var]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in a file; {} where there is none that can be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -10,8 +10,8 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from rlhf_jax.axes import constrain, parts
-from rlhf_jax.kl import ScalarLike
 from rlhf_jax.masking import masked_sum
+from rlhf_jax.types import ScalarLike
 
 
 def token_logprobs(logits: Float[Array, "*shape V"], targets: Int[Array, "*shape"]) -> Float[Array, "*shape"]:

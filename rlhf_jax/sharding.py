@@ -3,7 +3,7 @@
     with jax.set_mesh(make_mesh("fsdp=8,tensor=4")):
         params = create(lambda: model.init(key, tokens)["params"])     # never whole on one device
         state = make_state(model, params, optimizer)
-        state, metrics = train_step(state, place_batch(batch))
+        state, metrics = train_step(state, shard_batch(batch))
 
 Under `jit` a mean over a sharded batch is already global: no loss has a collective. Vectors (norms, scalar heads) and
 what the mesh does not divide lie whole on every device; matrices are cut along "fsdp" and "tensor", batches along
@@ -103,18 +103,18 @@ def batch_shardings(mesh: Mesh | AbstractMesh, tree: Any, *, axis: int = 0) -> A
     return jax.tree.map(lambda x: NamedSharding(mesh, partition_spec(mesh.shape, np.shape(x), names)), tree)
 
 
-def place(tree: Tree) -> Tree:
+def shard_params(tree: Tree) -> Tree:
     """Parameters and states on the mesh that is set, each slice straight to its device; on the default one without."""
     mesh = current_mesh()
     return jax.device_put(tree) if mesh is None else _put(tree, mesh, shardings(mesh, tree))
 
 
-def keep(tree: Tree) -> Tree:
-    """Parameters, gradients or states inside `jit`, kept where `place` puts them; untouched without a mesh."""
-    return tree if current_mesh() is None else place(tree)
+def constrain_params(tree: Tree) -> Tree:
+    """Parameters, gradients or states inside `jit`, kept where `shard_params` puts them; untouched without a mesh."""
+    return tree if current_mesh() is None else shard_params(tree)
 
 
-def place_batch(tree: Tree, *, axis: int = 0) -> Tree:
+def shard_batch(tree: Tree, *, axis: int = 0) -> Tree:
     """A batch on the mesh that is set, in or outside of `jit`; untouched without one."""
     mesh = current_mesh()
     return tree if mesh is None else _put(tree, mesh, batch_shardings(mesh, tree, axis=axis))
@@ -139,11 +139,11 @@ def host_share() -> tuple[int, int]:
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 
-def place_share(tree: Tree, *, axis: int = 0) -> Tree:
-    """As `place_batch` for a batch of which each process has read its `host_share` only."""
+def shard_host_rows(tree: Tree, *, axis: int = 0) -> Tree:
+    """As `shard_batch` for a batch of which each process has read its `host_share` only."""
     mesh, (_, count) = current_mesh(), host_share()
     if mesh is None or count == 1:
-        return place_batch(tree, axis=axis)
+        return shard_batch(tree, axis=axis)
 
     def of_leaf(x: Any) -> jax.Array:
         shape = (*x.shape[:axis], x.shape[axis] * count, *x.shape[axis + 1 :])
@@ -185,9 +185,9 @@ def create(function: Callable[..., Tree], *args: Any) -> Tree:
     if mesh is None:
         return function(*args)
     if isinstance(mesh, AbstractMesh):
-        return place(function(*args))
+        return shard_params(function(*args))
     places = shardings(mesh, jax.eval_shape(function, *args))
-    return jax.jit(function, out_shardings=places)(*place(args))
+    return jax.jit(function, out_shardings=places)(*shard_params(args))
 
 
 def check_rows(rows: int, what: str) -> None:

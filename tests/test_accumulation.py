@@ -19,7 +19,8 @@ from rlhf_jax.data.tokens import pad_sequences
 from rlhf_jax.losses import ppo_clip_loss, ranking_loss, sft_loss, value_clip_loss
 from rlhf_jax.losses.reward_model import ranking_counts
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, from_language_model
-from rlhf_jax.train import make_train_step, microbatches, sft_objective, token_values
+from rlhf_jax.scoring import sft_objective, token_values
+from rlhf_jax.train import make_train_step, microbatches
 
 # Tokens that count in each of 8 rows: the first of four microbatches is wholly masked.
 LENGTHS = np.array([0, 0, 9, 1, 2, 12, 0, 3])

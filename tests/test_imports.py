@@ -12,11 +12,12 @@ import rlhf_jax
 
 ROOT = Path(rlhf_jax.__file__).parent
 LEVELS = (
-    {"masking", "axes"},
+    {"types", "masking", "axes"},
     {"logprobs", "kl", "advantages"},
     {"losses"},
     {"batches", "models", "sampling", "rewards", "data"},
     {
+        "scoring",
         "train",
         "sharding",
         "hosts",
@@ -32,9 +33,10 @@ LEVELS = (
         "figures",
         "optimizers",
     },
+    {"cli"},
 )
 BASES = {"jax", "jaxtyping", "rlhf_jax"} | sys.stdlib_module_names
-EQUATIONS = {"axes", "masking", "logprobs", "kl", "advantages", "losses"}
+EQUATIONS = {"types", "axes", "masking", "logprobs", "kl", "advantages", "losses"}
 MEASURE = """
 import json, sys, time
 import jax

@@ -15,8 +15,9 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from rlhf_jax import checkpoint, log
+from rlhf_jax.cli import run_main
 from rlhf_jax.errors import UserError
-from rlhf_jax.log import Run, count_compilations, run_main
+from rlhf_jax.log import Run, count_compilations
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.signals import Preempted
 
@@ -192,7 +193,8 @@ PROGRAM = """
     import time
     from dataclasses import dataclass
     from rlhf_jax.errors import UserError
-    from rlhf_jax.log import Run, run_main
+    from rlhf_jax.log import Run
+    from rlhf_jax.cli import run_main
 
     @dataclass(frozen=True)
     class Config:
@@ -290,7 +292,8 @@ STAGES = """
     import time
     from dataclasses import dataclass
     import numpy as np
-    from rlhf_jax.log import Run, run_main
+    from rlhf_jax.log import Run
+    from rlhf_jax.cli import run_main
 
     @dataclass(frozen=True)
     class Config:

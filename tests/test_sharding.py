@@ -23,15 +23,17 @@ from experiments.bench.meshes import (
     tokens,
     weights,
 )
-from experiments.setting import Source, on_mesh
+from experiments.setting import Source
 from experiments.training import Training, check_parts
 from rlhf_jax import checkpoint
 from rlhf_jax.axes import MESH_AXES
+from rlhf_jax.cli import on_mesh
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Transformer, init_cache, init_lora, load_hf, save_hf, with_dropout, with_lora
 from rlhf_jax.optimizers import adafactor, adamw, muon
-from rlhf_jax.sharding import create, current_mesh, hf_shardings, make_mesh, place, shardings
-from rlhf_jax.train import make_pmap_step, make_state, make_train_step, microbatches, sft_objective
+from rlhf_jax.scoring import sft_objective
+from rlhf_jax.sharding import create, current_mesh, hf_shardings, make_mesh, shard_params, shardings
+from rlhf_jax.train import make_pmap_step, make_state, make_train_step, microbatches
 
 MIXED = MESHES[-1]
 TRANSFORMER = Transformer(MODEL)
@@ -254,7 +256,7 @@ def test_an_adapters_dropout_is_the_same_on_a_mesh():
     expected = loss(own, 0.5)
     assert abs(expected - loss(own, 0.0)) > 1e-3
     with jax.set_mesh(make_mesh("data=2,tensor=4")):
-        np.testing.assert_allclose(loss(place(own), 0.5), expected, rtol=1e-5)
+        np.testing.assert_allclose(loss(shard_params(own), 0.5), expected, rtol=1e-5)
 
 
 def test_pmap_is_jit_with_unequal_masks():

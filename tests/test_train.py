@@ -14,13 +14,8 @@ from rlhf_jax.data.tokens import pad_sequences
 from rlhf_jax.logprobs import token_entropy, token_logprobs
 from rlhf_jax.models import ModelConfig, Transformer
 from rlhf_jax.optimizers import adamw
-from rlhf_jax.train import (
-    make_state,
-    make_train_step,
-    ppo_update,
-    response_logprobs,
-    token_scores,
-)
+from rlhf_jax.scoring import response_logprobs, token_scores
+from rlhf_jax.train import make_state, make_train_step, ppo_update
 
 CONFIG = ModelConfig(
     vocab_size=20, d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=32, rope_theta=1e4,

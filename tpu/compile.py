@@ -25,10 +25,10 @@ from experiments.bench.programs import Case, Program, build
 from experiments.bench.shapes import CHIPS, Chip
 from experiments.pairs import Batch
 from rlhf_jax.batches import Rankings, Tokens
+from rlhf_jax.cli import run_main
 from rlhf_jax.errors import UserError
-from rlhf_jax.log import run_main
+from rlhf_jax.scoring import HEAD_CHUNK
 from rlhf_jax.sharding import batch_shardings, make_mesh, shardings
-from rlhf_jax.train import HEAD_CHUNK
 
 # What was compiled for devices that are not there cannot be read back.
 jax.config.update("jax_enable_compilation_cache", False)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from compile import Config as Case
 from compile import main as compile_case
 
+from rlhf_jax.cli import run_main
 from rlhf_jax.errors import UserError
-from rlhf_jax.log import run_main
 
 CASES = (
     Case("sft", "qwen3-0.6b", topology="v5e:4x4"),

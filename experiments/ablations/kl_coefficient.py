@@ -34,9 +34,10 @@ from experiments.reward_model import RewardModel
 from experiments.setting import Setting, world_setting
 from experiments.sft import SFT
 from rlhf_jax.batches import Completions, Prompts
+from rlhf_jax.cli import run_main
 from rlhf_jax.diagnostics import gao_fit
 from rlhf_jax.errors import at_least
-from rlhf_jax.log import Run, run_main
+from rlhf_jax.log import Run
 from rlhf_jax.models import Transformer, from_language_model, with_lora
 
 CURVES = ("score", "utility", "kl_k1", "length", "entropy")

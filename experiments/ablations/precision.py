@@ -20,12 +20,13 @@ import numpy as np
 from experiments import ppo, reward_model, sft
 from experiments.ppo import PPO
 from experiments.reward_model import RewardModel
-from experiments.setting import PrecisionName, Source, load_setting, on_mesh
+from experiments.setting import PrecisionName, Source, load_setting
 from experiments.sft import SFT
 from rlhf_jax import checkpoint
+from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.errors import at_least
 from rlhf_jax.hosts import from_first
-from rlhf_jax.log import Run, run_main
+from rlhf_jax.log import Run
 from rlhf_jax.models import Transformer
 
 LAST = 5

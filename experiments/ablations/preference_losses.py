@@ -22,8 +22,9 @@ from experiments import dpo, pipeline, sft
 from experiments.dpo import DPO
 from experiments.setting import keep_freed_memory, world_setting
 from experiments.sft import SFT
+from rlhf_jax.cli import run_main
 from rlhf_jax.errors import at_least
-from rlhf_jax.log import Run, run_main
+from rlhf_jax.log import Run
 from rlhf_jax.metrics import read_metrics
 
 

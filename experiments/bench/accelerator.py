@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from experiments.bench.programs import Case, Program, build
+from rlhf_jax.cli import run_main
 from rlhf_jax.errors import UserError, at_least
-from rlhf_jax.log import run_main
 
 MODELS = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b")
 ADAPTED = {"qwen2.5-7b": 16}

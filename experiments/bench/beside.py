@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.bench import rows
+from rlhf_jax.cli import run_main
 from rlhf_jax.errors import UserError, at_least
-from rlhf_jax.log import run_main
 
 
 @dataclass(frozen=True)

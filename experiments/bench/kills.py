@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_jax import checkpoint
+from rlhf_jax.cli import run_main
 from rlhf_jax.errors import UserError, at_least
-from rlhf_jax.log import run_main
 from rlhf_jax.metrics import CLOCKS
 
 SMALL = """
 from experiments import setting, {program}
 setting.DEMONSTRATIONS, setting.COMPARED, setting.RANKED = 512, 64, 4
 setting.HELDOUT_PAIRS, setting.HELDOUT = 64, 64
-from rlhf_jax.log import run_main
+from rlhf_jax.cli import run_main
 run_main({program}.main, {program}.Config)
 """
 SFT = "--sft.steps 60 --sft.save-every 3 --sft.keep 2"

@@ -21,13 +21,14 @@ import optax
 
 from experiments import dpo, ppo
 from rlhf_jax.batches import Prompts, Tokens
+from rlhf_jax.cli import run_main
 from rlhf_jax.data.tokens import pad_sequences
 from rlhf_jax.errors import UserError
-from rlhf_jax.log import run_main
 from rlhf_jax.losses import bradley_terry_loss
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, from_language_model
-from rlhf_jax.sharding import make_mesh, place, place_batch
-from rlhf_jax.train import make_state, make_train_step, response_rewards, sft_objective
+from rlhf_jax.scoring import response_rewards, sft_objective
+from rlhf_jax.sharding import make_mesh, shard_batch, shard_params
+from rlhf_jax.train import make_state, make_train_step
 
 # Vocabulary 96, width 16, queries 32, keys 16, feed-forward 40.
 MODEL = ModelConfig(
@@ -83,7 +84,7 @@ def sft() -> tuple[Any, tuple[Any, ...]]:
     model = Transformer(MODEL)
     return make_train_step(partial(sft_objective, model)), (
         make_state(model, weights()[0], optax.sgd(1.0)),
-        place_batch(tokens(0)),
+        shard_batch(tokens(0)),
     )
 
 
@@ -94,7 +95,7 @@ def reward_model() -> tuple[Any, tuple[Any, ...]]:
     def loss_fn(params: Any, batch: Tokens) -> Any:
         return bradley_terry_loss(*jnp.split(response_rewards(model, params, batch), 2))
 
-    return make_train_step(loss_fn), (make_state(model, weights()[1], optax.sgd(1.0)), place_batch(tokens(1)))
+    return make_train_step(loss_fn), (make_state(model, weights()[1], optax.sgd(1.0)), shard_batch(tokens(1)))
 
 
 def preferences() -> tuple[Any, tuple[Any, ...]]:
@@ -104,7 +105,7 @@ def preferences() -> tuple[Any, tuple[Any, ...]]:
     batch = dpo.Batch(some, np.arange(ROWS) < ROWS // 2, some.mask.sum(axis=1), references)
     cfg = dpo.DPO(batch_size=ROWS // 2)
     state = make_state(model, weights()[0], optax.sgd(1.0))
-    return make_train_step(partial(dpo.objective, cfg, model)), (state, place_batch(batch))
+    return make_train_step(partial(dpo.objective, cfg, model)), (state, shard_batch(batch))
 
 
 def ppo_iteration() -> tuple[Any, tuple[Any, ...]]:
@@ -114,12 +115,12 @@ def ppo_iteration() -> tuple[Any, tuple[Any, ...]]:
     ids = np.random.default_rng(4).integers(4, 96, (24, 5))
     real = np.arange(5) >= np.arange(24)[:, None] % 4
     params, rewards = weights()
-    frozen = place(ppo.Frozen(params, rewards, Prompts(ids, real, np.arange(24)), tokens(3)))
+    frozen = shard_params(ppo.Frozen(params, rewards, Prompts(ids, real, np.arange(24)), tokens(3)))
     optimizer = optax.sgd(0.1)
     state = ppo.State(
         make_state(Transformer(MODEL), params, optimizer),
         make_state(ScalarModel(MODEL), rewards, optimizer),
-        place(jnp.float32(cfg.beta)),
+        shard_params(jnp.float32(cfg.beta)),
     )
     return jax.jit(iteration.whole, donate_argnums=0), (state, frozen, jax.random.key(7))
 

@@ -20,7 +20,7 @@ from experiments.adapters import split
 from experiments.ppo import PPO, Frozen
 from experiments.setting import PRECISIONS, PrecisionName
 from rlhf_jax.batches import Prompts, Tokens
-from rlhf_jax.log import run_main
+from rlhf_jax.cli import run_main
 from rlhf_jax.models import ModelConfig, Transformer, from_language_model
 
 COMMON = dict(

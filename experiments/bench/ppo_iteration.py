@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from experiments import ppo
 from experiments.ppo import PPO
 from experiments.setting import world_setting
-from rlhf_jax.log import count_compilations, run_main
+from rlhf_jax.cli import run_main
+from rlhf_jax.log import count_compilations
 from rlhf_jax.models import Transformer, from_language_model
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.bench import rows
+from rlhf_jax.cli import run_main
 from rlhf_jax.errors import at_least
-from rlhf_jax.log import run_main
 
 PARTS = {
     "projections": r"/(query|key|value|output)/",

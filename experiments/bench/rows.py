@@ -61,13 +61,8 @@ def build(row: str) -> Work:
     from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, from_language_model
     from rlhf_jax.optimizers import adamw
     from rlhf_jax.sampling import generate
-    from rlhf_jax.train import (
-        answer_logprobs,
-        make_state,
-        make_train_step,
-        response_rewards,
-        sft_objective,
-    )  # fmt: skip
+    from rlhf_jax.scoring import answer_logprobs, response_rewards, sft_objective
+    from rlhf_jax.train import make_state, make_train_step  # fmt: skip
 
     large = row == "vocabulary"
     remat: Any = row in TRAINING
@@ -209,6 +204,6 @@ def main(cfg: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    from rlhf_jax.log import run_main
+    from rlhf_jax.cli import run_main
 
     run_main(main, Config)

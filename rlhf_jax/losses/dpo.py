@@ -5,8 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Num
 
-from rlhf_jax.kl import ScalarLike
-from rlhf_jax.losses.sft import Metrics
+from rlhf_jax.types import Metrics, ScalarLike
 
 stop = jax.lax.stop_gradient
 

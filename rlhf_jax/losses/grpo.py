@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from rlhf_jax.kl import ScalarLike, kl_k3
-from rlhf_jax.losses.sft import Metrics
+from rlhf_jax.kl import kl_k3
 from rlhf_jax.masking import masked_mean
+from rlhf_jax.types import Metrics, ScalarLike
 
 
 def grpo_loss(

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from rlhf_jax.kl import ScalarLike
-from rlhf_jax.losses.sft import Metrics
 from rlhf_jax.masking import masked_mean
+from rlhf_jax.types import Metrics, ScalarLike
 
 
 def ppo_clip_loss(

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from rlhf_jax.kl import ScalarLike
-from rlhf_jax.losses.sft import Metrics
 from rlhf_jax.masking import masked_mean, masked_sum
+from rlhf_jax.types import Metrics, ScalarLike
 
 
 def bradley_terry_loss(

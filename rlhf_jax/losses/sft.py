@@ -6,8 +6,7 @@ from jaxtyping import Bool, Float, Int
 
 from rlhf_jax.logprobs import chunked_weighted_logprobs
 from rlhf_jax.masking import masked_mean
-
-Metrics = dict[str, Array]
+from rlhf_jax.types import Metrics
 
 
 def sft_loss(logprobs: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> tuple[Float[Array, ""], Metrics]:

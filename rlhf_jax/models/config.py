@@ -35,8 +35,8 @@ class ModelConfig:
     """Compute each layer's activations again in the backward pass: all of them, or those that a policy does not keep,
     such as `jax.checkpoint_policies.dots_with_no_batch_dims_saveable` (it keeps the products with weights)."""
     attention: Literal["auto", "reference", "splash", "cudnn"] = "auto"
-    """How a sequence reads itself: by the platform (`fused.way`), by XLA's own operations, or by a TPU's or a GPU's
-    kernel. A cache is always read by XLA's."""
+    """How a sequence reads itself: by the platform (`fused.attention_kernel`), by XLA's own operations, or by a TPU's
+    or a GPU's kernel. A cache is always read by XLA's."""
 
     family: str = "llama"
     """`model_type` of the checkpoint it is saved as; the decoder does not read it."""

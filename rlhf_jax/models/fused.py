@@ -17,14 +17,14 @@ from rlhf_jax.axes import on_parts, parts
 from rlhf_jax.models.attention import EVERYTHING
 from rlhf_jax.models.config import ModelConfig
 
-Way = Literal["reference", "splash", "cudnn"]
+AttentionKernel = Literal["reference", "splash", "cudnn"]
 LANES = 128
 """Splash attention's blocks are multiples of it. A shorter sequence is not worth a kernel."""
 BLOCK = 512
 """The largest block of splash attention, as MaxText has it."""
 
 
-def way(config: ModelConfig, length: int) -> Way:
+def attention_kernel(config: ModelConfig, length: int) -> AttentionKernel:
     """How a sequence of that length reads itself: `config.attention`, where "auto" goes by the platform.
 
     That is the platform of the mesh that is set, whose devices need not be there, or of `jax.default_backend()`. On

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from rlhf_jax.kl import ScalarLike
 from rlhf_jax.models.precision import NORMS_AND_BIASES
 from rlhf_jax.models.transformer import LORA_LEAVES, Dropout
 from rlhf_jax.models.weights import flat, nested
+from rlhf_jax.types import ScalarLike
 
 
 def init_lora(

@@ -14,7 +14,7 @@ from rlhf_jax.axes import LINEAR, PARAMETERS, constrain
 from rlhf_jax.logprobs import soft_cap
 from rlhf_jax.models.attention import LayerNumbers, Scene, attend, attend_causally, layer_numbers, stacked_numbers
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.fused import cudnn, fused, splash, way
+from rlhf_jax.models.fused import attention_kernel, cudnn, fused, splash
 from rlhf_jax.models.rope import LongRope, rotate
 
 LORA_LEAVES = ("lora_a", "lora_b", "lora_scale")
@@ -188,7 +188,7 @@ class Block(nn.Module):
             layer = keys, values
         visible = scene.visible
         if visible is None:
-            kernel = splash if way(config, h.shape[1]) == "splash" else cudnn
+            kernel = splash if attention_kernel(config, h.shape[1]) == "splash" else cudnn
             return fused(config, queries, keys, values, scene.segment_ids, numbers.window, kernel=kernel), layer
         if numbers.window is not None and scene.distances is not None:
             visible = visible & (scene.distances < numbers.window)
@@ -269,7 +269,7 @@ class Transformer(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.expand_dims(jnp.arange(length), 0), tokens.shape)
         visible = distances = None
-        if way(self.config, length) == "reference":
+        if attention_kernel(self.config, length) == "reference":
             visible, distances = jnp.tri(length, dtype=bool)[None], self._distances(positions, positions)
             if segment_ids is not None:
                 visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])

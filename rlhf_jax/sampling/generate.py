@@ -11,9 +11,9 @@ from jaxtyping import Bool, Int, PRNGKeyArray
 
 from rlhf_jax.axes import constrain
 from rlhf_jax.batches import Completions
-from rlhf_jax.kl import ScalarLike
 from rlhf_jax.models import Transformer, init_cache
 from rlhf_jax.sampling.draw import draw, truncate
+from rlhf_jax.types import ScalarLike
 
 
 @partial(jax.jit, static_argnames=("model", "max_new_tokens", "greedy", "top_k", "eos_id", "pad_id"))

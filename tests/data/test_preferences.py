@@ -18,7 +18,7 @@ from rlhf_jax.data.preferences import (
 from rlhf_jax.logprobs import sequence_logprobs
 from rlhf_jax.losses import dpo_loss, ranking_loss
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer
-from rlhf_jax.train import response_rewards, token_scores, token_values
+from rlhf_jax.scoring import response_rewards, token_scores, token_values
 
 PAD, EOS, LENGTH = 0, 2, 24
 CONFIG = ModelConfig(

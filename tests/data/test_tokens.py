@@ -9,7 +9,7 @@ import pytest
 from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.data.tokens import join, pack_sequences, pad_prompts, pad_sequences, take
 from rlhf_jax.models import ModelConfig, Transformer
-from rlhf_jax.train import sft_objective
+from rlhf_jax.scoring import sft_objective
 
 PAD, EOS = 0, 2
 

@@ -19,9 +19,10 @@ from experiments.ablations import preference_losses
 from experiments.adapters import split
 from rlhf_jax import checkpoint
 from rlhf_jax.batches import Completions, Rankings
+from rlhf_jax.cli import run_main
 from rlhf_jax.data.tokens import join, pad_prompts, pad_sequences
 from rlhf_jax.errors import UserError
-from rlhf_jax.log import Run, run_main
+from rlhf_jax.log import Run
 from rlhf_jax.models import ModelConfig, Transformer, load_hf
 
 CONFIG = ModelConfig(

@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments import evaluate, inference, suites
+from rlhf_jax.cli import run_main
 from rlhf_jax.evaluate import wilson_interval
-from rlhf_jax.log import count_compilations, run_main
+from rlhf_jax.log import count_compilations
 from rlhf_jax.models import (
     ModelConfig,
     Transformer,

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from experiments import adapters, pipeline, ppo, reward_model, setting, sft
 from experiments.ablations import kl_coefficient
 from experiments.adapters import split
+from rlhf_jax.cli import run_main
 from rlhf_jax.errors import UserError
-from rlhf_jax.log import run_main
 from rlhf_jax.models import (
     ModelConfig,
     ScalarModel,
@@ -32,7 +32,7 @@ from rlhf_jax.models import (
 )
 from rlhf_jax.models.weights import flat
 from rlhf_jax.sampling import generate
-from rlhf_jax.train import token_scores, token_values
+from rlhf_jax.scoring import token_scores, token_values
 
 ROOT = Path(__file__).parents[2]
 SMALL = dict(

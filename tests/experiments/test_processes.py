@@ -24,12 +24,13 @@ from experiments.ppo import PPO
 from experiments.sft import SFT
 from experiments.training import set_data_state
 from rlhf_jax import checkpoint, hosts
+from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import UserError
-from rlhf_jax.log import Run, run_main
+from rlhf_jax.log import Run
 from rlhf_jax.metrics import CLOCKS, read_metrics
 from rlhf_jax.models import ScalarModel, Transformer
-from rlhf_jax.sharding import create, host_share, make_mesh, place_share, to_host
+from rlhf_jax.sharding import create, host_share, make_mesh, shard_host_rows, to_host
 
 LIMIT = 240
 """Seconds after which a process that has not ended says where it is, and ends."""
@@ -87,7 +88,7 @@ def tiny():
 def run_one(world):
     """A program as the experiments are, of SFT and PPO."""
 
-    @setting.on_mesh
+    @on_mesh
     def main(cfg):
         with Run(cfg.run_dir, cfg, resume=cfg.resume) as run:
             if not cfg.resume and hosts.many():
@@ -113,12 +114,12 @@ def agree():
     assert (number, count) == (jax.process_index(), jax.process_count())
     for axis in (0, 1):
         batch = whole if axis else whole.T
-        placed = place_share(np.split(batch, count, axis=axis)[number], axis=axis)
+        placed = shard_host_rows(np.split(batch, count, axis=axis)[number], axis=axis)
         assert len(placed.addressable_shards) == len(jax.local_devices()) and not placed.is_fully_replicated
         np.testing.assert_array_equal(to_host(placed), batch)
     with jax.set_mesh(make_mesh("tensor=-1")):
         assert host_share() == (0, 1)
-        np.testing.assert_array_equal(to_host(place_share(whole)), whole)
+        np.testing.assert_array_equal(to_host(shard_host_rows(whole)), whole)
     assert hosts.gather({"of": number * "x"}) == [{"of": n * "x"} for n in range(count)]
     assert hosts.from_first(lambda: number) == 0
     with pytest.raises(UserError, match="of process 0"):

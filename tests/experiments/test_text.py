@@ -10,7 +10,7 @@ import pytest
 
 from experiments import reward_model, setting, sft
 from rlhf_jax import checkpoint
-from rlhf_jax.log import run_main
+from rlhf_jax.cli import run_main
 
 BAD_ROWS = ["{broken", '{"prompt": "p"}', '{"prompt": "p", "completion": " "}', '{"prompt": "p", "completion": 3}']
 REASONS = [

@@ -17,8 +17,8 @@ from rlhf_jax.axes import MESH_AXES
 from rlhf_jax.models import MIXED, Transformer
 from rlhf_jax.models import fused as kernels
 from rlhf_jax.models.attention import attend
-from rlhf_jax.models.fused import cudnn, fused, splash, way
-from rlhf_jax.sharding import make_mesh, place, place_batch
+from rlhf_jax.models.fused import attention_kernel, cudnn, fused, splash
+from rlhf_jax.sharding import make_mesh, shard_batch, shard_params
 
 CONFIG = replace(tiny.CONFIG, head_dim=8, max_length=512)
 HALF = replace(CONFIG, precision=MIXED)
@@ -100,7 +100,7 @@ def test_a_model_with_splash_attention_on_a_mesh_is_that_with_ours_on_one_device
 
     expected = run("reference", params, tokens, positions, segments)
     with jax.set_mesh(make_mesh("data=2,fsdp=2,tensor=2")):
-        found = run("splash", place(params), *place_batch((tokens, positions, segments)))
+        found = run("splash", shard_params(params), *shard_batch((tokens, positions, segments)))
     chex.assert_trees_all_close(found, expected, rtol=2e-4, atol=2e-3)
 
 
@@ -112,18 +112,18 @@ def tpu_mesh(**sizes):
 
 
 def test_the_platform_chooses(monkeypatch):
-    assert way(HALF, 4096) == "reference"  # a CPU
+    assert attention_kernel(HALF, 4096) == "reference"  # a CPU
     with tpu_mesh(fsdp=2):
-        assert way(HALF, 4096) == "splash"
-        assert way(HALF, 127) == "reference"
-        assert way(replace(HALF, attention="reference"), 4096) == "reference"
+        assert attention_kernel(HALF, 4096) == "splash"
+        assert attention_kernel(HALF, 127) == "reference"
+        assert attention_kernel(replace(HALF, attention="reference"), 4096) == "reference"
     monkeypatch.setattr(kernels, "_platform", lambda: "gpu")
     monkeypatch.setattr(kernels, "_has_flash_attention", lambda: True)
-    assert way(HALF, 4096) == "cudnn"
+    assert attention_kernel(HALF, 4096) == "cudnn"
     for refused in ({"attention_softcap": 3.0}, {"head_dim": 256}, {"head_dim": 12}, {"precision": CONFIG.precision}):
-        assert way(replace(HALF, **refused), 4096) == "reference"
+        assert attention_kernel(replace(HALF, **refused), 4096) == "reference"
         with pytest.raises(ValueError, match=r"attention 'cudnn' (has no|is for)"):
-            way(replace(HALF, attention="cudnn", **refused), 4096)
+            attention_kernel(replace(HALF, attention="cudnn", **refused), 4096)
 
 
 def calls(config, platform, length=LENGTH):

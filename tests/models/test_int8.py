@@ -26,7 +26,7 @@ from rlhf_jax.models import (
 )
 from rlhf_jax.models.transformer import Linear
 from rlhf_jax.models.weights import flat
-from rlhf_jax.train import token_scores
+from rlhf_jax.scoring import token_scores
 
 CONFIG = replace(tiny.CONFIG, tie_embeddings=False, qkv_bias=True, learned_positions=True)
 BY_HAND = {"up": {"kernel": jnp.asarray([[1.27, 0.0, -254.0], [-0.634, 0.0, 3.1]])}}

@@ -32,7 +32,8 @@ from rlhf_jax.models.transformer import Linear
 from rlhf_jax.models.weights import flat, nested
 from rlhf_jax.optimizers import adamw
 from rlhf_jax.sampling import generate
-from rlhf_jax.train import make_state, make_train_step, response_rewards, token_scores
+from rlhf_jax.scoring import response_rewards, token_scores
+from rlhf_jax.train import make_state, make_train_step
 
 CONFIG = replace(tiny.CONFIG, tie_embeddings=False)
 EVERYTHING = "(query|key|value|output|gate|up|down)/kernel"

@@ -28,7 +28,7 @@ from rlhf_jax.models import (
 )  # fmt: skip
 from rlhf_jax.models.weights import flat
 from rlhf_jax.sampling import generate
-from rlhf_jax.train import hidden_states, response_logprobs, sft_objective, token_scores
+from rlhf_jax.scoring import hidden_states, response_logprobs, sft_objective, token_scores
 
 CONFIG = ModelConfig(
     vocab_size=24, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=32, rope_theta=10_000.0,
