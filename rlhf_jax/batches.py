@@ -1,4 +1,4 @@
-"""What flows between the parts: NamedTuples of arrays, batch first.
+"""The data that the parts hand to each other: NamedTuples of arrays, batch first. Comparisons are token ids at first.
 
 The shift happens once, in `data/`: index t is about emitting `targets[:, t]` after reading `inputs[:, :t+1]`.
 Every sequence ends in at least one padding column, so its last token is always found in `inputs` too: the
@@ -23,12 +23,23 @@ class Tokens(NamedTuple):
     """Document of each input, from 1; 0 is padding. Attention stays inside a document."""
 
 
-class Preferences(NamedTuple):
-    """Pairs of responses to the same prompts."""
+class RankedAnswers(NamedTuple):
+    """A prompt and its answers as token ids, each answer with its EOS: what a comparison is until a batch is made."""
 
-    chosen: Tokens
-    rejected: Tokens
-    margin: Float[Array, " B"]
+    prompt: list[int]
+    responses: list[list[int]]
+    ranks: tuple[int, ...]
+    """One for each response; 0 is best, equal ranks form no pair."""
+    margin: float = 0.0
+    """How much better the best answer was found, where people said so."""
+
+
+class LabelledAnswer(NamedTuple):
+    """Token ids of a prompt and of one answer, which was found good or not (KTO)."""
+
+    prompt: list[int]
+    response: list[int]
+    good: bool
 
 
 class Rankings(NamedTuple):
@@ -41,27 +52,31 @@ class Rankings(NamedTuple):
     """False where a prompt has fewer than K responses."""
 
 
-class PackedRankings(NamedTuple):
-    """K answers to each of P prompts, several answers to a row: each a document that repeats its prompt."""
+class PackedAnswers(NamedTuple):
+    """N answers, several to a row: each a document that repeats its prompt. An answer's number is its place in N."""
 
     tokens: Tokens
     owner: Int[Array, "B T"]
-    """Number p·K + k of the answer that a target belongs to; P·K where it belongs to none."""
-    row: Int[Array, "P K"]
-    column: Int[Array, "P K"]
+    """Number of the answer that a target belongs to; N where it belongs to none."""
+    row: Int[Array, " N"]
+    column: Int[Array, " N"]
     """Where the answer's last token is in `tokens.inputs`: a reward model reads there."""
-    ranks: Int[Array, "P K"]
-    """0 is best; equal ranks form no pair."""
-    mask: Bool[Array, "P K"]
-    """False where a prompt has fewer than K answers, and for prompts that only fill the batch."""
-    margin: Float[Array, " P"]
+    mask: Bool[Array, " N"]
+    """False for numbers that only fill the batch."""
 
 
-class Unpaired(NamedTuple):
-    """Answers that were found good or not, each on its own (KTO)."""
+class PackedRankings(NamedTuple):
+    """`PackedAnswers` of K answers to each of P prompts: answer k of prompt p has the number p·K + k."""
 
     tokens: Tokens
-    good: Bool[Array, " B"]
+    owner: Int[Array, "B T"]
+    row: Int[Array, "P K"]
+    column: Int[Array, "P K"]
+    mask: Bool[Array, "P K"]
+    """False where a prompt has fewer than K answers, and for prompts that only fill the batch."""
+    ranks: Int[Array, "P K"]
+    """0 is best; equal ranks form no pair."""
+    margin: Float[Array, " P"]
 
 
 class Prompts(NamedTuple):
@@ -74,7 +89,7 @@ class Prompts(NamedTuple):
 
 
 class Completions(NamedTuple):
-    """What was sampled after `Prompts`: N columns, the first right after the prompt."""
+    """Sampled answers to `Prompts`: N columns, the first right after the prompt."""
 
     tokens: Int[Array, "B N"]
     mask: Bool[Array, "B N"]
@@ -84,7 +99,7 @@ class Completions(NamedTuple):
 
 
 class Experience(NamedTuple):
-    """What PPO learns from; everything is [B, T] and aligned with `tokens.targets`."""
+    """The sampled answers that PPO learns from. Each array is [B, T] and aligned with `tokens.targets`."""
 
     tokens: Tokens
     old_logprobs: Float[Array, "B T"]

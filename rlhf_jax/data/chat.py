@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError, ext, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data.conversations import message
 from rlhf_jax.data.rejects import BadRow
+from rlhf_jax.data.tokenizer import PreTrainedTokenizerBase
 
 Tools = Sequence[dict[str, Any]] | None
 Span = tuple[int, int]
@@ -66,7 +66,7 @@ def render_template(
     tools: Tools = None,
     add_generation_prompt: bool = False,
 ) -> Rendered:
-    """`render` for the text of a template."""
+    """Does what `render` does, for the text of a template. Raises BadRow when the template fails."""
     chat = [_with_reasoning(turn) for turn in conversation]
     nonce = hashlib.sha256(json.dumps([chat, tools], default=str).encode()).hexdigest()[:16]
     numbers = {id(turn): number for number, turn in enumerate(chat)}
@@ -112,7 +112,10 @@ def answer_spans(
 def template_spans(
     template: str, conversation: Sequence[dict[str, Any]], special_tokens: dict[str, Any], *, tools: Tools = None
 ) -> tuple[str, dict[int, Span]]:
-    """`answer_spans` for the text of a template."""
+    """Does what `answer_spans` does, for the text of a template.
+
+    Raises BadRow when the template refuses the conversation, or does not show an answer whole.
+    """
     text, turns, _ = render_template(template, conversation, special_tokens, tools=tools)
     header = generation_prompt(template, tuple(sorted((k, str(v)) for k, v in special_tokens.items())))
     spans = {}
@@ -139,7 +142,7 @@ def template_spans(
 
 @lru_cache(maxsize=64)
 def generation_prompt(template: str, special_tokens: tuple[tuple[str, str], ...]) -> str:
-    """What the template writes where the assistant is to begin; empty when it writes nothing there."""
+    """The text that the template writes where the assistant is to begin; empty when it writes nothing there."""
     try:
         asked = render_template(template, (message("user", "?"),), dict(special_tokens), add_generation_prompt=True)
     except BadRow:

@@ -24,7 +24,7 @@ def message(role: str, content: str) -> dict[str, Any]:
 
 
 def type_name(value: Any) -> str:
-    """What a value is, for messages."""
+    """The name of a value's type, for messages."""
     return "null" if value is None else type(value).__name__
 
 
@@ -38,7 +38,10 @@ def check_text(row: Mapping[str, Any], field: str) -> str:
 
 
 def messages(row: Mapping[str, Any], field: str) -> Conversation:
-    """The messages of a field that holds text (one user's turn, or a transcript) or a list of messages."""
+    """The messages of a field that holds text (one user's turn, or a transcript) or a list of messages.
+
+    Raises BadRow when there are none, or one is not a message.
+    """
     value = row[field]
     if not isinstance(value, list):
         text = check_text(row, field)
@@ -50,7 +53,10 @@ def messages(row: Mapping[str, Any], field: str) -> Conversation:
 
 
 def turns(transcript: str, field: str) -> Conversation:
-    """The turns of a Human/Assistant transcript; in a prompt, an Assistant without words at its end asks for it."""
+    """The turns of a Human/Assistant transcript; in a prompt, an Assistant without words at its end asks for it.
+
+    Raises BadRow when there are none, when words come before the first, and when an answer has no Assistant.
+    """
     before, *parts = TURN.split("\n\n" + transcript.lstrip())
     if "Assistant" not in parts[::2] and field in ("chosen", "rejected"):
         raise BadRow("no Assistant turn")
@@ -84,6 +90,30 @@ def require_prompt(prompt: Conversation) -> Conversation:
     return prompt
 
 
+def turn_starts(conversation: Conversation) -> list[int]:
+    """Where the conversation can begin instead, from the oldest turn to the last: a user's words stand there.
+
+    A turn is what the user says and everything up to when the user speaks again, calls of tools and their results
+    too. Where a tool's result comes only after the user's next words, its call would be lost: nothing begins there.
+    """
+    roles = [turn["role"] for turn in conversation]
+    said = [turn["role"] == "user" and bool(turn["content"].strip()) for turn in conversation]
+    first = next((number for number, role in enumerate(roles) if role != "system"), 0)
+    starts = []
+    for start in range(first + 1, len(roles)):
+        if roles[start] not in ("user", "system") or roles[start - 1] in ("user", "system"):
+            continue
+        end = next((n for n in range(start, len(roles)) if roles[n] not in ("user", "system")), len(roles))
+        if any(said[start:end]) and roles[end : end + 1] != ["tool"]:
+            starts.append(start)
+    return starts
+
+
+def without_oldest(conversation: Conversation, start: int) -> Conversation:
+    """The conversation from message `start` on, behind all system messages that stand before."""
+    return (*(turn for turn in conversation[:start] if turn["role"] == "system"), *conversation[start:])
+
+
 def require_answer(turn: Mapping[str, Any], reason: str) -> None:
     """Raises BadRow unless a message says something or calls a tool."""
     if not turn["content"].strip() and not turn.get("tool_calls"):
@@ -91,7 +121,7 @@ def require_answer(turn: Mapping[str, Any], reason: str) -> None:
 
 
 def said(answer: Conversation) -> tuple:
-    """What two answers are compared by."""
+    """The part of an answer by which two are compared: its messages, without space around their text."""
     return tuple({**turn, "content": turn["content"].strip()} for turn in answer)
 
 

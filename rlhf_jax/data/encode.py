@@ -3,63 +3,57 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
+from rlhf_jax.batches import LabelledAnswer, RankedAnswers
 from rlhf_jax.data.chat import Tools, answer_spans, render
-from rlhf_jax.data.conversations import Conversation
+from rlhf_jax.data.conversations import Conversation, turn_starts, without_oldest
 from rlhf_jax.data.formats import Comparison, Demonstration, Prompt, Text, Unpaired
 from rlhf_jax.data.rejects import BadRow, Rejects
 from rlhf_jax.data.rows import Read
+from rlhf_jax.data.tokenizer import PreTrainedTokenizerBase
 from rlhf_jax.data.tokens import Document
 from rlhf_jax.errors import UserError
 
 SHIELD, END = "\ufdd3", "\ufdd1"
 
 
-class EncodedRanking(NamedTuple):
-    """Ids of a prompt and of its answers, each of which ends in EOS."""
+class _Encoded(NamedTuple):
+    """An encoded conversation, the tokens that the model is given, and the tokens of its longest last answer."""
 
-    prompt: list[int]
-    responses: list[list[int]]
-    ranks: tuple[int, ...]
-    margin: float
-
-
-class EncodedUnpaired(NamedTuple):
-    """Ids of a prompt and of an answer that was found good or not."""
-
-    prompt: list[int]
-    response: list[int]
-    good: bool
+    ids: Any
+    given: int
+    answer: int
 
 
 def encode(row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Any, int]:
-    """A row's ids, in at most `max_length` tokens, and how many tokens were cut from its prompt's beginning.
+    """A row's ids, in at most `max_length` tokens, and how many messages were left out for that.
 
-    Demonstrations and texts become a `Document`, comparisons an `EncodedRanking`, unpaired rows an
-    `EncodedUnpaired`, prompts a list of ids. What is to be learned ends in EOS; BOS stands once. Too long a prompt
-    loses its beginning (a BOS stays), but keeps at least `max_length` // 4 tokens: an answer, which is never cut,
-    raises BadRow when it leaves less.
+    Demonstrations and texts become a `Document`, comparisons `RankedAnswers`, unpaired rows a `LabelledAnswer`,
+    prompts a list of ids. What is to be learned ends in EOS; BOS stands once.
+    A conversation that is too long loses its oldest turns whole: the user's words and the answers to them, which are
+    then not learned. The system message, the last turn and its answer stay as they are.
+    Raises BadRow when those alone are too long, and UserError when the tokenizer has no EOS.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token, so a model could not learn where a response ends")
     if isinstance(row, Text):
-        return _encode_text(row, tokenizer, max_length)
+        return _encode_text(row, tokenizer, max_length), 0
     if isinstance(row, Prompt):
-        ids = encode_prompt(row.prompt, tokenizer, tools=row.tools)
-        return _shorten(ids, max_length, tokenizer)
+        (prompt,), shielded = _shield([row.prompt], tokenizer)
+        return _fit(partial(_prompt, tokenizer, shielded, row.tools), prompt, max_length)
     if isinstance(row, Demonstration):
-        return _encode_demonstration(row, tokenizer, max_length)
-    answers = row.responses if isinstance(row, Comparison) else (row.response,)
-    prompt, responses = _encode_answers(row.prompt, answers, tokenizer, row.tools)
-    room = _room(prompt, max(map(len, responses)), max_length)
-    prompt, cut = _shorten(prompt, room, tokenizer)
+        (prompt, response), shielded = _shield([row.prompt, row.response], tokenizer)
+        learn = partial(_demonstration, tokenizer, shielded, row.tools, len(response))
+        return _fit(learn, (*prompt, *response), max_length)
+    (prompt, *answers), shielded = _shield([row.prompt, *_responses(row)], tokenizer)
+    (given, responses), dropped = _fit(partial(_answers, tokenizer, shielded, row.tools, answers), prompt, max_length)
     if isinstance(row, Unpaired):
-        return EncodedUnpaired(prompt, responses[0], row.good), cut
-    return EncodedRanking(prompt, responses, row.ranks, row.margin), cut
+        return LabelledAnswer(given, responses[0], row.good), dropped
+    return RankedAnswers(given, responses, row.ranks, row.margin), dropped
 
 
 def encode_rows(
@@ -69,32 +63,93 @@ def encode_rows(
     for read in rows:
         place = read.row.place
         try:
-            ids, cut = encode(read.row, tokenizer, max_length)
+            ids, dropped = encode(read.row, tokenizer, max_length)
         except BadRow as error:
-            rejects.reject(place, str(error), read.fields)
+            rejects.reject(place, str(error), read.fields, detail=error.detail)
             continue
-        if cut:
-            rejects.note(place, f"prompt shortened to fit {max_length} tokens")
+        if dropped:
+            rejects.note(place, shortened(max_length))
         rejects.use(place)
         yield read, ids
+
+
+def shortened(max_length: int) -> str:
+    """A note for the run about rows that lost turns to fit `max_length` tokens."""
+    return f"prompt shortened by whole turns to fit {max_length} tokens"
 
 
 def encode_prompt(prompt: Conversation, tokenizer: PreTrainedTokenizerBase, *, tools: Tools = None) -> list[int]:
     """Token ids up to where the assistant begins; BOS once, where the tokenizer has one."""
     (prompt,), shielded = _shield([prompt], tokenizer)
-    text = render(prompt, tokenizer, tools=tools, add_generation_prompt=True).text
-    return _first_ids(text, tokenizer, shielded)
+    return _prompt(tokenizer, shielded, tools, prompt).ids
 
 
-def _encode_demonstration(
-    row: Demonstration, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[Document, int]:
-    (prompt, response), shielded = _shield([row.prompt, row.response], tokenizer)
-    text, spans = answer_spans((*prompt, *response), tokenizer, tools=row.tools)
+def encode_windows(
+    text: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[tuple[list[int], list[int]]]:
+    """A text in windows of at most `max_length` tokens: (ids that are only read, ids that are predicted).
+
+    Each window begins with BOS. Where the tokenizer has none, a window's first token is only read.
+    """
+    ids = _literal_ids(text, tokenizer)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    size = max_length - len(bos)
+    windows = [bos + ids[start : start + size] for start in range(0, len(ids), size)]
+    return [(window[:1], window[1:]) for window in windows if len(window) > 1]
+
+
+def _responses(row: Comparison | Unpaired) -> tuple[Conversation, ...]:
+    return row.responses if isinstance(row, Comparison) else (row.response,)
+
+
+def _fit(
+    encode_whole: Callable[[Conversation], _Encoded], conversation: Conversation, max_length: int
+) -> tuple[Any, int]:
+    """The conversation without its oldest turns, as many as it takes to fit; and how many messages were dropped.
+
+    It is rendered again for each try, for only the template knows what it writes; the tries are bisected.
+    """
+    whole = encode_whole(conversation)
+    if whole.given + whole.answer <= max_length:
+        return whole.ids, 0
+    starts = turn_starts(conversation)
+    tried: dict[int, _Encoded] = {}
+
+    def fits(number: int) -> bool:
+        tried[number] = encode_whole(without_oldest(conversation, starts[number]))
+        return tried[number].given + tried[number].answer <= max_length
+
+    number = bisect_left(range(len(starts)), True, key=fits)
+    if number < len(starts):
+        return tried[number].ids, len(conversation) - len(without_oldest(conversation, starts[number]))
+    last = tried[number - 1] if starts else whole
+    if last.answer > last.given:
+        raise BadRow(f"response too long for {max_length} tokens", f"it has {last.answer}, its turn {last.given}")
+    beside = f", its answer {last.answer}" if last.answer else ""
+    raise BadRow(f"prompt too long for {max_length} tokens", f"its last turn alone has {last.given}{beside}")
+
+
+def _prompt(
+    tokenizer: PreTrainedTokenizerBase, shielded: dict[str, str], tools: Tools, conversation: Conversation
+) -> _Encoded:
+    text = render(conversation, tokenizer, tools=tools, add_generation_prompt=True).text
+    ids = _first_ids(text, tokenizer, shielded)
+    return _Encoded(ids, len(ids), 0)
+
+
+def _demonstration(
+    tokenizer: PreTrainedTokenizerBase,
+    shielded: dict[str, str],
+    tools: Tools,
+    learned: int,
+    conversation: Conversation,
+) -> _Encoded:
+    """A `Document` of the conversation; the answers among its last `learned` messages are to be learned."""
+    text, spans = answer_spans(conversation, tokenizer, tools=tools)
     document: list[list[int]] = []
     at = 0
     for number, (start, end) in sorted(spans.items()):
-        if number < len(prompt):
+        if number < len(conversation) - learned:
             continue  # An answer of the prompt is context.
         document.append(
             _ids(text[at:start], tokenizer, shielded) if at else _first_ids(text[:start], tokenizer, shielded)
@@ -102,14 +157,17 @@ def _encode_demonstration(
         document.append(_answer_ids(text[start:end], tokenizer, shielded))
         at = end
     document[-1] = _ended(document[-1], tokenizer)
-    return _shorten_document(document, max_length, tokenizer)
+    return _Encoded(tuple(document), sum(map(len, document[:-1])), len(document[-1]))
 
 
-def _encode_answers(
-    prompt: Conversation, answers: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, tools: Tools
-) -> tuple[list[int], list[list[int]]]:
+def _answers(
+    tokenizer: PreTrainedTokenizerBase,
+    shielded: dict[str, str],
+    tools: Tools,
+    answers: Sequence[Conversation],
+    prompt: Conversation,
+) -> _Encoded:
     """One prompt's ids for all of its answers: where they render it differently there is no comparison."""
-    (prompt, *answers), shielded = _shield([prompt, *answers], tokenizer)
     found = []
     for answer in answers:
         if len(answer) != 1:
@@ -122,58 +180,17 @@ def _encode_answers(
     if any(text[:cut] != given for text, _, _ in found):
         raise BadRow("the chat template writes the prompt differently for each answer")
     responses = [_ended(_answer_ids(text[cut:end], tokenizer, shielded), tokenizer) for text, _, end in found]
-    return _first_ids(given, tokenizer, shielded), responses
+    ids = _first_ids(given, tokenizer, shielded)
+    return _Encoded((ids, responses), len(ids), max(map(len, responses)))
 
 
-def _encode_text(row: Text, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Document, int]:
+def _encode_text(row: Text, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Document:
     """A BOS is given, everything else is learned. A text is not cut: its end is as good as its beginning."""
     ids = _ended(_literal_ids(row.text, tokenizer), tokenizer)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if len(bos) + len(ids) > max_length:
         raise BadRow(f"text too long for {max_length} tokens")
-    return (bos, ids), 0
-
-
-def _room(prompt: Sequence[int], longest: int, max_length: int) -> int:
-    room = max_length - longest
-    if room < min(len(prompt), max_length // 4):
-        raise BadRow(f"response too long for {max_length} tokens")
-    return room
-
-
-def _shorten(ids: list[int], room: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    """The end of a prompt, with its BOS; and how many tokens that leaves out."""
-    if len(ids) <= room:
-        return ids, 0
-    start = ids[:1] if room and ids[0] == tokenizer.bos_token_id else []
-    return start + ids[len(ids) - room + len(start) :], len(ids) - room
-
-
-def _shorten_document(
-    document: list[list[int]], max_length: int, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Document, int]:
-    """Everything before the last answer is its prompt. An earlier answer that is cut is no longer learned."""
-    before = [(i % 2 == 1, ids) for i, ids in enumerate(document[:-1])]
-    length = sum(len(ids) for _, ids in before)
-    room = _room([0] * length, len(document[-1]), max_length)
-    if length <= room:
-        return tuple(document), 0
-    bos = document[0][:1] == [tokenizer.bos_token_id]
-    drop = length - room + bos
-    given: list[int] = document[0][:1] if bos else []
-    rest: list[list[int]] = []
-    for learned, ids in before:
-        kept = ids[min(drop, len(ids)) :]
-        if drop > 0:
-            given = given + kept
-            drop -= len(ids) - len(kept)
-        elif learned and not rest:
-            rest += [kept]
-        elif not learned and not rest:
-            given = given + kept
-        else:
-            rest += [kept]
-    return (given, *rest, document[-1]), length - room
+    return bos, ids
 
 
 def _first_ids(text: str, tokenizer: PreTrainedTokenizerBase, shielded: dict[str, str]) -> list[int]:

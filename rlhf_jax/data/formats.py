@@ -185,9 +185,12 @@ def recognise(columns: set[str], kind: str) -> str | None:
     """The name of the one format of that kind which the columns fit, None when they fit none.
 
     Formats whose columns are all contained in those of another that fits too do not count: rows with a label are
-    not plain completions. Raises UserError when two are left: which one is meant is for the user to say.
+    not plain completions. A prompt is a prompt whatever stands beside it: those columns are for rewards.
+    Raises UserError when two are left: which one is meant is for the user to say.
     """
     fitting = {name for name, format in FORMATS.items() if columns.issuperset(format.columns)}
+    if kind == "prompts":
+        fitting = {name for name in fitting if FORMATS[name].kind == kind}
     largest = {
         name for name in fitting
         if not any(set(FORMATS[name].columns) < set(FORMATS[other].columns) for other in fitting)

@@ -1,79 +1,76 @@
-"""Encoded comparisons and unpaired answers -> batches: packed, or one answer to a row."""
+"""Answers as token ids -> batches: several to a row, or one to a row."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax.batches import PackedRankings, Preferences, Rankings, Unpaired
-from rlhf_jax.data.encode import EncodedRanking, EncodedUnpaired
-from rlhf_jax.data.tokens import bucket, first_fit, lay, pad_sequences, size
+from rlhf_jax.batches import PackedAnswers, PackedRankings, RankedAnswers, Rankings, Tokens
+from rlhf_jax.data.tokens import Ids, bucket, first_fit, host_batch, lay, pad_prompts, pad_sequences, size
 
-
-def pad_rankings(rankings: Sequence[EncodedRanking], *, length: int, pad_id: int) -> Rankings:
-    """One answer to a row; prompts with fewer answers than others get masked ones."""
-    most = max(len(ranking.responses) for ranking in rankings)
-    documents = []
-    for ranking in rankings:
-        missing = [((), ())] * (most - len(ranking.responses))
-        documents += [*((ranking.prompt, response) for response in ranking.responses), *missing]
-    ranks, mask = _ranks(rankings, most)
-    return _host(Rankings, pad_sequences(documents, length=length, pad_id=pad_id), ranks, mask)
+Answer = tuple[Ids, Ids]
+"""Ids of a prompt and of a response to it."""
+Batch = TypeVar("Batch")
+Packed = TypeVar("Packed", PackedAnswers, PackedRankings)
 
 
-def pad_preferences(pairs: Sequence[EncodedRanking], *, length: int, pad_id: int) -> Preferences:
-    """Pairs, one answer to a row. Raises ValueError when a ranking has not exactly two answers."""
-    sides = []
-    for rank in (0, 1):
-        if any(sorted(pair.ranks) != [0, 1] for pair in pairs):
-            raise ValueError("a ranking of more than two answers is not a pair")
-        documents = [(pair.prompt, pair.responses[pair.ranks.index(rank)]) for pair in pairs]
-        sides.append(pad_sequences(documents, length=length, pad_id=pad_id))
-    return _host(Preferences, *sides, np.array([pair.margin for pair in pairs], np.float32))
+def pack_answers(
+    answers: Sequence[Answer | None], *, length: int, pad_id: int, slots: int | None = None
+) -> PackedAnswers:
+    """N answers, several to a row of T = `length`, each a document with its prompt.
+
+    The number of rows is a power of two, so that batches of as many answers have few shapes. None leaves a number
+    without an answer; `slots` adds such numbers at the end until there are N = `slots`.
+    Raises ValueError when a document is longer than `length`, or there are more answers than `slots`.
+    """
+    count = len(answers) if slots is None else slots
+    if len(answers) > count:
+        raise ValueError(f"{len(answers)} answers are more than {count}")
+    numbered = [(number, answer) for number, answer in enumerate(answers) if answer is not None]
+    fitted = first_fit([size(answer) for _, answer in numbered], length=length)
+    fitted += [[]] * (bucket(len(fitted), smallest=1) - len(fitted))
+    tokens = lay([[numbered[i][1] for i in row] for row in fitted], length, pad_id)
+    owner = np.full(tokens.mask.shape, count, np.int32)
+    row, column = np.zeros((2, count), np.int32)
+    mask = np.zeros(count, bool)
+    for r, members in enumerate(fitted):
+        at = 0
+        for i in members:
+            number, (prompt, response) = numbered[i]
+            start, end = at + len(prompt), at + len(prompt) + len(response)
+            # Target t is input t + 1; as in `mask`, a document's first token is nobody's target.
+            owner[r, max(start, at + 1) - 1 : end - 1] = number
+            row[number], column[number], mask[number] = r, end - 1, True
+            at = end
+    return host_batch(PackedAnswers, tokens, owner, row, column, mask)
 
 
 def pack_rankings(
-    rankings: Sequence[EncodedRanking],
+    rankings: Sequence[RankedAnswers],
     *,
     length: int,
     pad_id: int,
     prompts: int | None = None,
     answers: int | None = None,
 ) -> PackedRankings:
-    """Several answers to a row of T = `length`, each a document with its prompt, for reward models and DPO.
+    """`pack_answers` of rankings, with their ranks and margins, for reward models.
 
-    The number of rows is a power of two, so that batches of as many prompts have few shapes; `prompts` and `answers`
-    fill P and K up to that many. Raises ValueError when a document is longer than `length`.
+    `prompts` and `answers` fill P and K up to that many. Raises ValueError when a document is longer than `length`,
+    or there are more prompts or answers than that.
     """
-    count = len(rankings) if prompts is None else prompts
-    most = max(len(ranking.responses) for ranking in rankings) if answers is None else answers
-    documents = [(ranking.prompt, response) for ranking in rankings for response in ranking.responses]
-    numbers = [p * most + k for p, ranking in enumerate(rankings) for k in range(len(ranking.responses))]
-    fitted = first_fit([size(document) for document in documents], length=length)
-    fitted += [[]] * (bucket(len(fitted), smallest=1) - len(fitted))
-    tokens = lay([[documents[i] for i in row] for row in fitted], length, pad_id)
-    owner = np.full(tokens.mask.shape, count * most, np.int32)
-    row, column = np.zeros((2, count, most), np.int32)
-    for r, members in enumerate(fitted):
-        at = 0
-        for i in members:
-            prompt, response = documents[i]
-            start, end = at + len(prompt), at + len(prompt) + len(response)
-            # Target t is input t + 1; as in `mask`, a document's first token is nobody's target.
-            owner[r, max(start, at + 1) - 1 : end - 1] = numbers[i]
-            row.flat[numbers[i]], column.flat[numbers[i]] = r, end - 1
-            at = end
-    ranks, mask = _ranks(rankings, most, count)
-    margin = np.zeros(count, np.float32)
+    ranks, mask = rank_table(rankings, prompts=prompts, answers=answers)
+    packed = pack_answers(_in_table(rankings, ranks.shape[1]), length=length, pad_id=pad_id, slots=ranks.size)
+    margin = np.zeros(len(ranks), np.float32)
     margin[: len(rankings)] = [ranking.margin for ranking in rankings]
-    return _host(PackedRankings, tokens, owner, row, column, ranks, mask, margin)
+    row, column = packed.row.reshape(ranks.shape), packed.column.reshape(ranks.shape)
+    return host_batch(PackedRankings, packed.tokens, packed.owner, row, column, mask, ranks, margin)
 
 
-def stack_packed(batches: Sequence[PackedRankings]) -> PackedRankings:
-    """Batches of as many prompts and answers as one, along a new first axis; empty rows make them of one length."""
+def stack_packed(batches: Sequence[Packed]) -> Packed:
+    """Batches of as many answers as one, along a new first axis; empty rows make them of one length."""
     rows = max(len(batch.owner) for batch in batches)
 
     def longer(x: Any, value: int = 0) -> Any:
@@ -86,35 +83,95 @@ def stack_packed(batches: Sequence[PackedRankings]) -> PackedRankings:
     return jax.tree.map(lambda *arrays: np.stack(arrays), *padded)
 
 
-def packed_logprobs(logprobs: Float[Array, "B T"], batch: PackedRankings) -> Float[Array, "P K"]:
-    """log π(y|x) of every answer: the sum over its own tokens. Traceable; 0 for those that only fill the batch."""
+def stack_batches(parts: Sequence[Batch]) -> Batch:
+    """Microbatches of numpy arrays along a new first axis; one alone stays as it is."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def is_packed(x: Any) -> bool:
+        return isinstance(x, PackedAnswers | PackedRankings)
+
+    return jax.tree.map(lambda *xs: stack_packed(xs) if is_packed(xs[0]) else np.stack(xs), *parts, is_leaf=is_packed)
+
+
+def packed_logprobs(logprobs: Float[Array, "B T"], batch: PackedAnswers | PackedRankings) -> Float[Array, "..."]:
+    """log π(y|x) of every answer, [N] or [P, K]: the sum over its own tokens.
+
+    Traceable; 0 for numbers that only fill the batch.
+    """
     real = jnp.where(batch.tokens.mask, logprobs, 0.0)
     sums = jax.ops.segment_sum(real.reshape(-1), batch.owner.reshape(-1), num_segments=batch.row.size + 1)
     return sums[:-1].reshape(batch.row.shape)
 
 
-def packed_rewards(values: Float[Array, "B T"], batch: PackedRankings) -> Float[Array, "P K"]:
-    """The scalar head's value at every answer's last token. Traceable; 0 for those that only fill the batch."""
+def packed_rewards(values: Float[Array, "B T"], batch: PackedAnswers | PackedRankings) -> Float[Array, "..."]:
+    """The scalar head's value at every answer's last token, [N] or [P, K].
+
+    Traceable; 0 for numbers that only fill the batch.
+    """
     return jnp.where(batch.mask, values[batch.row, batch.column], 0.0)
 
 
-def pad_unpaired(rows: Sequence[EncodedUnpaired], *, longest: int, pad_id: int) -> Unpaired:
-    """One answer to a row, padded to the bucket of the longest."""
-    documents = [(row.prompt, row.response) for row in rows]
-    length = bucket(max(map(size, documents)), longest=longest)
-    tokens = pad_sequences(documents, length=length, pad_id=pad_id)
-    return _host(Unpaired, tokens, np.array([row.good for row in rows]))
+def pad_rankings(rankings: Sequence[RankedAnswers], *, length: int, pad_id: int) -> Rankings:
+    """One answer to a row of T = `length`; prompts with fewer answers than others get masked ones.
+
+    Raises ValueError when an answer with its prompt is longer than `length`.
+    """
+    ranks, mask = rank_table(rankings)
+    documents = [answer or ((), ()) for answer in _in_table(rankings, ranks.shape[1])]
+    return host_batch(Rankings, pad_sequences(documents, length=length, pad_id=pad_id), ranks, mask)
 
 
-def _ranks(rankings: Sequence[EncodedRanking], most: int, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    ranks = np.zeros((count or len(rankings), most), np.int32)
-    mask = np.zeros(ranks.shape, bool)
+def join_rankings(
+    rankings: Sequence[RankedAnswers], *, prompt_length: int, answer_length: int, pad_id: int
+) -> Rankings:
+    """One answer to a row, prompts left-padded to `prompt_length`, answers right after them, T = the sum of both.
+
+    The layout is that of `join(pad_prompts(…), completions)`, so that a batch of ids is the batch of the sampled
+    arrays. Prompts with fewer answers than others get masked ones.
+    Raises ValueError when a prompt or an answer is longer than its length.
+    """
+    ranks, mask = rank_table(rankings)
+    answers = [answer or ((), ()) for answer in _in_table(rankings, ranks.shape[1])]
+    prompts = pad_prompts([prompt for prompt, _ in answers], length=prompt_length, pad_id=pad_id)
+    # One more column than the answers have: the last column of a sequence is padding.
+    tokens = np.full((len(answers), answer_length + 1), pad_id, np.int32)
+    learned = np.zeros(tokens.shape, bool)
+    for row, (_, response) in enumerate(answers):
+        if len(response) > answer_length:
+            raise ValueError(f"answer {row} has {len(response)} tokens, more than the batch's {answer_length}")
+        tokens[row, : len(response)] = response
+        learned[row, : len(response)] = True
+    tokens, real = np.hstack([prompts.tokens, tokens]), np.hstack([prompts.mask, learned])
+    learned = np.hstack([np.zeros_like(prompts.mask), learned])
+    positions = np.maximum(np.cumsum(real, axis=1, dtype=np.int32) - 1, 0)
+    segments = real[:, :-1].astype(np.int32)
+    joined = host_batch(Tokens, tokens[:, :-1], tokens[:, 1:], learned[:, 1:], positions[:, :-1], segments)
+    return host_batch(Rankings, joined, ranks, mask)
+
+
+def rank_table(
+    rankings: Sequence[RankedAnswers], *, prompts: int | None = None, answers: int | None = None
+) -> tuple[Int[np.ndarray, "P K"], Bool[np.ndarray, "P K"]]:
+    """Ranks of every prompt's answers, and where there is one; P and K as large as needed or told.
+
+    Raises ValueError when there are more prompts or answers than told.
+    """
+    most = max(len(ranking.ranks) for ranking in rankings)
+    shape = (len(rankings) if prompts is None else prompts, most if answers is None else answers)
+    if len(rankings) > shape[0] or most > shape[1]:
+        raise ValueError(f"{len(rankings)} prompts with up to {most} answers do not fit into {shape[0]} x {shape[1]}")
+    ranks, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
     for p, ranking in enumerate(rankings):
         ranks[p, : len(ranking.ranks)] = ranking.ranks
         mask[p, : len(ranking.ranks)] = True
     return ranks, mask
 
 
-def _host(kind: Callable[..., Any], *arrays: Any) -> Any:
-    """A batch that is still numpy: what flows between the parts is annotated as it is on the device."""
-    return kind(*arrays)
+def _in_table(rankings: Sequence[RankedAnswers], most: int) -> list[Answer | None]:
+    """Every prompt's answers, and None where it has fewer than `most`."""
+    table: list[Answer | None] = []
+    for ranking in rankings:
+        table += [(ranking.prompt, response) for response in ranking.responses]
+        table += [None] * (most - len(ranking.responses))
+    return table

@@ -25,7 +25,14 @@ class Place(NamedTuple):
 
 
 class BadRow(Exception):
-    """Why one row cannot be used. It becomes a UserError or a count, never a traceback."""
+    """Why one row cannot be used. It becomes a UserError or a count, never a traceback.
+
+    Rows are counted by the reason; `detail` is what only this row has, such as its number of tokens.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason)
+        self.detail = detail
 
 
 class _Count(NamedTuple):
@@ -34,7 +41,7 @@ class _Count(NamedTuple):
 
 
 class Rejects:
-    """What became of the rows that are not used as they stand.
+    """Tells and counts the rows that are not used as they stand.
 
     `reject` raises a UserError with place and reason under the policy "stop"; under "skip" it counts the row and
     keeps it for rejected.jsonl. `note` counts a row that is used, but changed (a prompt made shorter).
@@ -50,16 +57,19 @@ class Rejects:
         self._seen: set[Place] = set()
         self._path: Path | None = None
 
-    def reject(self, place: Place, reason: str, row: Any) -> None:
-        """Stops with "source:line: reason", or counts the row and goes on. A row is counted once."""
-        reason = _one_line(reason)
+    def reject(self, place: Place, reason: str, row: Any, *, detail: str = "") -> None:
+        """Counts the row, once, or raises UserError with "source:line: reason: detail" under the policy "stop"."""
+        reason, detail = _one_line(reason), _one_line(detail)
         if self.policy == "stop":
-            raise UserError(f"{place}: {reason} (--on-bad-row=skip leaves such rows out and counts them)")
+            whole = f"{reason}: {detail}" if detail else reason
+            raise UserError(f"{place}: {whole} (--on-bad-row=skip leaves such rows out and counts them)")
         if place in self._seen:
             return
         self._seen.add(place)
         _add(self._rejected, place, reason)
         entry = {"source": place.source, "line": place.line, "reason": reason, "row": _text(row)[:LONGEST]}
+        if detail:
+            entry["detail"] = detail
         if self._path is None:
             self._pending.append(entry)
         else:
@@ -113,10 +123,30 @@ class Rejects:
             totals[reason] = totals.get(reason, 0) + count.rows
         return totals
 
+    def by_source(self) -> dict[str, dict[str, Any]]:
+        """Counts of every source's rows, as JSON values: {"read", "used", "left_out", "changed"} by source.
+
+        "left_out" and "changed" are rows by reason; rows that are used or left out were read.
+        """
+        found = {}
+        for source in self._sources():
+            left_out, changed = (
+                {reason: count.rows for (name, reason), count in counted.items() if name == source}
+                for counted in (self._rejected, self._noted)
+            )
+            used = self.used.get(source, 0)
+            read = used + sum(left_out.values())
+            found[source] = {"read": read, "used": used, "left_out": left_out, "changed": changed}
+        return found
+
+    def _sources(self) -> list[str]:
+        """Every source that a row came from, once."""
+        return list(dict.fromkeys([*self.used, *(s for s, _ in self._rejected), *(s for s, _ in self._noted)]))
+
     def summary(self) -> list[str]:
         """Lines for people: what was used of each source and, reason by reason, what was not or was changed."""
         lines = []
-        for source in dict.fromkeys([*self.used, *(s for s, _ in self._rejected), *(s for s, _ in self._noted)]):
+        for source in self._sources():
             lines.append(f"{source}: {self.used.get(source, 0)} rows used")
             for counted, word in ((self._rejected, "rows left out"), (self._noted, "rows")):
                 for (name, reason), count in counted.items():

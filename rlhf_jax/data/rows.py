@@ -1,24 +1,30 @@
 """A source's rows in one of the forms of `formats`: columns renamed, the form recognised, bad rows rejected."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from rlhf_jax.data.formats import COLUMNS, FORMATS, known, normalise, recognise
-from rlhf_jax.data.rejects import BadRow, Rejects
+from rlhf_jax.data.rejects import BadRow, Place, Rejects
 from rlhf_jax.data.sources import Broken, read_source
 from rlhf_jax.errors import UserError
+
+Row = TypeVar("Row")
 
 LOOKED_AT = 1000
 """Rows among which one must have columns that are recognised."""
 
 
 class Read(NamedTuple):
-    """A usable row: its number in the source (from 0), what it became, and its fields as they came."""
+    """A usable row."""
 
     number: int
+    """Its number in the source, from 0."""
     row: Any
+    """One of the forms of `formats`."""
     fields: dict[str, Any]
+    """Its columns as they came, under their own names, those that the form does not need too (for rewards)."""
 
 
 def find_format(
@@ -57,23 +63,53 @@ def read_rows(
     *,
     columns: Sequence[str] = (),
     start: int = 0,
+    limit: int | None = None,
     streaming: bool = False,
 ) -> Iterator[Read]:
-    """Every usable row of a source from number `start` on, one by one; `rejects` hears of the others."""
+    """Every usable row of a source from number `start` on, one by one; `rejects` hears of the others.
+
+    `limit` stops at the source's first so many usable rows, those before `start` among them: however often a reader
+    goes on from where it stood, it sees the same rows. To count them, it begins to read at the first.
+    Raises UserError when the source itself cannot be read, or under the policy "stop" at the first row that is bad.
+    """
     renamed = parse_columns(columns)
-    for number, (place, fields) in enumerate(read_source(source, start=start, streaming=streaming), start):
-        if isinstance(fields, Broken):
-            rejects.reject(place, fields.reason, fields.text)
-            continue
+    first = start if limit is None else 0
+    used = 0
+    for number, (place, fields) in enumerate(read_source(source, start=first, streaming=streaming), first):
         try:
-            for ours in FORMATS[format].columns:
-                if renamed.get(ours, ours) not in fields:
-                    raise BadRow(f"field {renamed.get(ours, ours)!r} is missing")
-            row = normalise(format, _rename(fields, renamed), place)
+            read = _usable(number, format, fields, renamed, place)
         except BadRow as error:
-            rejects.reject(place, str(error), fields)
-        else:
-            yield Read(number, row, fields)
+            if number >= start:  # those before were counted by who read them
+                row = fields.text if isinstance(fields, Broken) else fields
+                rejects.reject(place, str(error), row, detail=error.detail)
+            continue
+        used += 1
+        if number >= start:
+            yield read
+        if used == limit:
+            return
+
+
+def reported(rows: Iterable[Row], name: str, say: Callable[[str], object], *, every_seconds: float) -> Iterator[Row]:
+    """The rows as they come; `say` hears "name: 20,000 rows read" at most once in so many seconds."""
+    said = time.monotonic()
+    for count, row in enumerate(rows, 1):
+        yield row
+        now = time.monotonic()
+        if now - said >= every_seconds:
+            said = now
+            say(f"{name}: {count:,} rows read")
+
+
+def _usable(
+    number: int, format: str, fields: dict[str, Any] | Broken, renamed: Mapping[str, str], place: Place
+) -> Read:
+    if isinstance(fields, Broken):
+        raise BadRow(fields.reason)
+    for ours in FORMATS[format].columns:
+        if renamed.get(ours, ours) not in fields:
+            raise BadRow(f"field {renamed.get(ours, ours)!r} is missing")
+    return Read(number, normalise(format, _rename(fields, renamed), place), fields)
 
 
 def parse_columns(columns: Sequence[str]) -> dict[str, str]:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.batches import Tokens
+from rlhf_jax.data.tokenizer import PreTrainedTokenizerBase
 
 GIVEN, LEARNED = 60, 100
 """Tokens that are shown before the first learned one, and from there on."""
@@ -48,7 +48,7 @@ def marked(pieces: Sequence[str], learned: Sequence[bool], *, colour: bool) -> T
 
 
 def piece(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a token is written as; what no terminal should be sent is escaped."""
+    """The text of one token; characters that no terminal should be sent are escaped."""
     word = str(tokenizer.decode([token]))
     if str(tokenizer.convert_ids_to_tokens(token)).startswith("▁") and not word.startswith(" "):
         word = " " + word

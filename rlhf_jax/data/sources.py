@@ -13,10 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
-import pyarrow
-import pyarrow.parquet
-
 from rlhf_jax.data.rejects import Place
 from rlhf_jax.errors import UserError
 
@@ -163,6 +159,9 @@ def _array(path: Path, content: bytes) -> Iterator[Item]:
 
 
 def _parquet(path: Path) -> Iterator[Item]:
+    import pyarrow
+    import pyarrow.parquet
+
     done = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -180,6 +179,8 @@ def _saved(folder: Path) -> bool:
 
 
 def _opened(folder: Path) -> Any:
+    import datasets
+
     try:
         return datasets.load_from_disk(str(folder))
     except Exception as error:
@@ -188,6 +189,8 @@ def _opened(folder: Path) -> Any:
 
 def _from_hub(name: str, split: str | None, start: int, streaming: bool) -> Iterator[Item]:
     """Rows of "owner/name" or "owner/name/config"; whatever the Hub answers becomes one line."""
+    import datasets
+
     parts = name.split("/")
     config = parts[2] if len(parts) == 3 else None
     try:
@@ -202,6 +205,8 @@ def _from_hub(name: str, split: str | None, start: int, streaming: bool) -> Iter
 
 
 def _from_datasets(opened: Any, name: str, split: str | None, start: int) -> Iterator[Item]:
+    import datasets
+
     if isinstance(opened, dict):
         if split is None and len(opened) > 1:
             raise UserError(f"{name}: holds several splits ({', '.join(opened)}): say which, as in {name}:train")

@@ -54,7 +54,7 @@ def pad_sequences(documents: Sequence[Document], *, length: int, pad_id: int) ->
             raise ValueError(f"sequence {row} has {size(document)} tokens, more than the batch's length of {length}")
     tokens = lay([[document] for document in documents], length, pad_id)
     positions = np.maximum(np.cumsum(tokens.segment_ids, axis=1, dtype=np.int32) - 1, 0)
-    return _host(Tokens, tokens.inputs, tokens.targets, tokens.mask, positions, tokens.segment_ids)
+    return host_batch(Tokens, tokens.inputs, tokens.targets, tokens.mask, positions, tokens.segment_ids)
 
 
 def pack_sequences(documents: Sequence[Document], *, length: int, pad_id: int) -> Tokens:
@@ -126,7 +126,7 @@ def lay(rows: Sequence[Sequence[Document]], length: int, pad_id: int) -> Tokens:
             positions[row, start:at] = np.arange(at - start)
             segments[row, start:at] = segment
             start = at
-    return _host(Tokens, tokens[:, :-1], tokens[:, 1:], learned[:, 1:], positions[:, :-1], segments[:, :-1])
+    return host_batch(Tokens, tokens[:, :-1], tokens[:, 1:], learned[:, 1:], positions[:, :-1], segments[:, :-1])
 
 
 def pad_prompts(prompts: Sequence[Ids], *, length: int, pad_id: int) -> Prompts:
@@ -138,7 +138,7 @@ def pad_prompts(prompts: Sequence[Ids], *, length: int, pad_id: int) -> Prompts:
             raise ValueError(f"prompt {row} has {len(ids)} tokens, more than the batch's length of {length}")
         tokens[row, length - len(ids) :] = ids
         mask[row, length - len(ids) :] = True
-    return _host(Prompts, tokens, mask, np.arange(len(prompts), dtype=np.int32))
+    return host_batch(Prompts, tokens, mask, np.arange(len(prompts), dtype=np.int32))
 
 
 def take(batch: Batch, rows: Any) -> Batch:
@@ -146,6 +146,6 @@ def take(batch: Batch, rows: Any) -> Batch:
     return jax.tree.map(lambda x: x[rows], batch)
 
 
-def _host(kind: Callable[..., Batch], *arrays: Any) -> Batch:
-    """A batch that is still numpy: what flows between the parts is annotated as it is on the device."""
+def host_batch(kind: Callable[..., Batch], *arrays: Any) -> Batch:
+    """A batch whose arrays are still numpy; its annotations say what they are on the device."""
     return kind(*arrays)

@@ -1,12 +1,15 @@
-"""Rows to token ids: prompt and answers apart, BOS once, EOS learned, prompts shortened from the left and counted."""
+"""Rows to token ids: prompt and answers apart, BOS once, EOS learned, long ones shortened and counted."""
 
 import gzip
 import json
+import re
 
 import pytest
 from transformers import AutoTokenizer
 
-from rlhf_jax.data.encode import encode, encode_prompt, encode_rows
+from rlhf_jax.data import encode as encoding
+from rlhf_jax.data.chat import render
+from rlhf_jax.data.encode import encode, encode_prompt, encode_rows, encode_windows
 from rlhf_jax.data.formats import Comparison, Demonstration, Prompt, Text, Unpaired
 from rlhf_jax.data.rejects import BadRow, Place, Rejects
 from rlhf_jax.data.rows import Read, read_rows
@@ -108,61 +111,101 @@ def test_a_special_token_that_people_wrote_is_only_text(tokenizer):
     assert ranking.prompt.count(tokenizer.eos_token_id) == plain.prompt.count(tokenizer.eos_token_id)
 
 
-def test_truncation_takes_the_prompt_from_the_left_and_never_the_response(tokenizer):
+def conversation(turns, first=0):
+    """A system message and what a user and the assistant say in turn; the last turn is not answered."""
+    found = [{"role": "system", "content": "be kind"}]
+    for number in range(first, turns):
+        found += [*user(f"question {number} " * (2 + number % 3)), *said(f"answer {number} " * (1 + number % 2))]
+    return tuple(found[:-1])
+
+
+ROWS = {
+    "prompt": lambda turns, first: Prompt(conversation(turns, first), PLACE),
+    "demonstration": lambda turns, first: Demonstration(
+        conversation(turns, first)[:2], (*conversation(turns, first)[2:], *said("the last")), PLACE
+    ),
+    "one answer": lambda turns, first: Demonstration(conversation(turns, first), said("the last"), PLACE),
+    "comparison": lambda turns, first: pair(conversation(turns, first), "yes", "no, not at all"),
+    "unpaired": lambda turns, first: Unpaired(conversation(turns, first), said("yes"), False, PLACE),
+}
+
+
+def length_of(ids):
+    if hasattr(ids, "responses"):
+        return len(ids.prompt) + max(map(len, ids.responses))
+    if hasattr(ids, "response"):
+        return len(ids.prompt) + len(ids.response)
+    return size(ids) if isinstance(ids, tuple) else len(ids)
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+def test_a_long_conversation_is_one_that_began_later(tokenizer, row):
+    """The system message stays, as many turns as fit stay with it, and an earlier answer is learned whole or not."""
+    turns = 7
+    shorter = [encode(row(turns, first), tokenizer, 4000)[0] for first in range(turns)]
+    lengths = [length_of(ids) for ids in shorter]
+    assert lengths == sorted(lengths, reverse=True)
+    for length in range(lengths[-1], lengths[0] + 1):
+        first = next(first for first, needed in enumerate(lengths) if needed <= length)
+        assert encode(row(turns, 0), tokenizer, length) == (shorter[first], 2 * first)
+    with pytest.raises(BadRow, match=f"^prompt too long for {lengths[-1] - 1} tokens$") as caught:
+        encode(row(turns, 0), tokenizer, lengths[-1] - 1)
+    answer = "" if row is ROWS["prompt"] else r", its answer \d+"
+    assert re.fullmatch(r"its last turn alone has \d+" + answer, caught.value.detail)
+
+
+def test_a_long_conversation_is_rendered_few_times(minimind, monkeypatch):
+    rendered = []
+    monkeypatch.setattr(encoding, "render", lambda *a, **k: rendered.append(1) or render(*a, **k))
+    ids, dropped = encode(Prompt(conversation(200), PLACE), minimind, 300)
+    assert dropped > 300 and len(ids) <= 300 and len(rendered) <= 10
+
+
+def test_an_answer_is_never_cut_and_a_single_turn_neither(tokenizer):
     short, long = "yes", "one two three four five " * 20
-    whole = encode(pair(user(long), short, "no"), tokenizer, 4000)[0].prompt
-    ranking, cut = encode(pair(user(long), short, "no no no"), tokenizer, 64)
-    prompt = ranking.prompt
-    assert len(prompt) + max(map(len, ranking.responses)) == 64 and cut == len(whole) - len(prompt)
-    assert prompt[0] == tokenizer.bos_token_id and prompt[1:] == whole[-len(prompt) + 1 :]
-    assert all(response[-1] == tokenizer.eos_token_id for response in ranking.responses)
-    with pytest.raises(BadRow, match="response too long for 64 tokens"):
-        encode(pair(user("q"), long, short), tokenizer, 64)
-    # A response may take three quarters and no more from a long prompt.
-    row = Demonstration(user(long), said(long.strip()), PLACE)
-    answer = encode(row, tokenizer, 4000)[0][1]
-    (given, response), _ = encode(row, tokenizer, len(answer) * 4 // 3 + 2)
-    assert response == answer and len(given) + len(response) == len(answer) * 4 // 3 + 2
-    with pytest.raises(BadRow, match="response too long"):
-        encode(row, tokenizer, len(answer) * 4 // 3 - 2)
+    for row, reason in (
+        (pair(user("q"), long, short), "response too long for 64 tokens"),
+        (Demonstration(user("q"), said(long), PLACE), "response too long for 64 tokens"),
+        (pair(user(long), short, "no"), "prompt too long for 64 tokens"),
+        (Prompt(user(long), PLACE), "prompt too long for 64 tokens"),
+    ):
+        with pytest.raises(BadRow, match=f"^{reason}$"):
+            encode(row, tokenizer, 64)
+    # All of the room is an answer's, if its turn leaves it.
+    row = Demonstration((*conversation(2), *said("so"), *user("q")), said(long), PLACE)
+    needed = size(encode(row._replace(prompt=(row.prompt[0], *user("q"))), tokenizer, 4000)[0])
+    assert size(encode(row, tokenizer, needed)[0]) == needed
 
 
-def test_a_long_conversation_loses_its_beginning_and_an_answer_that_is_cut_is_not_learned(tokenizer):
-    turns = []
-    for number in range(6):
-        turns += [*user(f"question {number} " * 4), *said(f"answer {number} " * 4)]
-    row = Demonstration(tuple(turns[:1]), tuple(turns[1:]), PLACE)
-    whole, _ = encode(row, tokenizer, 4000)
-    flat = [token for ids in whole for token in ids]
-    learned = [part for number, ids in enumerate(whole) for part in [number % 2 == 1] * len(ids)]
-    lengths = set()
-    for length in range(len(whole[-1]) * 2, len(flat) + 1):
-        document, cut = encode(row, tokenizer, length)
-        kept = [token for ids in document for token in ids]
-        mask = [part for number, ids in enumerate(document) for part in [number % 2 == 1] * len(ids)]
-        assert len(kept) + cut == len(flat) and len(kept) <= length and len(document) % 2 == 0
-        assert kept[0] == flat[0] and kept[1:] == flat[-len(kept) + 1 :] if cut else kept == flat
-        # What is learned is as before, but for the answer through which the cut goes.
-        expected = learned[-len(kept) :]
-        assert all(now <= before for now, before in zip(mask, expected, strict=True))
-        assert mask[-len(whole[-1]) :] == expected[-len(whole[-1]) :]
-        whole_answers = sum(len(ids) for ids in document[1::2])
-        assert whole_answers in {sum(len(ids) for ids in whole[n::2]) for n in range(1, len(whole), 2)}
-        lengths.add(whole_answers)
-    assert len(lengths) > 3
+def test_a_tools_result_stays_with_its_call(minimind):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+    result = {"role": "tool", "content": "2"}
+    prompt = (*user("long ago " * 30), *said("so"), *user("how many? " * 5), call, result)
+    whole = len(encode(Prompt(prompt, PLACE), minimind, 4000)[0])
+    ids, dropped = encode(Prompt(prompt, PLACE), minimind, whole - 1)
+    assert dropped == 2 and ids == encode_prompt(prompt[2:], minimind)
+    with pytest.raises(BadRow, match="prompt too long"):
+        encode(Prompt(prompt, PLACE), minimind, len(ids) - 1)
 
 
 def test_what_is_shortened_or_left_out_is_counted(tokenizer):
     long = "one two three four five " * 20
-    rows = [pair(user("q"), "yes", "no"), pair(user(long), "yes", "no"), pair(user("q"), long, "no")]
+    talk = (*user(long), *said("so"), *user("q"))
+    rows = [pair(user("q"), "yes", "no"), pair(talk, "yes", "no"), pair(user("q"), long, "no")]
+    rows += [pair(user(long), "yes", "no"), pair(user(long + "six"), "yes", "no")]
     reads = [Read(n, row._replace(place=Place("f", n + 1)), {"n": n}) for n, row in enumerate(rows)]
     rejects = Rejects("skip")
     encoded = list(encode_rows(reads, tokenizer, 64, rejects))
     assert [read.number for read, _ in encoded] == [0, 1] and rejects.used == {"f": 2}
-    assert rejects.notes() == {"prompt shortened to fit 64 tokens": 1}
-    assert rejects.counts() == {"response too long for 64 tokens": 1}
-    with pytest.raises(UserError, match=r"^f:3: response too long for 64 tokens"):
-        list(encode_rows(reads, tokenizer, 64, Rejects()))
+    assert rejects.notes() == {"prompt shortened by whole turns to fit 64 tokens": 1}
+    # Rows with one reason are counted together, however long each is.
+    assert rejects.counts() == {"response too long for 64 tokens": 1, "prompt too long for 64 tokens": 2}
+    with pytest.raises(UserError, match=r"^f:3: response too long for 64 tokens: it has \d+, its turn \d+ \(--on-bad"):
+        list(encode_rows(reads[:3], tokenizer, 64, Rejects()))
+    with pytest.raises(
+        UserError, match=r"^f:4: prompt too long for 64 tokens: its last turn alone has \d+, its answer"
+    ):
+        list(encode_rows(reads[3:], tokenizer, 64, Rejects()))
 
 
 def test_what_a_chat_template_refuses_is_named(minimind):
@@ -215,6 +258,25 @@ def test_real_files_are_encoded_or_counted(shared_data, tokenizer):
     encoded = [ids for _, ids in encode_rows(rows, tokenizer, 256, rejects)]
     assert len(encoded) + sum(rejects.counts().values()) == 348 and len(encoded) > 200
     assert rejects.counts()["prompts differ"] == 2 and set(rejects.counts()) <= {
-        "prompts differ", "response too long for 256 tokens",
+        "prompts differ", "response too long for 256 tokens", "prompt too long for 256 tokens",
     }  # fmt: skip
-    assert all(len(r.prompt) + max(map(len, r.responses)) <= 256 for r in encoded)
+    assert all(length_of(ids) <= 256 for ids in encoded)
+    [shortened] = rejects.notes().values()
+    assert shortened > 50
+
+
+@pytest.mark.parametrize("folder, bos", [("model/stories260K-hf", [1]), ("tokenizer/minimind", [])])
+def test_a_long_text_is_cut_into_windows_and_nothing_is_lost(shared_data, folder, bos):
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / folder)
+    tokenizer.bos_token_id = bos[0] if bos else None
+    text = f"Once upon a time there was a {tokenizer.eos_token} cat. " * 9
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    windows = encode_windows(text, tokenizer, 17)
+    assert {len(read) for read, _ in windows} == {1} and max(len(predicted) for _, predicted in windows) == 16
+    if bos:
+        assert {read[0] for read, _ in windows} == {1}
+        assert [token for _, predicted in windows for token in predicted] == ids
+    else:
+        whole = [token for read, predicted in windows for token in (*read, *predicted)]
+        assert whole == ids[: len(whole)] and len(ids) - len(whole) <= 1  # a window of one token predicts nothing
+    assert tokenizer.eos_token_id not in ids

@@ -6,15 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.data.encode import EncodedRanking, EncodedUnpaired
+from rlhf_jax.batches import Completions, RankedAnswers
 from rlhf_jax.data.preferences import (
+    join_rankings,
+    pack_answers,
     pack_rankings,
     packed_logprobs,
     packed_rewards,
-    pad_preferences,
     pad_rankings,
-    pad_unpaired,
+    stack_packed,
 )
+from rlhf_jax.data.tokens import join, pad_prompts, pad_sequences
 from rlhf_jax.logprobs import sequence_logprobs
 from rlhf_jax.losses import dpo_loss, ranking_loss
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer
@@ -34,7 +36,7 @@ def rankings(counts, seed=0):
         return rng.integers(3, 20, rng.integers(low, high)).tolist()
 
     return [
-        EncodedRanking(ids(1, 6), [[*ids(0, 6), EOS] for _ in range(k)], tuple(rng.permutation(k).tolist()), 0.5)
+        RankedAnswers(ids(1, 6), [[*ids(0, 6), EOS] for _ in range(k)], tuple(rng.permutation(k).tolist()), 0.5)
         for k in counts
     ]
 
@@ -53,8 +55,8 @@ def leaky(batch):
 
 
 def test_packed_by_hand():
-    one = EncodedRanking([5, 6], [[7, EOS], [EOS]], (1, 0), 0.0)
-    two = EncodedRanking([8], [[9, EOS]], (0,), 0.0)
+    one = RankedAnswers([5, 6], [[7, EOS], [EOS]], (1, 0), 0.0)
+    two = RankedAnswers([8], [[9, EOS]], (0,), 0.0)
     batch = pack_rankings([one, two], length=7, pad_id=PAD)
     np.testing.assert_array_equal(batch.tokens.inputs, [[5, 6, 7, EOS, 5, 6, EOS], [8, 9, EOS, 0, 0, 0, 0]])
     np.testing.assert_array_equal(batch.tokens.positions, [[0, 1, 2, 3, 0, 1, 2], [0, 1, 2, 0, 0, 0, 0]])
@@ -66,6 +68,58 @@ def test_packed_by_hand():
     np.testing.assert_array_equal(batch.mask, [[True, True], [True, False]])
     with pytest.raises(ValueError, match="more than the row's length of 3"):
         pack_rankings([one], length=3, pad_id=PAD)
+    for wrong in ({"prompts": 1}, {"answers": 1}):
+        with pytest.raises(ValueError, match="2 prompts with up to 2 answers do not fit into"):
+            pack_rankings([one, two], length=7, pad_id=PAD, **wrong)
+
+
+def test_answers_are_packed_without_a_ranking():
+    """The very arrays of rankings of one answer each; a number without an answer has no row, and is masked."""
+    some = rankings([1] * 5)
+    answers = [(ranking.prompt, ranking.responses[0]) for ranking in some]
+    packed, ranked = pack_answers(answers, length=LENGTH, pad_id=PAD), pack_rankings(some, length=LENGTH, pad_id=PAD)
+    chex.assert_trees_all_equal((packed.tokens, packed.owner), (ranked.tokens, ranked.owner))
+    for field in ("row", "column", "mask"):
+        np.testing.assert_array_equal(getattr(packed, field), getattr(ranked, field)[:, 0])
+    filled = on_device(pack_answers([None, *answers], length=LENGTH, pad_id=PAD, slots=8))
+    assert filled.mask.tolist() == [False, *[True] * 5, False, False]
+    np.testing.assert_array_equal(filled.row[1:6], packed.row)
+    numbers = jnp.arange(filled.owner.size, dtype=jnp.float32).reshape(filled.owner.shape)
+    for found, expected in (
+        (packed_logprobs(numbers, filled), packed_logprobs(numbers, on_device(packed))),
+        (packed_rewards(numbers + 1, filled), packed_rewards(numbers + 1, on_device(packed))),
+    ):
+        np.testing.assert_array_equal(found, [0, *expected, 0, 0])
+    # Of unequal numbers of rows, stacked: nobody's targets stay nobody's.
+    short, long = pack_answers(answers, length=96, pad_id=PAD), packed
+    assert len(short.owner) < len(long.owner)
+    short = pack_answers(answers[:1], length=LENGTH, pad_id=PAD, slots=5)
+    stacked = stack_packed([short, long])
+    assert stacked.owner.shape == (2, *long.owner.shape) and stacked.row.shape == (2, 5)
+    assert (stacked.owner[~stacked.tokens.mask] == 5).all()
+    with pytest.raises(ValueError, match="5 answers are more than 4"):
+        pack_answers(answers, length=LENGTH, pad_id=PAD, slots=4)
+
+
+def test_joined_rankings_are_the_sampled_arrays():
+    """Ids taken out of prompts and completions make the same batch again, bit for bit, missing answers too."""
+    some = rankings([2, 3, 1], seed=3)
+    found = join_rankings(some, prompt_length=7, answer_length=9, pad_id=PAD)
+    answers = [[*((r.prompt, a) for a in r.responses), *[([], [])] * (3 - len(r.responses))] for r in some]
+    flat = [answer for each in answers for answer in each]
+    tokens = np.array([[*response, *[PAD] * (9 - len(response))] for _, response in flat])
+    mask = np.array([[t < len(response) for t in range(9)] for _, response in flat])
+    prompts = pad_prompts([prompt for prompt, _ in flat], length=7, pad_id=PAD)
+    expected = jax.tree.map(np.asarray, join(prompts, Completions(tokens, mask, None), pad_id=PAD))
+    chex.assert_trees_all_equal(found.responses, expected)
+    assert jax.tree.map(lambda x: x.dtype, found.responses) == jax.tree.map(lambda x: x.dtype, expected)
+    assert found.mask.tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
+    assert [row[real].tolist() for row, real in zip(found.ranks, found.mask, strict=True)] == [
+        list(ranking.ranks) for ranking in some
+    ]
+    for lengths, message in (((3, 9), "prompt . has"), ((7, 3), "answer . has . tokens, more than the batch's 3")):
+        with pytest.raises(ValueError, match=message):
+            join_rankings(some, prompt_length=lengths[0], answer_length=lengths[1], pad_id=PAD)
 
 
 def test_the_reward_models_packed_loss_and_gradient_are_those_of_answers_apart():
@@ -98,7 +152,9 @@ def test_the_reward_models_packed_loss_and_gradient_are_those_of_answers_apart()
 
 def test_dpos_packed_loss_and_gradient_are_those_of_pairs_apart():
     some = rankings([2] * 8, seed=1)
-    padded, packed = (on_device(f(some, length=LENGTH, pad_id=PAD)) for f in (pad_preferences, pack_rankings))
+    packed = on_device(pack_rankings(some, length=LENGTH, pad_id=PAD))
+    documents = [[(pair.prompt, pair.responses[pair.ranks.index(rank)]) for pair in some] for rank in (0, 1)]
+    padded = [on_device(pad_sequences(side, length=LENGTH, pad_id=PAD)) for side in documents]
     model = Transformer(CONFIG)
     params = params_of(model)
     reference = jax.tree.map(lambda x: x * 1.1, params)
@@ -111,8 +167,8 @@ def test_dpos_packed_loss_and_gradient_are_those_of_pairs_apart():
         return (jnp.take_along_axis(both, jnp.argsort(batch.ranks, axis=1), axis=1)).T
 
     def loss_apart(params):
-        policy = [apart(params, side) for side in (padded.chosen, padded.rejected)]
-        ref = [apart(reference, side) for side in (padded.chosen, padded.rejected)]
+        policy = [apart(params, side) for side in padded]
+        ref = [apart(reference, side) for side in padded]
         return dpo_loss(*policy, *ref, beta=0.3)[0]
 
     def loss_together(params, batch):
@@ -136,21 +192,10 @@ def test_no_document_of_a_row_reaches_another():
     np.testing.assert_array_equal(np.asarray(values)[first], np.asarray(changed)[first])
 
 
-def test_padding_of_rankings_pairs_and_unpaired_answers():
-    some = rankings([2, 3])
-    padded = pad_rankings(some, length=LENGTH, pad_id=PAD)
+def test_padded_rankings_of_unequal_length():
+    padded = pad_rankings(rankings([2, 3]), length=LENGTH, pad_id=PAD)
     assert padded.responses.mask.shape == (6, LENGTH) and padded.mask.tolist() == [[1, 1, 0], [1, 1, 1]]
     assert not padded.responses.mask[2].any()
-    with pytest.raises(ValueError, match="more than two answers"):
-        pad_preferences(some, length=LENGTH, pad_id=PAD)
-    pair = pad_preferences(some[:1], length=LENGTH, pad_id=PAD)
-    best = some[0].responses[some[0].ranks.index(0)]
-    assert pair.chosen.targets[pair.chosen.mask].tolist() == best and pair.margin.tolist() == [0.5]
-    rows = [EncodedUnpaired([5] * 30, [6, EOS], True), EncodedUnpaired([5], [EOS], False)]
-    unpaired = pad_unpaired(rows, longest=48, pad_id=PAD)
-    assert unpaired.tokens.mask.shape == (2, 32) and unpaired.good.tolist() == [True, False]
-    rows.append(EncodedUnpaired([5] * 40, [EOS], True))
-    assert pad_unpaired(rows, longest=48, pad_id=PAD).tokens.mask.shape == (3, 48)
 
 
 def test_ragged_batches_have_few_shapes():

@@ -33,9 +33,24 @@ def test_skipped_rows_are_counted_by_reason_and_written_down(tmp_path):
         "g: odd: 1 rows left out (lines 1)",
         "g: even: 1 rows left out (lines 2)",
     ]
+    assert json.loads(json.dumps(rejects.by_source())) == {
+        "f": {"read": 8, "used": 1, "left_out": {"odd": 7}, "changed": {"made shorter": 1}},
+        "g": {"read": 2, "used": 0, "left_out": {"odd": 1, "even": 1}, "changed": {}},
+    }
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(e["source"], e["line"]) for e in entries] == [*(("f", n) for n in range(1, 8)), ("g", 1), ("g", 2)]
     assert json.loads(entries[0]["row"]) == {"line": 1, "half": "\ud800"} and len(entries[7]["row"]) == 4000
+
+
+def test_what_only_one_row_has_is_said_of_it_and_not_counted_apart(tmp_path):
+    rejects = Rejects("skip")
+    for line in (1, 2):
+        rejects.reject(Place("f", line), "too long", {}, detail=f"it has\n{line}")
+    rejects.write_to(tmp_path / "rejected.jsonl")
+    entries = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert rejects.counts() == {"too long": 2} and [entry["detail"] for entry in entries] == ["it has 1", "it has 2"]
+    with pytest.raises(UserError, match=r"^f:1: too long: it has 1 \("):
+        Rejects().reject(Place("f", 1), "too long", {}, detail="it has 1")
 
 
 def test_a_resumed_run_goes_on_in_the_same_file(tmp_path):

@@ -1,4 +1,4 @@
-"""What preference losses learn from: answers in pairs, or single ones that were found good or not.
+"""Examples of preference losses: answers in pairs, or single ones that were found good or not.
 
 Everything here is host code. Of a prompt's K ranked answers either the best and the worst make one pair (Yuan et al.
 2024, §2, https://arxiv.org/abs/2401.10020; Meng et al. 2024, §3, https://arxiv.org/abs/2405.14734), or every two that
@@ -11,15 +11,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax.batches import PackedRankings, Rankings, Tokens
-from rlhf_jax.data.encode import EncodedRanking
-from rlhf_jax.data.preferences import pack_rankings
+from rlhf_jax.batches import LabelledAnswer, PackedAnswers, RankedAnswers, Tokens
+from rlhf_jax.data.preferences import Answer, pack_answers, rank_table
 from rlhf_jax.data.tokens import bucket, pad_sequences, size
 from rlhf_jax.errors import UserError
 
 Pairs = Literal["best_worst", "all"]
-Answer = tuple[list[int], list[int]]
-"""Ids of a prompt and of a response to it."""
 
 
 class Examples(NamedTuple):
@@ -31,25 +28,28 @@ class Examples(NamedTuple):
     good: Bool[np.ndarray, "M W"]
 
 
-class Batch(NamedTuple):
+class AnswerBatch(NamedTuple):
     """B answers: of pairs the chosen ones, then the rejected ones in the same order."""
 
-    answers: Tokens | PackedRankings
+    answers: Tokens | PackedAnswers
     good: Bool[Array, " B"]
     lengths: Int[Array, " B"]
     """Tokens of each response."""
     ref_logprobs: Float[Array, " B"]
-    mismatched: Tokens | PackedRankings | None = None
+    mismatched: Tokens | PackedAnswers | None = None
     """The same responses after other prompts (KTO)."""
     ref_mismatched: Float[Array, " B"] | None = None
 
 
-def paired(rankings: Rankings, pairs: Pairs) -> Examples:
-    """Pairs of a prompt's answers; equal ranks form none."""
+def paired(rankings: Sequence[RankedAnswers], pairs: Pairs) -> Examples:
+    """Pairs of each prompt's answers; equal ranks form none. Answers are in the order of the rankings."""
     find = best_and_worst if pairs == "best_worst" else all_pairs
-    rows, groups = np.unique(find(np.asarray(rankings.ranks), np.asarray(rankings.mask)), return_inverse=True)
+    ranks, mask = rank_table(rankings)
+    used, groups = np.unique(find(ranks, mask), return_inverse=True)
+    places = [divmod(int(number), ranks.shape[1]) for number in used]
+    answers = [(rankings[p].prompt, rankings[p].responses[k]) for p, k in places]
     groups = groups.reshape(-1, 2)
-    return Examples(unjoin(rankings.responses, rows), groups, np.broadcast_to([True, False], groups.shape))
+    return Examples(answers, groups, np.broadcast_to([True, False], groups.shape))
 
 
 def singly(examples: Examples) -> Examples:
@@ -57,8 +57,14 @@ def singly(examples: Examples) -> Examples:
     return examples._replace(groups=examples.groups.reshape(-1, 1), good=examples.good.reshape(-1, 1))
 
 
+def labelled(rows: Sequence[LabelledAnswer]) -> Examples:
+    """Single answers with the labels that they came with."""
+    answers: list[Answer] = [(row.prompt, row.response) for row in rows]
+    return Examples(answers, np.arange(len(rows))[:, None], np.array([[row.good] for row in rows]))
+
+
 def best_and_worst(ranks: Int[np.ndarray, "P K"], mask: Bool[np.ndarray, "P K"]) -> Int[np.ndarray, "M 2"]:
-    """Rows p·K + k of the best and of the worst answer to each prompt; the first of several."""
+    """Numbers p·K + k of the best and of the worst answer to each prompt; the first of several."""
     k, start = ranks.shape[1], np.arange(len(ranks))
     best = np.where(mask, ranks, np.iinfo(ranks.dtype).max).argmin(axis=1)
     worst = np.where(mask, ranks, -1).argmax(axis=1)
@@ -67,33 +73,24 @@ def best_and_worst(ranks: Int[np.ndarray, "P K"], mask: Bool[np.ndarray, "P K"])
 
 
 def all_pairs(ranks: Int[np.ndarray, "P K"], mask: Bool[np.ndarray, "P K"]) -> Int[np.ndarray, "M 2"]:
-    """Rows p·K + k of every two answers to a prompt that differ in rank."""
+    """Numbers p·K + k of every two answers to a prompt that differ in rank."""
     both = mask[:, :, None] & mask[:, None, :]
     p, better, worse = np.nonzero(both & (ranks[:, :, None] < ranks[:, None, :]))
     return np.stack([p, p], axis=1) * ranks.shape[1] + np.stack([better, worse], axis=1)
 
 
-def unjoin(tokens: Tokens, rows: Int[np.ndarray, " N"]) -> list[Answer]:
-    """(prompt, response) of rows that hold one document each, which ends in its response."""
-    answers = []
-    for row in rows:
-        ids = np.asarray(tokens.inputs[row])[np.asarray(tokens.segment_ids[row]) > 0].tolist()
-        start = len(ids) - int(np.asarray(tokens.mask[row]).sum())
-        answers.append((ids[:start], ids[start:]))
-    return answers
-
-
 def mismatch(answers: Sequence[Answer], *, longest: int, seed: int) -> list[Answer]:
     """Every response after the prompt of another one: prompts in a random circle, each gives way to the next.
 
-    What would be longer than `longest` loses the beginning of its prompt. Raises UserError for a single prompt.
+    Where prompt and response would be longer than `longest` tokens, the prompt loses its first ones. These sequences
+    only estimate a KL, nothing is learned from them. Raises UserError for a single prompt.
     """
     prompts = sorted({tuple(prompt) for prompt, _ in answers})
     if len(prompts) < 2:
         raise UserError("KTO needs answers to at least two prompts: it sets answers beside those to other prompts")
     order = np.random.default_rng([seed, 5]).permutation(len(prompts))
     following = {prompts[i]: prompts[j] for i, j in zip(order, np.roll(order, -1), strict=True)}
-    found = []
+    found: list[Answer] = []
     for prompt, response in answers:
         other = list(following[tuple(prompt)])
         found.append((other[max(0, len(other) + len(response) - longest) :], response))
@@ -101,13 +98,12 @@ def mismatch(answers: Sequence[Answer], *, longest: int, seed: int) -> list[Answ
 
 
 def width(answers: Sequence[Answer], longest: int) -> int:
-    """The bucket of the longest."""
+    """The bucket of the longest answer with its prompt, at most `longest` tokens."""
     return bucket(max(map(size, answers)), longest=longest)
 
 
-def lay_out(answers: Sequence[Answer], *, length: int, pad_id: int, packed: bool) -> Tokens | PackedRankings:
-    """One answer to a row of T = `length`, or several."""
-    if not packed:
-        return pad_sequences(answers, length=length, pad_id=pad_id)
-    alone = [EncodedRanking(prompt, [response], (0,), 0.0) for prompt, response in answers]
-    return pack_rankings(alone, length=length, pad_id=pad_id)
+def lay_out(answers: Sequence[Answer], *, length: int, pad_id: int, packed: bool) -> Tokens | PackedAnswers:
+    """Answers one to a row of T = `length`, or several. Raises ValueError when one is longer with its prompt."""
+    if packed:
+        return pack_answers(answers, length=length, pad_id=pad_id)
+    return pad_sequences(answers, length=length, pad_id=pad_id)

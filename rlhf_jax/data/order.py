@@ -1,0 +1,25 @@
+"""The order in which rows are drawn: each once an epoch, another order each epoch, found again from the step alone."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+
+class EpochOrder:
+    """Batches of `batch_size` of the numbers 0 … rows − 1.
+
+    Rows that are left over at an epoch's end are left out of that epoch. The same `seed` gives the same order.
+    """
+
+    def __init__(self, seed: Sequence[int], rows: int, batch_size: int) -> None:
+        self._seed, self._rows, self._batch_size = list(seed), rows, batch_size
+        self._epoch, self._order = -1, np.arange(0)
+
+    def rows(self, step: int) -> Int[np.ndarray, " B"]:
+        """The numbers of the rows of one step, steps counted from 0."""
+        epoch, at = divmod(step, self._rows // self._batch_size)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([*self._seed, epoch]).permutation(self._rows)
+        return self._order[at * self._batch_size : (at + 1) * self._batch_size]
