@@ -1,25 +1,39 @@
-"""Forward passes over `Tokens`: log-probabilities, entropy, values, rewards. None has a [B, T, V] array."""
+"""Forward passes over `Tokens`: log-probabilities, entropy, values and rewards, at once or in batches.
 
-from jaxtyping import Array, Float
+No pass makes a [B, T, V] array.
+"""
 
-from rlhf_jax.batches import Tokens
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from rlhf_jax.batches import PackedRankings, Rankings, Tokens
+from rlhf_jax.data.encode import encode_windows
+from rlhf_jax.data.preferences import packed_rewards
+from rlhf_jax.data.tokens import Document, pad_sequences, size, take
 from rlhf_jax.logprobs import chunked_logprobs, chunked_logprobs_and_entropy, sequence_logprobs
 from rlhf_jax.losses import chunked_sft_loss
 from rlhf_jax.models import ScalarModel, Transformer, head_kernel, last_token_rewards
+from rlhf_jax.pretrained import Pretrained
+from rlhf_jax.sampling.sampler import like_lengths
+from rlhf_jax.sharding import shard_batch, to_host
 from rlhf_jax.types import Metrics, Params
 
 HEAD_CHUNK = 64  # Columns of time whose logits exist at once.
 
 
 def hidden_states(model: Transformer, params: Params, tokens: Tokens) -> Float[Array, "B T D"]:
-    """What the heads read at each input."""
+    """The hidden states that the heads read, one at each input."""
     return model.apply({"params": params}, tokens.inputs, tokens.positions, tokens.segment_ids, method="hidden_states")
 
 
 def response_logprobs(
     model: Transformer, params: Params, tokens: Tokens, *, temperature: float = 1.0
 ) -> Float[Array, "B T"]:
-    """Log-probability of every target in the mask; the head reads nothing else, and [B, T, V] never exists."""
+    """Log-probability of every target in the mask. The head reads these tokens only; [B, T, V] never exists."""
     return chunked_logprobs(
         hidden_states(model, params, tokens), head_kernel(params), tokens.targets, chunk_size=HEAD_CHUNK,
         mask=tokens.mask, softcap=model.config.final_softcap, temperature=temperature,
@@ -27,14 +41,14 @@ def response_logprobs(
 
 
 def answer_logprobs(model: Transformer, params: Params, tokens: Tokens) -> Float[Array, " B"]:
-    """log π(y|x) of each response: what DPO and its kin compare."""
+    """log π(y|x) of each response. Preference losses compare it."""
     return sequence_logprobs(response_logprobs(model, params, tokens), tokens.mask)
 
 
 def token_scores(
     model: Transformer, params: Params, tokens: Tokens, *, temperature: float = 1.0
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """As `response_logprobs`, with the entropy of each distribution beside it, at a temperature.
+    """Log-probability of every target in the mask, and the entropy of its distribution, at a temperature.
 
     The [B, T, V] logits never exist at once.
     """
@@ -60,3 +74,109 @@ def token_values(model: ScalarModel, params: Params, tokens: Tokens) -> Float[Ar
 def response_rewards(model: ScalarModel, params: Params, tokens: Tokens) -> Float[Array, " B"]:
     """A reward model's score of each response, read at its last token."""
     return last_token_rewards(token_values(model, params, tokens), tokens.mask)
+
+
+def ranking_rewards(model: ScalarModel, params: Params, batch: Rankings | PackedRankings) -> Float[Array, "P K"]:
+    """A reward model's score of every answer of a batch of rankings, packed or one to a row."""
+    if isinstance(batch, PackedRankings):
+        return packed_rewards(token_values(model, params, batch.tokens), batch)
+    return response_rewards(model, params, batch.responses).reshape(batch.ranks.shape)
+
+
+def score_in_batches(
+    function: Callable[[Params, Tokens], Array], batch_size: int
+) -> Callable[[Params, Tokens], np.ndarray]:
+    """Returns score(params, tokens) -> [B, …], which calls function(params, tokens) -> [B, …] on batches of rows.
+
+    All batches have one shape, so the function is compiled once. The last batch is filled up with the first rows.
+    """
+    compiled = jax.jit(function)
+
+    def score(params: Params, tokens: Tokens) -> np.ndarray:
+        count = len(tokens.mask)
+        size = min(batch_size, count)
+        starts = range(0, count, size)
+        parts = [compiled(params, shard_batch(take(tokens, np.arange(s, s + size) % count))) for s in starts]
+        return np.concatenate(to_host(parts))[:count]
+
+    return score
+
+
+def score_documents(
+    function: Callable[[Params, Tokens], Array],
+    params: Params,
+    documents: Sequence[Document],
+    *,
+    batch_size: int,
+    longest: int,
+    pad_id: int,
+) -> np.ndarray:
+    """A number for each of N documents of ids, [N], by a compiled function(params, tokens) -> [B].
+
+    At most `batch_size` documents are scored at once. Documents of like length share a batch.
+    Raises ValueError when a document has more than `longest` tokens.
+    """
+    found = np.zeros(len(documents), np.float64)
+    for rows, real, width in like_lengths([size(document) for document in documents], batch_size, longest):
+        tokens = pad_sequences([documents[row] for row in rows], length=width, pad_id=pad_id)
+        found[rows[:real]] = to_host(function(params, shard_batch(tokens)))[:real]
+    return found
+
+
+_compiled_logprobs = jax.jit(answer_logprobs, static_argnums=0)
+_compiled_rewards = jax.jit(response_rewards, static_argnums=0)
+
+
+def document_logprobs(model: Pretrained, documents: Sequence[Document], *, batch_size: int) -> np.ndarray:
+    """log π(y|x) of each of N documents (x, y) of ids under a language model, [N].
+
+    Raises ValueError when a document has more tokens than the model reads.
+    """
+    score = partial(_compiled_logprobs, Transformer(model.config))
+    return score_documents(
+        score, model.params, documents, batch_size=batch_size, longest=model.config.max_length, pad_id=model.pad_id
+    )
+
+
+def document_rewards(model: Pretrained, documents: Sequence[Document], *, batch_size: int) -> np.ndarray:
+    """A reward model's score of each of N documents (x, y) of ids, [N].
+
+    Raises ValueError when a document has more tokens than the model reads.
+    """
+    score = partial(_compiled_rewards, ScalarModel(model.config))
+    return score_documents(
+        score, model.params, documents, batch_size=batch_size, longest=model.config.max_length, pad_id=model.pad_id
+    )
+
+
+def text_logprobs(
+    model: Pretrained, texts: Sequence[str], *, max_length: int, batch_size: int
+) -> tuple[Float[np.ndarray, " N"], Int[np.ndarray, " N"]]:
+    """log π of each of N texts under a language model, and how many of its tokens were predicted.
+
+    A text is read in windows of at most `max_length` tokens; `batch_size` of them are scored at once.
+    """
+    windows = [encode_windows(text, model.tokenizer, max_length) for text in texts]
+    number = np.repeat(np.arange(len(texts)), [len(some) for some in windows])
+    documents = [document for some in windows for document in some]
+    logprobs = document_logprobs(model, documents, batch_size=batch_size)
+    counts = np.array([sum(len(predicted) for _, predicted in some) for some in windows], int)
+    return np.bincount(number, logprobs, len(texts)), counts
+
+
+def mean_in_batches(function: Callable[[Params, Tokens], Array], batch_size: int) -> Callable[[Params, Tokens], float]:
+    """Returns mean(params, tokens), which calls `function`, a mean over the mask of its tokens, on batches of rows.
+
+    Each batch is weighted by its number of tokens in the mask, so the result is the mean over all of them.
+    """
+    compiled = jax.jit(function)
+
+    def mean(params: Params, tokens: Tokens) -> float:
+        count = len(tokens.mask)
+        starts = range(0, count, batch_size)
+        parts = [take(tokens, np.arange(start, min(start + batch_size, count))) for start in starts]
+        numbers = np.array([np.asarray(part.mask).sum() for part in parts], np.float64)
+        means = to_host([compiled(params, shard_batch(part)) for part in parts])
+        return float(np.dot(means, numbers / numbers.sum())) if len(parts) > 1 else float(means[0])
+
+    return mean

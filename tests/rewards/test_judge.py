@@ -1,8 +1,12 @@
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate import judged_win_rate
-from rlhf_jax.rewards.judge import both_orders, comparison
+from rlhf_jax.pretrained import load_policy
+from rlhf_jax.rewards.judge import both_orders, comparison, letter_judge
 
 
 def longer(prompts, first, second):
@@ -32,3 +36,28 @@ def test_a_judge_who_says_something_else_is_refused(verdicts):
 def test_the_question_shows_both_in_order():
     text = comparison("Why?", "Because one.", "Because two.")
     assert text.index("Why?") < text.index("Because one.") < text.index("Response B") < text.index("Because two.")
+
+
+def torch_logprob(model, prompt, response):
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *response]])).logits[0].double()
+    scores = torch.log_softmax(logits, -1)
+    at = range(len(prompt) - 1, len(prompt) + len(response) - 1)
+    return sum(float(scores[t, token]) for t, token in zip(at, response, strict=True))
+
+
+def test_a_language_model_judges_by_a_or_b(shared_data):
+    folder = str(shared_data / "model" / "stories260K-hf")
+    model, theirs = load_policy(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompts, first, second = ["Who?", "Tell a story."], ["Lily.", "Once upon a time"], ["The dog and the cat.", "No."]
+    found = letter_judge(model, batch_size=3, max_length=512)(prompts, first, second)
+    for row, verdict in enumerate(found):
+        text = f"\n\nHuman: {comparison(prompts[row], first[row], second[row])}\n\nAssistant:"
+        ids = [1, *model.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        a, b = (
+            torch_logprob(theirs, ids, model.tokenizer(letter, add_special_tokens=False)["input_ids"])
+            for letter in "AB"
+        )
+        np.testing.assert_allclose(verdict, 1 / (1 + np.exp(b - a)), rtol=1e-3)
+    with pytest.raises(UserError, match="cannot be asked about answer 1: prompt too long for 64 tokens"):
+        letter_judge(model, batch_size=3, max_length=64)(prompts, first, second)

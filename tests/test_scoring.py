@@ -1,0 +1,35 @@
+"""Forward passes in batches give what one pass over all rows gives."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.data.tokens import pad_sequences
+from rlhf_jax.scoring import mean_in_batches, score_documents, score_in_batches
+
+DOCUMENTS = [([n % 5 + 1] * (n % 7 + 1), [n % 3 + 6] * (n % 4 + 1)) for n in range(11)]
+TOKENS = pad_sequences(DOCUMENTS, length=16, pad_id=0)
+
+
+def row_sum(params, tokens):
+    return params * jnp.where(tokens.mask, tokens.targets, 0).sum(axis=1).astype(jnp.float32)
+
+
+def token_mean(params, tokens):
+    return params * jnp.where(tokens.mask, tokens.targets, 0).sum() / tokens.mask.sum()
+
+
+EXPECTED = np.array([2.0 * sum(response) for _, response in DOCUMENTS])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 100])
+def test_scores_in_batches(batch_size):
+    np.testing.assert_allclose(score_in_batches(row_sum, batch_size)(2.0, TOKENS), EXPECTED)
+    found = score_documents(row_sum, 2.0, DOCUMENTS, batch_size=batch_size, longest=16, pad_id=0)
+    np.testing.assert_allclose(found, EXPECTED)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 100])
+def test_a_mean_over_tokens_weighs_batches_by_their_tokens(batch_size):
+    answers = [token for _, response in DOCUMENTS for token in response]
+    np.testing.assert_allclose(mean_in_batches(token_mean, batch_size)(3.0, TOKENS), 3.0 * np.mean(answers), rtol=1e-6)
