@@ -1,4 +1,4 @@
-"""From a Config to a program: flags, the mesh, the other processes, and how it ends.
+"""Makes a program of a Config and a main function: flags, the mesh, other processes, exit codes.
 
 @on_mesh
 def main(cfg: Config) -> dict[str, float]: ...
@@ -10,7 +10,8 @@ if __name__ == "__main__":
 import dataclasses
 import errno
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,15 +20,18 @@ import jax
 import tyro
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.folder import read_json
 from rlhf_jax.hosts import fail, leave, many, start
-from rlhf_jax.log import read_json
+from rlhf_jax.log import Run
+from rlhf_jax.report import read_findings, write_report
+from rlhf_jax.sections import Report
 from rlhf_jax.sharding import make_mesh
 
 ConfigT = TypeVar("ConfigT")
 
 NOT_A_BUG = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 INTERRUPTED = 130
-"""What a shell expects of a program that Ctrl-C ended: 128 + SIGINT."""
+"""The exit code of a program that Ctrl-C ended, by the shell's convention: 128 + SIGINT."""
 
 
 def run_main(main: Callable[[ConfigT], Any], config: type[ConfigT]) -> None:
@@ -42,7 +46,8 @@ def run_main(main: Callable[[ConfigT], Any], config: type[ConfigT]) -> None:
         run_dir = getattr(cfg, "run_dir", None)
         if run_dir and getattr(cfg, "resume", False):
             saved = read_json(Path(run_dir) / "config.json")
-            saved.pop("hosts", None)
+            for name in ("hosts", "accept_changes"):  # told anew each time
+                saved.pop(name, None)
             cfg = tyro.cli(config, default=_with_saved(config(), saved))
         if hasattr(cfg, "hosts"):
             start(cfg.hosts)
@@ -65,15 +70,32 @@ def run_main(main: Callable[[ConfigT], Any], config: type[ConfigT]) -> None:
 
 
 def _with_saved(cfg: ConfigT, saved: Mapping[str, Any]) -> ConfigT:
-    """A config with the values that a config.json holds; what it lacks, and what is not a field any more, stays."""
+    """A config with the values that a config.json holds; a field that it lacks keeps its own value."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(cfg):  # type: ignore[arg-type]
         if field.name in saved:
             value, own = saved[field.name], getattr(cfg, field.name)
             if dataclasses.is_dataclass(own):
                 value = _with_saved(own, value if isinstance(value, dict) else {})
+            elif isinstance(value, dict):  # another experiment's, which the run will refuse
+                continue
             changes[field.name] = tuple(value) if isinstance(value, list) else value
     return dataclasses.replace(cfg, **changes)  # type: ignore[type-var]
+
+
+@contextmanager
+def run_with_report(cfg: Any, name: str, report: Report) -> Iterator[Run]:
+    """The run of an experiment, from the config's run_dir and resume; at its end, however it ends, its report is
+    written: an interrupted run, too, can be looked at."""
+    with Run(cfg.run_dir, cfg, name=name, resume=cfg.resume) as run:
+        try:
+            yield run
+        finally:
+            if run.first and not run.empty:
+                for finding in read_findings(run.dir, report):
+                    if finding.bad:
+                        run.warn(finding.sentence)
+                run.say(f"report: {write_report(run.dir, report)}")
 
 
 def on_mesh(main: Callable[[Any], Any]) -> Callable[[Any], Any]:

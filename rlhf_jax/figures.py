@@ -2,21 +2,18 @@
 
 import io
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlhf_jax.diagnostics import GaoFit, gao_fit
+from rlhf_jax.sections import QUIET, TRUTH, Line
+from rlhf_jax.verdict import Rows, series
 
-Rows = Sequence[Mapping[str, Any]]
-"""Metrics of one stage, in order of steps."""
-
-TRUTH, PROXY, START, QUIET = "#0b7a75", "#d9772b", "#5b6b8c", "#9aa3b2"
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, sharp, and in the reader's own font
     "font.size": 10,
@@ -33,40 +30,39 @@ STYLE: Any = {
 }
 
 
-def series(rows: Rows, name: str) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
-    """Steps and values of a metric where it was logged as a number."""
-    found = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
-    steps, values = np.array(found, np.float64).reshape(-1, 2).T
-    return steps, values
+class Mean(NamedTuple):
+    """A mean on a line, with its standard error."""
+
+    label: str
+    value: float
+    error: float
+    colour: str
 
 
-def headline(
-    start: float, end: float, start_se: float, end_se: float, teachers: float | None, *, who: str = "PPO"
-) -> str:
-    """True utility on held-out prompts, SFT's to that of `who`, beside what the demonstrators reached."""
+def arrow(start: Mean, end: Mean, mark: tuple[str, float] | None, xlabel: str) -> str:
+    """Two means, from the first to the second, and a value beside them."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 1.9), layout="constrained")
         axes = figure.add_subplot()
         axes.set_ylim(-1, 1.2)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
-        axes.annotate(
-            "", (end, 0), (start, 0), arrowprops={"arrowstyle": "-|>", "color": QUIET, "lw": 2, "shrinkB": 9}
-        )
-        for name, x, se, color in [("SFT", start, start_se, START), (who, end, end_se, TRUTH)]:
-            axes.errorbar([x], [0], xerr=[1.96 * se], fmt="o", ms=11, color=color, capsize=4)
+        style = {"arrowstyle": "-|>", "color": QUIET, "lw": 2, "shrinkB": 9}
+        axes.annotate("", (end.value, 0), (start.value, 0), arrowprops=style)
+        for one in (start, end):
+            axes.errorbar([one.value], [0], xerr=[1.96 * one.error], fmt="o", ms=11, color=one.colour, capsize=4)
             axes.annotate(
-                f"{name} {x:.2f}", (x, 0), xytext=(0, 13), textcoords="offset points", ha="center",
-                color=color, weight="bold", size=12,
+                f"{one.label} {one.value:.2f}", (one.value, 0), xytext=(0, 13), textcoords="offset points",
+                ha="center", color=one.colour, weight="bold", size=12,
             )  # fmt: skip
-        if teachers is not None:
-            axes.axvline(teachers, color="#444c5a", ls="--", lw=1.2)
+        if mark is not None:
+            label, value = mark
+            axes.axvline(value, color="#444c5a", ls="--", lw=1.2)
             axes.annotate(
-                f"demonstrators {teachers:.2f}", (teachers, -0.85), xytext=(5, 0),
-                textcoords="offset points", color="#444c5a",
-            )  # fmt: skip
+                f"{label} {value:.2f}", (value, -0.85), xytext=(5, 0), textcoords="offset points", color="#444c5a"
+            )
         axes.margins(x=0.15)
-        axes.set_xlabel("mean true utility on held-out prompts (bars: 95% interval)")
+        axes.set_xlabel(xlabel)
         return _svg(figure)
 
 
@@ -89,8 +85,8 @@ def intervals(rates: Sequence[tuple[str, float, float, float]], chance: float, l
         return _svg(figure)
 
 
-def curve(rows: Rows, title: str, lines: Sequence[tuple[str, str, str]], xlabel: str) -> str | None:
-    """Metrics of one stage over its steps, as (metric, legend, colour); None when none was logged."""
+def curve(rows: Rows, title: str, lines: Sequence[Line], xlabel: str) -> str | None:
+    """Metrics of one stage over its steps; None when none was logged."""
     if not any(series(rows, metric)[0].size for metric, _, _ in lines):
         return None
     with matplotlib.rc_context(STYLE):
@@ -102,35 +98,38 @@ def curve(rows: Rows, title: str, lines: Sequence[tuple[str, str, str]], xlabel:
         return _svg(figure)
 
 
-def against_kl(rows: Rows, start_utility: float | None) -> tuple[str, GaoFit | None] | None:
-    """Proxy and true utility against √KL(policy ‖ SFT), and Gao et al.'s fit of the true one."""
-    rows = [row for row in rows if isinstance(row.get("kl_k1"), int | float)]
+def frontier(
+    rows: Rows, divergence: str, lines: Sequence[Line], xlabel: str, *, fit: str, start: float | None
+) -> tuple[str, GaoFit | None] | None:
+    """Metrics against the root of a divergence, and Gao et al.'s fit of the metric `fit`.
+
+    What is fitted is the rise over `start`, by default over the first value; with fewer than 3 points nothing is.
+    None when the divergence was not logged.
+    """
+    rows = [row for row in rows if isinstance(row.get(divergence), int | float)]
     if not rows:
         return None
-    fit = None
+    found = None
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 3.6), layout="constrained")
         axes = figure.add_subplot()
-        for name, legend, color in [
-            ("score", "reward model's score (proxy)", PROXY),
-            ("utility", "true utility", TRUTH),
-        ]:
-            points = [(row["kl_k1"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+        for name, legend, color in lines:
+            points = [(row[divergence], row[name]) for row in rows if isinstance(row.get(name), int | float)]
             if not points:
                 continue
             kl, values = np.array(points, np.float64).T
             axes.plot(np.sqrt(np.maximum(kl, 0)), values, "o-", color=color, label=legend, ms=3.5, lw=1)
-            if name == "utility" and np.sum(kl > 0) >= 3:
-                start = values[0] if start_utility is None else start_utility
-                fit = gao_fit(kl, values - start)
+            if name == fit and np.sum(kl > 0) >= 3:
+                base = values[0] if start is None else start
+                found = gao_fit(kl, values - base)
                 grid = np.linspace(0, max(kl.max(), 0), 200)
-                axes.plot(np.sqrt(grid), start + fit(grid), "--", color="#444c5a", lw=1.2, label="d (α − β log d)")
-        axes.set_xlabel("d = √KL from SFT, √nats a response")
+                axes.plot(np.sqrt(grid), base + found(grid), "--", color="#444c5a", lw=1.2, label="d (α − β log d)")
+        axes.set_xlabel(xlabel)
         axes.legend()
-        return _svg(figure), fit
+        return _svg(figure), found
 
 
-def _lines(axes: Axes, rows: Rows, lines: Sequence[tuple[str, str, str]]) -> None:
+def _lines(axes: Axes, rows: Rows, lines: Sequence[Line]) -> None:
     for metric, legend, color in lines:
         steps, values = series(rows, metric)
         if not steps.size:

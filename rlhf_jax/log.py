@@ -1,6 +1,7 @@
-"""A run's folder (config, metrics, TensorBoard events, status), its progress on screen.
+"""A run's folder (config, where it came from, metrics, status), and what the user is told meanwhile.
 
 with Run(cfg.run_dir, cfg, name="sft", resume=cfg.resume) as run:
+    run.inputs(model=cfg.model, demonstrations=cfg.demonstrations)
     for step in run.progress("sft", range(cfg.steps), show=("loss",)):
         ...
         run.log("sft", step + 1, metrics)
@@ -10,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,47 +21,63 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from rlhf_jax import checkpoint
+import rlhf_jax
+from rlhf_jax import checkpoint, provenance
 from rlhf_jax.errors import UserError
+from rlhf_jax.folder import changed_flags, flat, open_folder, read_json, remove_folder, write_json
 from rlhf_jax.hosts import first, from_first
-from rlhf_jax.metrics import Events, MetricsFile
+from rlhf_jax.metrics import MetricsFile
+from rlhf_jax.screen import Screen
 from rlhf_jax.signals import Preempted, Signals
+from rlhf_jax.trackers import Events, WandB, check_tracker
 
 Item = TypeVar("Item")
 Tree = TypeVar("Tree")
-
-PLAIN_LINES = 10
-"""Lines that a stage prints where there is no terminal to draw a bar on."""
+RESERVED = {"experiment", "sessions", "inputs", "wandb"}
+"""Keys of run.json that `Run.record` may not be given."""
 
 
 class Run:
-    """A folder that one run writes: config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json, status.json.
+    """A folder that one run writes: config.json, run.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json,
+    status.json.
 
     `run_dir` None takes the next free runs/<name>-<n>. A folder that already holds something is refused with
-    a UserError unless `resume`, which goes on appending to it. Metrics are flushed line by line, so a run
-    that was killed can be read up to its last step. Of many processes the first writes and prints; all call alike.
+    a UserError unless `resume`, which goes on appending to it. What is resumed has to be a run of the same experiment,
+    `name`, and its flags the same, but for those that change nothing of what is learned (`folder.UNLEARNED`); where
+    the config's field accept_changes is true, other flags are only warned of. A field track, "wandb", has Weights &
+    Biases told too. Metrics are flushed line by line, so a run that was killed can be read up to its last step. Of
+    many processes the first writes and prints; all call alike.
+
+    A run that a UserError ends before anything was logged or saved takes its folder away again if it has made it.
     """
 
-    def __init__(self, run_dir: str | Path | None, cfg: Any, *, name: str = "run", resume: bool = False):
-        self.dir = Path(from_first(lambda: str(_open_folder(run_dir, name, resume))))
+    def __init__(self, run_dir: str | Path | None, cfg: Any, *, name: str, resume: bool = False):
+        flags = json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
+        self._accepts = bool(flags.get("accept_changes"))
+        from_first(lambda: check_tracker(flags.get("track")))
+        folder, self._made = from_first(lambda: open_folder(run_dir, name, resume))
+        self.dir = Path(folder)
+        changes = from_first(lambda: changed_flags(self.dir, name, flags)) if resume else []
         self.resumed = resume
         self.first = first()
-        self._console = Console(stderr=False, highlight=False, soft_wrap=True, quiet=not self.first)
-        self._bar: Progress | None = None
-        self._shown: dict[tuple[str, str], float] = {}
         self._signals = Signals()
+        self._screen = Screen(self._signals, quiet=not self.first)
+        self._refuse(changes)
         self._writer = checkpoint.Writer(self.dir)
         self._saved: tuple[str, int] | None = None
+        self._empty = not resume
         self._metrics = MetricsFile(self.dir / "metrics.jsonl" if self.first else Path(os.devnull))
-        self._events = Events(self.dir / "tensorboard") if self.first else None
-        config = json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
-        if resume:
-            self._compare(config)
+        self._facts = self._begin(name)
+        config = {"experiment": name, "version": rlhf_jax.__version__, **flags}
+        self._events = Events(self.dir / "tensorboard", flat(config)) if self.first else None
+        self._wandb: WandB | None = None
+        if self.first and flags.get("track") == "wandb":
+            self._facts.setdefault("wandb", secrets.token_hex(4))
+            self._wandb = WandB(self.dir, config, id=self._facts["wandb"], warn=self.warn)
         self._write("config.json", config)
+        self._write("run.json", self._facts)
         self._write("status.json", {"status": "running"})
 
     def __enter__(self) -> "Run":
@@ -73,8 +91,7 @@ class Run:
         ends: dict[Any, str] = {None: "finished", KeyboardInterrupt: "interrupted", Preempted: "preempted"}
         status = ends.get(kind, "failed")
         self._signals.closing()
-        if self._bar is not None:
-            self._bar.stop()
+        self._screen.stop()
         failures: list[Exception] = []
         events = [] if self._events is None else [self._events.close]
         for close in (self._writer.close, self._metrics.close, *events):
@@ -85,7 +102,11 @@ class Run:
         hidden = kind not in (None, Preempted)
         if failures:
             status = "failed"
+        if self._wandb is not None:
+            self._wandb.close(status)
         try:
+            self._facts["sessions"][-1] = provenance.end_session(self._facts["sessions"][-1], status)
+            self._write("run.json", self._facts)
             self._write("status.json", {"status": status})
         except OSError as failure:
             failures.append(failure)
@@ -94,6 +115,10 @@ class Run:
         elif status == "preempted":
             saved = f"saved at step {self._saved[1]} of {self._saved[0]}" if self._saved else "nothing new to save"
             self.say(f"preempted: {saved}, go on with --run-dir {self.dir} --resume")
+        elif isinstance(error, UserError) and self.empty:
+            if self.first:
+                remove_folder(self.dir, made=self._made)
+            self.say(f"failed before anything was logged or saved: nothing is left in {self.dir}")
         else:
             self.say(f"{status}: the run is in {self.dir}")
         self._signals.close()
@@ -104,6 +129,36 @@ class Run:
     def stopping(self) -> bool:
         """Whether the run was told (SIGTERM) to end: asked once at each step's end, by a stage that saves then."""
         return self._signals.stopping
+
+    @property
+    def empty(self) -> bool:
+        """Whether this session began the run, and has logged and saved nothing so far."""
+        return self._empty
+
+    def keep_folder(self) -> None:
+        """The folder stays although nothing is logged so far: it holds the run of another stage, too."""
+        self._empty = False
+
+    def inputs(self, **given: provenance.Source | Sequence[provenance.Source] | None) -> None:
+        """Writes to run.json what the run learns from: names on the hub, and fingerprints of files and folders.
+
+        Raises UserError for what cannot be read, and for what is not as the run was begun with, unless the config's
+        accept_changes is true: then it is a warning.
+        """
+        found, changes = from_first(lambda: self._compared(given))
+        self._refuse(changes)
+        self._facts["inputs"] = {**self._facts.get("inputs", {}), **found}
+        self._write("run.json", self._facts)
+
+    def record(self, **facts: Any) -> None:
+        """Writes JSON values to run.json, such as counts of data; objects are merged with what is there.
+
+        Raises ValueError for a name that run.json has for itself.
+        """
+        if taken := sorted(facts.keys() & RESERVED):
+            raise ValueError(f"run.json has {taken[0]} for itself: record it by another name")
+        self._facts = _merged(self._facts, facts)
+        self._write("run.json", self._facts)
 
     def save(
         self,
@@ -118,6 +173,7 @@ class Run:
         """Writes a checkpoint as `checkpoint.save` does, while the run goes on; after the step's `log`."""
         self._writer.wait()
         with self._signals.undisturbed():
+            self._empty = False
             self._writer.save(stage, step, state, keep=keep, metric=metric, data_state=data_state)
             self._saved = stage, step
 
@@ -134,6 +190,7 @@ class Run:
                 self.warn(line)
             step = from_first(lambda: checkpoint.latest(self.dir, stage, before=before))
             self._metrics.rewind(stage, step or 0)
+        self._screen.begins_at(stage, step or 0)
         if step is None:
             return state, 0
         like = jax.tree.map(_given_up, state)
@@ -146,88 +203,77 @@ class Run:
         """
         scalars = {name: _scalar(name, value) for name, value in metrics.items()}
         line = {"stage": stage, "step": int(step), "time": round(time.time(), 3), **_finite(scalars)}
-        self._shown |= {(stage, name): value for name, value in scalars.items()}
+        self._screen.measured(stage, scalars)
         with self._signals.undisturbed():
+            self._empty = False
             if not self._metrics.add(line):
                 return
-            for name, value in scalars.items():
-                if self._events is not None and math.isfinite(value):
-                    self._events.add_scalar(f"{stage}/{name}", float(value), step)
+            for told in (self._events, self._wandb):
+                if told is not None:
+                    told.add(stage, int(step), scalars)
 
     def summary(self, metrics: Mapping[str, Any]) -> None:
         """Writes summary.json, the final numbers."""
-        self._write("summary.json", _finite({name: _scalar(name, value) for name, value in metrics.items()}))
+        scalars = {name: _scalar(name, value) for name, value in metrics.items()}
+        self._empty = False
+        self._write("summary.json", _finite(scalars))
+        if self._wandb is not None:
+            with self._signals.undisturbed():
+                self._wandb.summary(scalars)
 
     def say(self, text: str) -> None:
         """One line for the user, above the progress bar if there is one."""
-        with self._signals.undisturbed():
-            self._console.print(text, markup=False)
+        self._screen.say(text)
 
     def show(self, draw: Callable[[bool], Text]) -> None:
-        """What draw(colour) gives; colour is False where none is wanted (NO_COLOR) or there is no terminal."""
-        text = draw(self._console.is_terminal and not self._console.no_color)
-        encoding = self._console.encoding
-        text.plain = text.plain.encode(encoding, "replace").decode(encoding)
-        with self._signals.undisturbed():
-            self._console.print(text)
+        """Prints draw(colour); colour is False where none is wanted (NO_COLOR) or there is no terminal."""
+        self._screen.show(draw)
 
     def warn(self, text: str) -> None:
         """One line that the user should not miss."""
-        with self._signals.undisturbed():
-            self._console.print(f"warning: {text}", style="yellow", markup=False)
+        self._screen.warn(text)
 
     def progress(
         self, stage: str, items: Iterable[Item], *, show: Sequence[str] = (), total: int | None = None
     ) -> Iterator[Item]:
-        """Goes through `items` under a bar that shows the last logged value of each metric in `show`."""
+        """Goes through `items` under a bar that shows the last logged value of each metric in `show`.
+
+        Off a terminal, a few lines show what was logged since the line before. A stage that `restore` found at a later
+        step than 0 says so first; `items` are then the steps that are left, and `total` counts them.
+        """
         total = len(items) if total is None else total  # type: ignore[arg-type]
-        draw = self._drawn if self._console.is_terminal else self._printed
-        return self._signals.loop(draw(stage, items, show, total))
+        return self._signals.loop(self._screen.progress(stage, items, show, total))
 
-    def _drawn(self, stage: str, items: Iterable[Item], show: Sequence[str], total: int) -> Iterator[Item]:
-        columns = (
-            TextColumn("{task.description:<12}"),
-            BarColumn(24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        self._bar = Progress(
-            *columns, TextColumn("{task.fields[numbers]}"), console=self._console, refresh_per_second=4
-        )
-        task = self._bar.add_task(stage, total=total, numbers="")
-        with self._signals.undisturbed():
-            self._bar.start()
-        try:
-            for item in items:
-                yield item
-                with self._signals.undisturbed():
-                    self._bar.update(task, advance=1, numbers=self._numbers(stage, show))
-        finally:
-            self._bar.stop()
+    def _begin(self, name: str) -> dict[str, Any]:
+        """The content of run.json, with this session added."""
+        facts = {"experiment": name, "sessions": [], **read_json(self.dir / "run.json")}
+        before = facts["sessions"][-1] if facts["sessions"] else None
+        if before and before["end"] is None:
+            facts["sessions"][-1] = {**before, "status": "killed"}
+        session = provenance.begin_session()
+        if before and before["packages"] != session["packages"]:
+            old, new = before["packages"], session["packages"]
+            others = [f"{p} {new[p]} (was {old.get(p)})" for p in new if new[p] != old.get(p)]
+            self.warn(f"goes on with other versions: {', '.join(others)}")
+        facts["sessions"].append(session)
+        return facts
 
-    def _printed(self, stage: str, items: Iterable[Item], show: Sequence[str], total: int) -> Iterator[Item]:
-        began = time.perf_counter()
-        for done, item in enumerate(items, 1):
-            yield item
-            if done == total or done * PLAIN_LINES // total > (done - 1) * PLAIN_LINES // total:
-                seconds = time.perf_counter() - began
-                self.say(f"{stage:<12} {done}/{total} {seconds:6.1f} s  {self._numbers(stage, show)}")
+    def _compared(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        found = provenance.inputs(given)
+        return found, provenance.changed_inputs(self._facts.get("inputs", {}), found)
 
-    def _numbers(self, stage: str, show: Sequence[str]) -> str:
-        return "  ".join(f"{n} {self._shown[stage, n]:.4g}" for n in show if (stage, n) in self._shown)
+    def _refuse(self, changes: Sequence[str]) -> None:
+        """Raises UserError for what the run does not go on with, or warns if it is told to accept it."""
+        for change in changes if self._accepts else ():
+            self.warn(f"resumed although {change}")
+        if changes and not self._accepts:
+            raise UserError(
+                f"{self.dir} is not resumed: {'; '.join(changes)}; give it what it had, or say --accept-changes"
+            )
 
     def _write(self, name: str, value: Any) -> None:
         if self.first:
-            _write_json(self.dir / name, value)
-
-    def _compare(self, config: dict[str, Any]) -> None:
-        before = read_json(self.dir / "config.json")
-        if not before:
-            self.warn(f"{self.dir / 'config.json'} cannot be read; going on with the flags given now")
-        old, new = _flat(before), _flat(config)
-        for name in sorted(old.keys() - {"resume", "run_dir", "hosts"}):
-            if old[name] != new.get(name):
-                self.warn(f"resumed with {name} = {new.get(name)}, it was {old[name]}")
+            write_json(self.dir / name, value)
 
 
 @contextmanager
@@ -246,48 +292,14 @@ def count_compilations() -> Iterator[Callable[[], int]]:
         jax.monitoring.unregister_event_duration_listener(listener)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; {} where there is none that can be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _open_folder(run_dir: str | Path | None, name: str, resume: bool) -> Path:
-    if run_dir is None:
-        if resume:
-            raise UserError("--resume needs --run-dir: which run is to go on?")
-        return _fresh_folder(name)
-    folder = Path(run_dir)
-    used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if used and not folder.is_dir():
-        raise UserError(f"{folder} is a file; --run-dir wants a folder")
-    if used and not resume:
-        raise UserError(f"{folder} already holds something: take another --run-dir, or --resume that run")
-    if resume and not (folder / "config.json").exists():
-        raise UserError(f"there is no run to resume in {folder} (it has no config.json)")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the run's folder {folder} cannot be made: {error.strerror}") from None
-    return folder
-
-
-def _fresh_folder(name: str) -> Path:
-    number = 1
-    while True:
-        folder = Path("runs") / f"{name}-{number}"
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:  # also when another run took it this very moment
-            number += 1
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    both = {name: _merged(old[name], new[name]) for name in old.keys() & new.keys()
+            if isinstance(old[name], Mapping) and isinstance(new[name], Mapping)}  # fmt: skip
+    return {**old, **new, **both}
 
 
 def _given_up(leaf: Any) -> Any:
-    """What is to be restored in place of an array, which is freed."""
+    """Frees an array; returns its shape and place, for the array that is restored."""
     if not isinstance(leaf, jax.Array):
         return leaf
     like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
@@ -304,17 +316,3 @@ def _scalar(name: str, value: Any) -> float | int:
 
 def _finite(scalars: Mapping[str, float | int]) -> dict[str, float | int | None]:
     return {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return leaves
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Whole or not at all, so that a kill leaves the older file."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)

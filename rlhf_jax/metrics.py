@@ -1,18 +1,10 @@
-"""A run's metrics.jsonl: a line a step, in the same order and the same words however often the run was resumed.
-
-And its events for TensorBoard.
-"""
+"""A run's metrics.jsonl: a line a step, in the same order and the same words however often the run was resumed."""
 
 import json
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.proto.summary_pb2 import Summary
 
 CLOCKS = ("time", "seconds", "tokens_per_second", "compilations")
 """Metrics that tell of the machine: all others are the same in each run of the same flags, however often resumed."""
@@ -48,30 +40,6 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
-
-
-class Events:
-    """Scalars for TensorBoard, on the disk every few seconds.
-
-    Not by SummaryWriter, which writes in a thread: a full disk ends that thread, whose queue then waits for ever.
-    """
-
-    SECONDS = 5.0
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"))
-        self._flushed = time.monotonic()
-
-    def add_scalar(self, name: str, value: float | int, step: int) -> None:
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value)])
-        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
-        if time.monotonic() - self._flushed > self.SECONDS:
-            self._writer.flush()
-            self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 def read_metrics(run_dir: str | Path) -> dict[str, list[dict[str, Any]]]:

@@ -37,7 +37,7 @@ def train(folder, resume, begun):
     state = TrainState.create(apply_fn=None, params=params, tx=tx)
     step_fn = make_train_step(lambda p, x: (jnp.mean((x @ p["w"] - x[:, ::-1]) ** 2), {"first_row": x[0, 0]}))
     data = np.random.default_rng(0).normal(size=(ROWS, 32)).astype(np.float32)
-    with Run(folder, Config(), resume=resume) as run:
+    with Run(folder, Config(), name="test", resume=resume) as run:
         state, first = run.restore("sft", state)
         step_fn.lower(state, data[:4]).compile()
         os.write(begun, b"x")

@@ -1,8 +1,9 @@
 """One decoder, its heads, and Hugging Face checkpoints in and out."""
 
+from rlhf_jax.models.card import ModelCard
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import ScalarModel, from_language_model, last_token_rewards
-from rlhf_jax.models.hf import ModelCard, load_hf, load_hf_config, load_hf_reward_model, save_hf, save_hf_reward_model
+from rlhf_jax.models.hf import load_hf, load_hf_config, load_hf_reward_model, save_hf, save_hf_reward_model
 from rlhf_jax.models.lora import (
     cast_frozen,
     init_lora,

@@ -16,10 +16,10 @@ BLOCKS, LEAST_BLOCK = 4, 64
 
 
 class LayerNumbers(NamedTuple):
-    """What one layer has for itself apart from parameters; stacked along axis 0, that of all layers."""
+    """Numbers that a layer has for itself, apart from parameters; stacked along axis 0, those of all layers."""
 
     frequencies: Float[Array, "*layers half"]
-    """Of its rotary positions; zeros turn nothing."""
+    """The frequencies of its rotary positions; zeros turn nothing."""
     window: Int[ArrayLike, "*layers"] | None
 
 
@@ -41,7 +41,7 @@ def stacked_numbers(config: ModelConfig) -> LayerNumbers:
 
 
 class Scene(NamedTuple):
-    """What every layer sees alike."""
+    """Everything that all layers see alike."""
 
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"] | None

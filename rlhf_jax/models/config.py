@@ -45,7 +45,7 @@ class ModelConfig:
     norm_offset: float = 0.0
     """Added to every norm's scale: 1 in Gemma."""
     norm_at: Literal["input", "output", "both"] = "input"
-    """Of attention and of the feed-forward: their output in OLMo 2, both in Gemma 2 and 3."""
+    """Where attention and the feed-forward have a norm: at their output in OLMo 2, at both in Gemma 2 and 3."""
     parallel_residual: bool = False
     """The feed-forward reads what attention read, not its sum with attention's output (GPT-NeoX)."""
     qk_norm: Literal["head", "projection"] | None = None
@@ -62,13 +62,13 @@ class ModelConfig:
     """The share of head_dim that turns (GPT-NeoX, Phi-3)."""
     rope_scaling: RopeScaling | None = None
     local_rope_theta: float | None = None
-    """Of layers with a window, which are not scaled then (Gemma 3)."""
+    """The theta of layers with a window, which are not scaled then (Gemma 3)."""
     nope_layers: tuple[int, ...] = ()
     """Layers without positions (SmolLM3)."""
     windows: tuple[int | None, ...] = ()
     """A number for each layer: it sees that many positions, its own among them. None or () sees all."""
     attention_scale: float | None = None
-    """Of q·k; 1/√head_dim unless given (Gemma)."""
+    """The factor of q·k; 1/√head_dim unless given (Gemma)."""
     attention_softcap: float | None = None
     """cap·tanh(scores / cap) (Gemma 2)."""
     final_softcap: float | None = None

@@ -18,6 +18,8 @@ class Entry(NamedTuple):
 
 
 def size(ours: str, theirs: str, default: Callable[[Json], int] | None = None) -> Entry:
+    """A whole number of at least 1; its `read` raises ValueError for any other, and for none without a `default`."""
+
     def read(hf: Json) -> Json:
         value = hf.get(theirs)
         if value is None and default is not None:
@@ -42,6 +44,7 @@ def number(ours: str, theirs: str, default: float | None) -> Entry:
 
 
 def flag(theirs: str, default: bool, *ours: str) -> Entry:
+    """A truth value, which is that of each field in `ours`."""
     return Entry(
         lambda hf: dict.fromkeys(ours, bool(hf.get(theirs, default))),
         lambda config: {theirs: getattr(config, ours[0])},
@@ -49,7 +52,7 @@ def flag(theirs: str, default: bool, *ours: str) -> Entry:
 
 
 def fixed(**values: Any) -> Entry:
-    """What all models of a family have, and no field says."""
+    """Fields that have one value in all models of a family, and that no config.json names."""
     return Entry(lambda hf: values)
 
 
@@ -75,6 +78,8 @@ ACTIVATIONS = {
 
 
 def activation(theirs: str, default: str) -> Entry:
+    """The activation, by the name that transformers has for it; its `read` raises ValueError for an unknown one."""
+
     def read(hf: Json) -> Json:
         name = hf.get(theirs) or default
         if name not in ACTIVATIONS:
@@ -89,6 +94,7 @@ def activation(theirs: str, default: str) -> Entry:
 
 
 def query_scale() -> Entry:
+    """The factor of q·k, which Gemma gives as the width that it is 1/√ of."""
     return Entry(
         lambda hf: {"attention_scale": hf.get("query_pre_attn_scalar", 256) ** -0.5},
         lambda config: {"query_pre_attn_scalar": round((config.attention_scale or config.head_dim**-0.5) ** -2)},
@@ -96,10 +102,15 @@ def query_scale() -> Entry:
 
 
 def embedding_scale() -> Entry:
+    """Embeddings times √d_model, as in Gemma."""
     return Entry(lambda hf: {"embedding_scale": math.sqrt(hf["hidden_size"])})
 
 
 def read_scaling(rope: Json, hf: Json) -> RopeScaling | None:
+    """The scaling of rotary positions that config.json asks for; None for none.
+
+    Raises ValueError for a kind that is not known, and where a number is missing.
+    """
     kind = rope.get("rope_type") or rope.get("type") or "default"
     original = hf.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     original = int(original or hf.get("max_position_embeddings") or 0)
@@ -122,6 +133,7 @@ def read_scaling(rope: Json, hf: Json) -> RopeScaling | None:
 
 
 def write_scaling(scaling: RopeScaling | None) -> Json:
+    """The fields that `read_scaling` reads."""
     match scaling:
         case None:
             return {"rope_type": "default"}
@@ -136,6 +148,7 @@ def write_scaling(scaling: RopeScaling | None) -> Json:
 
 
 def rope_dict(value: Any) -> Json:
+    """A copy of the rope parameters in config.json; empty for None. Raises ValueError for anything but an object."""
     if not isinstance(value or {}, dict):
         raise ValueError(f"rope scaling {value!r} is not supported")
     return dict(value or {})
@@ -148,7 +161,10 @@ def rope(
     part: tuple[str, float] | None = None,
     longrope_names: tuple[str, ...] = (),
 ) -> Entry:
-    """`part`: what config.json calls the share of a head that turns, and its default; none for a family without."""
+    """Rotary positions: theta, scaling, and the share of a head that turns.
+
+    `part` is config.json's name of that share, and its default; None for a family whose heads turn whole.
+    """
 
     def read(hf: Json) -> Json:
         given = rope_dict(hf.get("rope_scaling") or hf.get("rope_parameters"))
@@ -236,11 +252,13 @@ def some_windows(
 
 
 def rope_layers(hf: Json) -> list[int]:
+    """1 for each layer that has positions, 0 for each that has none."""
     every = hf.get("no_rope_layer_interval") or 4
     return hf.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(hf["num_hidden_layers"])]
 
 
 def no_positions() -> Entry:
+    """The layers without positions (SmolLM3)."""
     return Entry(
         lambda hf: {"nope_layers": tuple(i for i, turns in enumerate(rope_layers(hf)) if not turns)},
         lambda config: {"no_rope_layers": [int(i not in config.nope_layers) for i in range(config.n_layers)]},

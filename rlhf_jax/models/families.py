@@ -1,4 +1,4 @@
-"""What each Hugging Face architecture calls things: a table for its config.json, and one for its tensors."""
+"""The names that each Hugging Face architecture uses: a table for its config.json, and one for its tensors."""
 
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
@@ -35,6 +35,7 @@ class Cut(NamedTuple):
 
 
 def linear(theirs: str, *ours: str, turned: bool = True, by_head: bool = False) -> dict[str, Cut]:
+    """The tensors of a linear layer, which holds our modules `ours` side by side."""
     return {
         f"{theirs}.weight": Cut(tuple(f"{name}/kernel" for name in ours), turned, by_head),
         f"{theirs}.bias": Cut(tuple(f"{name}/bias" for name in ours), False, by_head),
@@ -42,6 +43,7 @@ def linear(theirs: str, *ours: str, turned: bool = True, by_head: bool = False) 
 
 
 def norm(theirs: str, ours: str) -> dict[str, Cut]:
+    """The tensors of a norm."""
     return {f"{theirs}.weight": Cut((f"{ours}/scale",)), f"{theirs}.bias": Cut((f"{ours}/bias",))}
 
 
@@ -76,11 +78,11 @@ class Family:
 
     name: str
     classes: str
-    """What comes before ForCausalLM and ForSequenceClassification."""
+    """The beginning of its classes' names, before ForCausalLM and ForSequenceClassification."""
     config: tuple[Entry, ...]
     layer_tensors: dict[str, Cut]
     prefix: str = "model."
-    """Of all but the heads; a checkpoint of the bare model goes without."""
+    """The beginning of all tensors' names but the heads'; a checkpoint of the bare model goes without."""
     layer: str = "model.layers.{}."
     tensors: dict[str, Cut] | None = None
     """Outside the layers, if they have other names than in a Llama."""
@@ -140,14 +142,17 @@ SILU = activation("hidden_act", "silu")
 
 
 def rms(epsilon: float) -> Entry:
+    """The epsilon of RMS norms."""
     return number("norm_eps", "rms_norm_eps", epsilon)
 
 
 def tied(default: bool) -> Entry:
+    """Whether the head is the embedding."""
     return flag("tie_word_embeddings", default, "tie_embeddings")
 
 
 def late_window(hf: Json, layer: int) -> bool:
+    """Whether a layer has a window where the first `max_window_layers` have none (Qwen2)."""
     return layer >= hf.get("max_window_layers", 28)
 
 

@@ -10,7 +10,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import ArrayLike, Float, Int
 
 from rlhf_jax.axes import on_parts, parts
@@ -97,6 +96,8 @@ def splash(
 
     Reference: Dao 2023, https://arxiv.org/abs/2307.08691.
     """
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
     length, heads, head_dim = queries.shape[1:]
     blocks = -(-length // BLOCK)
     block = _ceil(-(-length // blocks), LANES)

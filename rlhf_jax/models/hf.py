@@ -4,30 +4,24 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
 from safetensors.numpy import save_file
 
+from rlhf_jax.models.card import ModelCard, card_text
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.families import FAMILIES, Cut, Family
 from rlhf_jax.models.precision import FLOAT32, NORMS_AND_BIASES, Precision
 from rlhf_jax.models.weights import find_tensors, flat, join, layers_apart, match, nested, param_shapes, read_params
 
 SCORE = "score.weight"
+BIAS = "reward_bias"
+"""The name in config.json of a reward model's bias: a number that others pass over, and that shifts all rewards."""
 FILES = ["*.json", "model*.safetensors", "*.model", "merges.txt", "*.jinja"]
-"""What is had from the hub: weights, and what tokenizers are made of."""
-
-
-class ModelCard(NamedTuple):
-    """What README.md of a saved model says about how it came about; only what is given."""
-
-    algorithm: str | None = None
-    data: str | None = None
-    base_model: str | None = None
-    metrics: Mapping[str, float] | None = None
+"""The files that are read from the hub: weights, configs, and the tokenizer's files."""
 
 
 def load_hf(
@@ -68,11 +62,15 @@ def load_hf_reward_model(
 ) -> tuple[ModelConfig, Any]:
     """Reads a …ForSequenceClassification with one label, as (config, params of a ScalarModel).
 
-    As `load_hf`; names are those of a ScalarModel ("trunk/layer_0/query/kernel", "head/kernel"). The score has no
-    bias there: ours is 0. Raises ValueError for another number of labels.
+    As `load_hf`; names are those of a ScalarModel ("trunk/layer_0/query/kernel", "head/kernel"). The bias is that
+    which `save_hf_reward_model` wrote into config.json, else 0. Raises ValueError for another number of labels, and
+    for a bias that is no number.
     """
     folder = _folder(path_or_name)
     hf, family, config = _read_config(folder, precision)
+    kinds = hf.get("architectures") or []
+    if kinds and not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        raise ValueError(f"{folder} holds a {kinds[0]}, and a reward model is a …ForSequenceClassification")
     labels = hf.get("num_labels") or len(hf.get("id2label") or (0, 1))
     if labels != 1:
         raise ValueError(f"{folder / 'config.json'}: {labels} labels, and a reward model has one")
@@ -83,7 +81,10 @@ def load_hf_reward_model(
 
     score = {SCORE: Cut(("head/kernel",), turned=True)}
     params = _load(folder, family, _without_head(config), score, place)
-    head = {"kernel": params.pop("head/kernel")[:, 0], "bias": np.zeros((), np.float32)}
+    bias = hf.get(BIAS, 0.0)
+    if isinstance(bias, bool) or not isinstance(bias, int | float):
+        raise ValueError(f"{folder / 'config.json'}: {BIAS} is {bias!r}, not a number")
+    head = {"kernel": params.pop("head/kernel")[:, 0], "bias": np.float32(bias)}
     head["bias"] = jax.device_put(head["bias"], sharding_of("head/bias"))
     return config, {"trunk": nested(params), "head": head}
 
@@ -106,18 +107,18 @@ def save_hf_reward_model(
 ) -> None:
     """Writes a ScalarModel as a …ForSequenceClassification with one label, whose logit is the reward.
 
-    As `save_hf`. There the reward is read at the last token that is not the tokenizer's padding token, so padding
-    and end of text had better not be the same one. Raises ValueError for a head with a bias, for which there is no
-    place: without it all rewards shift alike, and comparisons stay; set it to 0 to save the model so.
+    The files are those of `save_hf`. transformers reads the reward at the last token that is not the padding token,
+    so padding and end of text should be different tokens. Such a model has no weight for the head's bias: it is
+    written to config.json, and only `load_hf_reward_model` reads it. Others get all rewards shifted by it.
+    Raises ValueError for parameters that are not a ScalarModel's.
     """
     if set(params) != {"trunk", "head"}:
         raise ValueError(f"parameters {sorted(params)} are not those of a ScalarModel: ['head', 'trunk']")
     family = family_of(config)
     name = f"{family.classes}ForSequenceClassification"
-    if bias := float(params["head"]["bias"]):
-        raise ValueError(f"the head's bias {bias:.4g} has no place in a {name}; with bias 0 all rewards shift alike")
+    bias = float(params["head"]["bias"])
     score = {SCORE: np.asarray(params["head"]["kernel"], np.float32)[None]}
-    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}} | ({BIAS: bias} if bias else {})
     leaves = _layers_apart(_without_head(config), params["trunk"])
     _save(Path(path), config, name, leaves, score, labels, tokenizer, card)
 
@@ -168,7 +169,9 @@ def _save(
     write_text(folder / "config.json", json.dumps(hf, indent=2) + "\n")
     generation = {"do_sample": True, **{name: value for name, value in ends.items() if value is not None}}
     write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
-    write_text(folder / "README.md", _card(class_name, leaves, card or ModelCard()))
+    write_text(
+        folder / "README.md", card_text(class_name, sum(leaf.size for leaf in leaves.values()), card or ModelCard())
+    )
 
 
 def _layers_apart(config: ModelConfig, params: Any) -> dict[str, Any]:
@@ -180,19 +183,6 @@ def _layers_apart(config: ModelConfig, params: Any) -> dict[str, Any]:
         if has != wants:
             raise ValueError(f"parameters are not those of this config: {name} is {has}, and should be {wants}")
     return leaves
-
-
-def _card(class_name: str, leaves: Mapping[str, Any], card: ModelCard) -> str:
-    head = {"library_name": "transformers", "base_model": card.base_model}
-    text = [f"A `{class_name}` of {sum(leaf.size for leaf in leaves.values()):,} parameters, in float32."]
-    for what, value in [("Algorithm", card.algorithm), ("Data", card.data), ("Base model", card.base_model)]:
-        text += [f"{what}: {value}"] if value else []
-    if card.metrics:
-        text.append(
-            "\n".join(["| metric | value |", "|---|---|", *(f"| {k} | {v:.6g} |" for k, v in card.metrics.items())])
-        )
-    matter = "\n".join(f"{name}: {json.dumps(value)}" for name, value in head.items() if value)
-    return f"---\n{matter}\n---\n\n" + "\n\n".join(text) + "\n"
 
 
 def _without_head(config: ModelConfig) -> ModelConfig:

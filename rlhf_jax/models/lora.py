@@ -62,7 +62,7 @@ def with_lora(params: Any, own: Any) -> Any:
 
 
 def with_dropout(own: Any, key: PRNGKeyArray, *, rate: ScalarLike) -> Any:
-    """What a stage has for itself, for the loss of one step and with that step's key: adapters drop what A reads.
+    """`own` with adapters that drop numbers of what A reads, for the loss of one step and with that step's key.
 
         x W + s·(x̃ A) B,   x̃ = m·x / (1 − rate),   m ~ Bernoulli(1 − rate) for each number of x
 

@@ -23,14 +23,14 @@ CARD, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 SCORE = f"{PREFIX}score.weight"
 SCORES = ["classifier", "score"]
-"""What PEFT calls the modules that a classifier trains whole."""
+"""PEFT's names of the modules that a classifier trains whole."""
 READ = {
     "peft_type", "task_type", "lora_alpha", "alpha_pattern", "use_rslora", "modules_to_save", "init_lora_weights",
     "r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "fan_in_fan_out", "lora_dropout", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping",
     "peft_version", "eva_config", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config",
 }  # fmt: skip
-"""Of adapter_config.json: what is read here, what the tensors say, or what changes nothing of what is computed."""
+"""Fields of adapter_config.json that are read here, that the tensors tell, or that change nothing that is computed."""
 
 
 def save_peft(path: str | Path, config: ModelConfig, adapter: Any, *, base_model: str | None = None) -> None:
@@ -79,7 +79,8 @@ def load_peft(path: str | Path, config: ModelConfig) -> Any:
 def load_peft_reward_model(path: str | Path, config: ModelConfig) -> Any:
     """Reads a PEFT folder of a sequence classifier with one label, as {"trunk": adapter, "head": …}, float32.
 
-    `with_lora({"trunk": params}, …)` of it is a ScalarModel's. As `load_peft`; the score has no bias there: ours is 0.
+    `with_lora({"trunk": params}, …)` of it is a ScalarModel's. PEFT's score has no bias: ours is 0. Raises what
+    `load_peft` raises, and ValueError when the score is missing or other modules were trained whole.
     """
     folder = Path(path)
     card, tensors = _read(folder)

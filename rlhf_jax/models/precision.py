@@ -20,15 +20,15 @@ class Precision(NamedTuple):
     """
 
     parameters: Any
-    """Of weights and embeddings, as they are initialised, loaded and kept."""
+    """The dtype of weights and embeddings, as they are initialised, loaded and kept."""
     compute: Any
-    """Of activations, matrix products and the cache of keys and values."""
+    """The dtype of activations, matrix products and the cache of keys and values."""
     head: Any
-    """Of the final hidden states, and of their product with a language head, which is summed in float32."""
+    """The dtype of the final hidden states, and of their product with a language head, which is summed in float32."""
 
 
 FLOAT32 = Precision(jnp.float32, jnp.float32, jnp.float32)
 MIXED = Precision(jnp.float32, jnp.bfloat16, jnp.float32)
-"""What is usually called bf16 mixed precision."""
+"""The usual bf16 mixed precision."""
 BFLOAT16 = Precision(jnp.bfloat16, jnp.bfloat16, jnp.bfloat16)
 """For weights that are not trained, or beside adapters that are: steps below 1/256 of a weight would be lost."""

@@ -18,11 +18,11 @@ from rlhf_jax.models.fused import attention_kernel, cudnn, fused, splash
 from rlhf_jax.models.rope import LongRope, rotate
 
 LORA_LEAVES = ("lora_a", "lora_b", "lora_scale")
-"""What an adapter adds beside a kernel."""
+"""The leaves that an adapter adds beside a kernel."""
 
 
 class Dropout(NamedTuple):
-    """What `with_dropout` adds to an adapter for the loss of one step, as the leaf `lora_dropout`."""
+    """The leaf `lora_dropout`, which `with_dropout` adds to an adapter for the loss of one step."""
 
     key: PRNGKeyArray
     rate: Float[Array, ""]
@@ -41,7 +41,7 @@ class KVCache(NamedTuple):
     used: Int[Array, ""]
     """Slots filled."""
     positions: Int[Array, "B S"]
-    """Of the token in each slot, by which windows are measured."""
+    """The position of the token in each slot, by which windows are measured."""
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
@@ -67,7 +67,7 @@ class Norm(nn.Module):
 
     config: ModelConfig
     dtype: Any = None
-    """Of the result; that of x unless given."""
+    """The dtype of the result; that of x unless given."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -176,7 +176,7 @@ class Block(nn.Module):
     def attention(
         self, h: Array, layer: Layer | None, numbers: LayerNumbers, scene: Scene
     ) -> tuple[Array, Layer | None]:
-        """What the heads saw, [B, T, N·K], and the layer's cache with this in it."""
+        """The output of the heads, [B, T, N·K], and the layer's cache with these keys and values in it."""
         config = self.config
         queries = self.heads("query", h, config.n_heads, numbers, scene)
         keys = self.heads("key", h, config.n_kv_heads, numbers, scene).swapaxes(1, 2)

@@ -90,7 +90,7 @@ def layers_stacked(config: ModelConfig, leaves: dict[str, Any]) -> dict[str, Any
 
 
 def tensor_shape(cut: Cut, shapes: dict[str, Shape]) -> Shape:
-    """Of the tensor that holds those parts."""
+    """The shape of the tensor that holds those parts."""
     *rest, _ = shapes[cut.parts[0]]
     shape = (*rest, sum(shapes[part][-1] for part in cut.parts))
     return shape[::-1] if cut.turned else shape
@@ -162,7 +162,7 @@ def _place(
 
 
 def _read(stored: Stored, turned: bool, axes: list[np.ndarray]) -> np.ndarray:
-    """What lies where those numbers along our axes cross, float32; the file is mapped block by block."""
+    """The block where those numbers along our axes cross, float32; the file is mapped block by block."""
     shape = tuple(len(axis) for axis in axes)
     size = 4 * math.prod(shape)
     # At a multiple of 64 bytes, where the CPU backend takes it over without a copy.

@@ -165,12 +165,13 @@ def test_params_of_another_shape_are_not_saved(tmp_path):
 def test_reward_models_that_have_no_place(tmp_path):
     trunk = {name: leaf for name, leaf in new_params(CONFIG).items() if name != "head"}
     params = {"trunk": trunk, "head": {"kernel": jnp.ones(8), "bias": jnp.asarray(0.5)}}
-    with pytest.raises(ValueError, match=r"the head's bias 0\.5 has no place in a LlamaForSequenceClassification"):
-        save_hf_reward_model(tmp_path, CONFIG, params)
     with pytest.raises(ValueError, match="not those of a ScalarModel"):
         save_hf_reward_model(tmp_path, CONFIG, trunk)
-    params["head"]["bias"] = jnp.zeros(())
     save_hf_reward_model(tmp_path, CONFIG, params)
+    assert float(load_hf_reward_model(tmp_path)[1]["head"]["bias"]) == 0.5
+    change_config(tmp_path, reward_bias="much")
+    with pytest.raises(ValueError, match="reward_bias is 'much', not a number"):
+        load_hf_reward_model(tmp_path)
     fails(tmp_path, ValueError, str(tmp_path), "LlamaForSequenceClassification", "load_hf_reward_model")
     change_config(tmp_path, id2label={"0": "bad", "1": "good"})
     with pytest.raises(ValueError, match="2 labels, and a reward model has one"):
