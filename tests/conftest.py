@@ -1,5 +1,7 @@
-"""Eight CPU devices for every test, no silent rank promotion, and the folder of shared data."""
+"""Eight CPU devices for every test, no silent rank promotion, this checkout's files, and the folder of shared data."""
 
+import ctypes
+import gc
 import os
 from pathlib import Path
 
@@ -9,6 +11,10 @@ import pytest
 # Before anything asks for a device: the number of devices is fixed from then on.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The processes that a test starts import this checkout's files as the test does, whichever is installed.
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +27,20 @@ def shared_data() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return folder
+
+
+KEPT = 1.2e9
+"""Bytes that a test process may hold when it goes from one file to the next."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Gives compiled programs back between files: a process that keeps all of them grows to 3 GB and more."""
+    yield
+    pages = Path("/proc/self/statm")
+    if pages.exists() and int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > KEPT:
+        jax.clear_caches()
+        gc.collect()
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # glibc keeps what is freed, all the more after `keep_freed_memory`
+            libc.malloc_trim(0)

@@ -15,24 +15,34 @@ LEVELS = (
     {"types", "masking", "axes"},
     {"logprobs", "kl", "advantages"},
     {"losses"},
-    {"batches", "models", "sampling", "rewards", "data"},
+    {"hosts", "sharding"},
+    {"batches", "models", "sampling", "scoring", "rewards", "data", "diagnostics", "pretrained"},
     {
-        "scoring",
+        "actor_critic",
+        "adapters",
+        "export",
+        "loop",
+        "preference",
         "train",
-        "sharding",
-        "hosts",
         "checkpoint",
         "manifest",
         "signals",
         "metrics",
         "log",
-        "diagnostics",
+        "folder",
+        "screen",
+        "trackers",
+        "provenance",
         "evaluate",
         "simulation",
         "report",
         "figures",
+        "page",
+        "sections",
+        "verdict",
         "optimizers",
     },
+    {"tasks"},
     {"cli"},
 )
 BASES = {"jax", "jaxtyping", "rlhf_jax"} | sys.stdlib_module_names
@@ -58,6 +68,29 @@ def test_the_equations_need_only_jax_and_add_less_than_half_a_second():
     heavy = {"flax", "optax", "transformers", "datasets", "grain", "torch"}
     assert not heavy & set(runs[0][1])
     assert min(seconds for seconds, _ in runs) < 0.5
+
+
+HEAVY = {"torch", "transformers", "tokenizers", "datasets", "pyarrow", "orbax", "grain", "tensorboardX", "matplotlib"}
+"""What `--help` does without: each takes up to two seconds, and is imported where it is used."""
+MAKERS = {"figures", "page", "data.iterators"}
+"""The modules that draw with matplotlib, or whose classes are made from grain's. Functions import them."""
+LIGHT = """
+import importlib, sys
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+    if found := {*sys.argv[1].split(",")} & {*sys.modules}:
+        sys.exit(f"{name} imports {', '.join(sorted(found))}")
+"""
+
+
+def test_nothing_that_is_heavy_is_imported_before_it_is_used():
+    names = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in FILES} - MAKERS
+    library = [f"rlhf_jax.{name}" for name in sorted(names)]
+    scripts = sorted(path.relative_to(ROOT.parent) for path in (ROOT.parent / "experiments").rglob("[a-z]*.py"))
+    experiments = [".".join(path.with_suffix("").parts) for path in scripts]
+    for modules in (library, experiments):
+        run = subprocess.run([sys.executable, "-c", LIGHT, ",".join(HEAVY), *modules], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
 
 
 def modules_imported(source: str) -> set[str]:

@@ -1,3 +1,4 @@
+import ast
 import importlib.metadata
 import os
 import re
@@ -14,6 +15,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DEPENDENCIES = [Requirement(line) for line in PROJECT["dependencies"]]
 TEST_DEPENDENCIES = [Requirement(line) for line in PROJECT["optional-dependencies"]["test"]]
 PINS = dict(line.split("==") for line in (ROOT / ".ci" / "constraints.txt").read_text().splitlines())
+
+TRACKERS = {Requirement(line).name for line in PROJECT["optional-dependencies"]["wandb"]}
 
 
 def canonical(name):
@@ -54,28 +57,60 @@ def closure(requirements):
     return found
 
 
+def link(distributions, folder):
+    """What these distributions brought, and nothing else, in a folder of its own."""
+    for name in distributions:
+        distribution = importlib.metadata.distribution(name)
+        for top in {Path(file).parts[0] for file in distribution.files} - {"..", "__pycache__"}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(distribution.locate_file(top))
+
+
+def run_with(folder, program, *arguments):
+    """Runs a program with this checkout and that folder, and no other packages."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
+    command = [sys.executable, "-S", "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def imported_anywhere():
+    """The modules that files of ours import, inside functions too, without the trackers, which are extras."""
+    names = set()
+    for folder in ("rlhf_jax", "experiments"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    names |= {alias.name for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    names.add(node.module)
+    return sorted(name for name in names if name.partition(".")[0] not in TRACKERS)
+
+
 EVERYTHING = """
-import importlib, pkgutil
+import importlib, pkgutil, sys
 import rlhf_jax, experiments
 for package in (rlhf_jax, experiments):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
-from experiments.setting import world_setting
-world_setting(0)
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+from rlhf_jax.tasks.simulated import World
+World(0)
 """
 
 
 def test_a_plain_install_has_all_that_the_experiments_need(tmp_path):
-    # Only what a plain install brings is linked into a folder of its own: torch and the test tools are not there.
-    for name in closure(DEPENDENCIES):
-        distribution = importlib.metadata.distribution(name)
-        for top in {Path(file).parts[0] for file in distribution.files} - {"..", "__pycache__"}:
-            if not (tmp_path / top).exists():
-                (tmp_path / top).symlink_to(distribution.locate_file(top))
+    link(closure(DEPENDENCIES), tmp_path)
     assert not (tmp_path / "torch").exists() and not (tmp_path / "pytest").exists()
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    done = subprocess.run([sys.executable, "-S", "-c", EVERYTHING], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    run_with(tmp_path, EVERYTHING, *imported_anywhere())
+
+
+def test_the_equations_need_jax_and_jaxtyping_alone(tmp_path):
+    link(closure([r for r in DEPENDENCIES if r.name in ("jax", "jaxtyping")]), tmp_path)
+    assert not (tmp_path / "flax").exists() and not (tmp_path / "rich").exists()
+    modules = ", ".join(f"rlhf_jax.{name}" for name in ("losses", "advantages", "kl", "logprobs", "masking"))
+    run_with(tmp_path, f"import {modules}")
 
 
 def test_the_licence_is_apache_2():
