@@ -1,22 +1,28 @@
-"""PPO against a reward model minus β·KL to the SFT reference, token by token.
+"""PPO against a reward minus β·KL to a reference policy, token by token.
 
 Ouyang et al. 2022, eq. 2 (https://arxiv.org/abs/2203.02155), Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593),
-Schulman et al. 2017 (https://arxiv.org/abs/1707.06347). `make_iteration` is the algorithm in the papers' order:
-rollout → score → shape by KL → advantages → epochs of minibatches; one compiled program.
+Schulman et al. 2017 (https://arxiv.org/abs/1707.06347). This file has the algorithm in the papers' order: `rollout` →
+`score` → `shape` (KL and advantages) → `update` in epochs of minibatches. `iterate` is one iteration of all four.
     python experiments/ppo.py
-With --reward-model.lora-rank and --lora-rank the four models are adapters and heads on one frozen SFT model.
-About 4 minutes on 2 CPU cores (it runs SFT and the reward model first). In the controlled world its answers beat
-SFT's by true utility on 19 of 20 held-out prompts, 7 nats away.
+    python experiments/ppo.py --model FOLDER --reward-model FOLDER --prompts FILE
+    python experiments/ppo.py --model FOLDER --reward FILE.py:NAME --prompts FILE
+It takes about 4 minutes on 2 CPU cores. In the controlled world it runs SFT and the reward model first. Its answers
+then beat SFT's by true utility on 19 of 20 held-out prompts, at a KL of 7 nats. It writes policy/ to the run's folder.
 
-An answer with no end: one rule. An answer that reaches the length limit without EOS scores `no_end_score`, whatever
-the reward model says of it; its tokens count like any others.
+An answer that reaches the length limit without EOS scores `no_end_score`, whatever its reward is. Its tokens are
+trained on like any others.
 """
 
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal
+
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
 import jax.numpy as jnp
@@ -24,342 +30,477 @@ import numpy as np
 from flax.training.train_state import TrainState
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from experiments import reward_model, sft
-from experiments.adapters import split
-from experiments.reward_model import RewardModel
-from experiments.setting import Setting, Source, announce, keep_freed_memory, load_setting
-from experiments.sft import SFT
-from experiments.training import (
-    SkippedSteps,
+from experiments.flags import (
+    Adapters,
+    DemonstrationFlags,
+    Flags,
+    ModelFlags,
+    PromptFlags,
+    ReferenceFlags,
+    RewardFlags,
+    RunFlags,
+    SamplingFlags,
     Training,
-    check_parts,
-    counts_of,
-    make_optimizer,
-    parts_of,
-    save_due,
+    open_reference,
+    open_rewards,
+    open_task,
+    or_default,
+    policy_sampler,
+    pretrained_defaults,
+    say_defaults,
 )
+from experiments.panels import PPO_REPORT
+from rlhf_jax.actor_critic import Frozen, Setup, State, start_actor_critic
 from rlhf_jax.advantages import gae
 from rlhf_jax.batches import Completions, Experience, Prompts, Tokens
-from rlhf_jax.cli import on_mesh, run_main
+from rlhf_jax.cli import on_mesh, run_main, run_with_report
 from rlhf_jax.data.tokens import join, take
-from rlhf_jax.diagnostics import explained_variance
+from rlhf_jax.diagnostics import explained_variance, sampler_gap
 from rlhf_jax.errors import UserError, at_least
-from rlhf_jax.hosts import from_first
+from rlhf_jax.export import export_policy
 from rlhf_jax.kl import adaptive_beta, kl_k1, kl_k2, kl_k3, kl_shaped_rewards
 from rlhf_jax.log import Run, count_compilations
+from rlhf_jax.loop import shard_microbatches
 from rlhf_jax.losses import ppo_clip_loss, value_clip_loss
 from rlhf_jax.masking import masked_mean, masked_sum, masked_whiten
-from rlhf_jax.metrics import read_metrics
-from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, merge_lora, split_lora, with_lora
+from rlhf_jax.models import ModelConfig
+from rlhf_jax.pretrained import Pretrained
+from rlhf_jax.rewards.reward import (
+    Reward,
+    host_metrics,
+    score_metrics,
+    score_texts,
+    score_tokens,
+    weighted_sum,
+    weights_of,
+)
+from rlhf_jax.rewards.watch import answer_statistics
 from rlhf_jax.sampling import generate
-from rlhf_jax.scoring import response_logprobs, response_rewards, sft_objective, token_scores, token_values
-from rlhf_jax.sharding import check_rows, shard_batch, shard_params, to_host
-from rlhf_jax.train import make_state, make_train_step, ppo_update
+from rlhf_jax.scoring import response_logprobs, sft_objective, token_scores, token_values
+from rlhf_jax.sharding import check_rows, shard_batch, to_host
+from rlhf_jax.tasks.measure import as_texts, compare_policies, make_reward_scorer
+from rlhf_jax.tasks.task import Judge, PromptRow, PromptSets
+from rlhf_jax.train import keep_freed_memory, make_train_step, ppo_update
 from rlhf_jax.types import Metrics, Params
 
 
 @dataclass(frozen=True)
-class PPO(Training):
-    """What PPO can be told."""
+class PPOFlags(Flags):
+    """The flags of PPO alone."""
 
-    steps: int = 60
-    """Iterations of rollout and update."""
-    responses: int = 128
-    """Answers an iteration."""
+    steps: int | None = None
+    """Iterations of rollout and update. By default 60 in the controlled world, else 100."""
+    responses: int | None = None
+    """Answers an iteration. By default 128 in the controlled world, else 32."""
     epochs: int = 2
+    """Passes over an iteration's answers."""
     minibatches: int = 4
-    learning_rate: float = 5e-4
-    schedule: Literal["cosine", "linear", "constant"] = "constant"
-    warmup: float = 0.0
-    weight_decay: float = 0.0
+    """Parts of an iteration's answers, one optimiser step each."""
     beta: float = 0.1
-    """Weight of the KL to SFT in the reward, per nat; where it starts if adaptive."""
+    """Weight of the KL to the reference in the reward, per nat; where it starts if adaptive."""
     target_kl: float | None = None
     """Nats a response; when given, β adapts to hold the KL there (Ziegler et al. 2019)."""
     kl_horizon: float = 2000.0
     """Responses over which an adaptive β moves."""
     temperature: float = 1.0
+    """The temperature of sampling and of every log-probability."""
     gamma: float = 1.0
+    """Discount of rewards, a token."""
     lam: float = 0.95
+    """λ of the advantages: 1 trusts returns alone, 0 the critic alone."""
     clip_eps: float = 0.2
+    """How far the ratio of new to old policy may count, from 1."""
     value_clip_eps: float = 0.2
+    """How far a value may count, from the old one."""
     entropy_coef: float = 0.0
+    """Weight of an entropy bonus, a token."""
     ptx_coef: float = 0.0
     """Weight of the SFT loss mixed into the policy's (PPO-ptx)."""
     no_end_score: float = -3.0
     """Score of an answer that does not end."""
 
     def __post_init__(self) -> None:
+        at_least(self, epochs=1, minibatches=1, beta=0, kl_horizon=1, ptx_coef=0)
+        at_least(self, gamma=0, lam=0, clip_eps=0, value_clip_eps=0, temperature=1e-3)
+        if self.steps is not None:
+            at_least(self, steps=1)
+        if self.target_kl is not None:
+            self.check_target()
         super().__post_init__()
-        at_least(self, steps=1, epochs=1, minibatches=1, responses=self.minibatches, beta=0)
-        at_least(self, gamma=0, lam=0, clip_eps=0, value_clip_eps=0, temperature=1e-3, kl_horizon=1, ptx_coef=0)
-        if self.responses % self.minibatches:
-            raise UserError(f"{self.responses} responses do not divide into {self.minibatches} minibatches")
-        check_parts(self, self.responses // self.minibatches, "responses")
+
+    def check_target(self) -> None:
+        """Raises UserError for a target that β cannot hold."""
+        if not self.beta > 0:
+            raise UserError(f"target-kl needs a beta above 0 to begin with, not {self.beta}: 0 stays 0")
+        if self.responses is not None and self.responses > 5 * self.kl_horizon:
+            raise UserError(
+                f"{self.responses} responses are more than 5 × kl-horizon {self.kl_horizon:g}; β could not be held"
+            )
 
 
 @dataclass(frozen=True)
-class Config(PPO, Source):
-    """PPO; runs SFT and the reward model first."""
+class PPO(Adapters, Training, PPOFlags):
+    """The flags of the stage."""
 
-    sft: SFT = field(default_factory=SFT)
-    reward_model: RewardModel = field(default_factory=RewardModel)
+    schedule: Literal["cosine", "linear", "constant"] = "constant"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises UserError for responses that do not divide into minibatches."""
+        super().__post_init__()
+        if self.responses is not None:
+            at_least(self, responses=self.minibatches)
+            if self.responses % self.minibatches:
+                raise UserError(f"{self.responses} responses do not divide into {self.minibatches} minibatches")
+            self.check_parts(self.responses // self.minibatches, "responses")
 
 
-class State(NamedTuple):
-    """What PPO trains."""
+@dataclass(frozen=True)
+class Config(RunFlags, SamplingFlags, DemonstrationFlags, ReferenceFlags, ModelFlags, PromptFlags, RewardFlags, PPO):
+    """PPO from a policy, a reward, and prompts."""
 
-    policy: TrainState
-    critic: TrainState
-    beta: Float[Array, ""]
+    def __post_init__(self) -> None:
+        """Raises UserError for prompts without a reward."""
+        super().__post_init__()
+        if self.prompts and not (self.reward_model or self.reward):
+            raise UserError("there is no reward: give --reward-model FOLDER, --reward FILE.py:NAME, or both")
 
 
-class Frozen(NamedTuple):
-    """What it does not: reference policy, reward model, prompts to draw from, demonstrations for PPO-ptx.
+def with_defaults(cfg: PPO, base: Pretrained) -> PPO:
+    """The flags, with numbers for the model where none are given."""
+    if base.name is None:
+        return or_default(cfg, steps=60, responses=128, learning_rate=5e-4, lora_rank=0)
+    return or_default(cfg, steps=100, responses=32, **pretrained_defaults(cfg, base, slower=10.0))
 
-    A role's model is `with_lora(trunk, own)`. Without a trunk each has all parameters for itself; with one, policy,
-    reward model and critic have adapters (and heads), and the reference, {}, is the trunk.
+
+# 1. Rollout: prompts are drawn, and the policy answers them.
+
+
+def rollout(cfg: PPO, setup: Setup, state: State, frozen: Frozen, key: PRNGKeyArray) -> tuple[Prompts, Completions]:
+    """`cfg.responses` prompts with an answer each."""
+    assert cfg.responses is not None
+    prompts_key, sample_key = jax.random.split(key)
+    rows = jax.random.randint(prompts_key, (cfg.responses,), 0, len(frozen.prompts.row))
+    prompts = shard_batch(take(frozen.prompts, rows))
+    completions = generate(
+        setup.policy, frozen.over_trunk(state.policy.params), prompts.tokens, prompts.mask, sample_key,
+        max_new_tokens=setup.max_new_tokens, temperature=cfg.temperature, eos_id=setup.eos_id, pad_id=setup.pad_id,
+    )  # fmt: skip
+    return prompts, completions
+
+
+# 2. Score: a number for each whole answer.
+
+
+def score(
+    cfg: PPO,
+    setup: Setup,
+    frozen: Frozen,
+    tokens: Tokens,
+    completions: Completions,
+    host_scores: Mapping[str, Float[Array, " B"]],
+) -> tuple[Float[Array, " B"], Metrics]:
+    """The weighted sum of all rewards, [B], and `no_end_score` for answers that do not end.
+
+    `host_scores` are those of the rewards that are no models of ours, by name.
     """
+    models = {name: frozen.over_trunk(own) for name, own in frozen.rewards.items()}
+    each = score_tokens(setup.rewards, models, tokens) | dict(host_scores)
+    total = weighted_sum(each, weights_of(setup.rewards))
+    ended = ((completions.tokens == setup.eos_id) & completions.mask).any(axis=1)
+    scores = jnp.where(ended, total, cfg.no_end_score)
+    share = ended.mean(dtype=jnp.float32)
+    return scores, {"score": scores.mean(), "ended": share, "no_end": 1.0 - share, **score_metrics(each)}
 
-    reference: Params
-    reward_model: Params
-    prompts: Prompts
-    demonstrations: Tokens
-    trunk: Params = {}  # noqa: RUF012
+
+# 3. Shape: the KL enters the reward token by token; advantages are estimated from it.
 
 
-class Iteration(NamedTuple):
-    """The algorithm, in three parts and whole; all pure."""
+def shape(
+    cfg: PPO, setup: Setup, state: State, frozen: Frozen, tokens: Tokens, scores: Float[Array, " B"]
+) -> tuple[Experience, Metrics]:
+    """Experience [B, T] whose rewards are the scores minus β·KL, with whitened advantages."""
+    mask = tokens.mask
+    # Re-scored at training shapes, so that the first ratio is 1.
+    policy, reference = frozen.over_trunk(state.policy.params), frozen.over_trunk(frozen.reference)
+    old_logprobs, entropy = token_scores(setup.policy, policy, tokens, temperature=cfg.temperature)
+    ref_logprobs = response_logprobs(setup.policy, reference, tokens, temperature=cfg.temperature)
+    values = token_values(setup.critic, frozen.critic(state.critic.params), tokens)
+    rewards = kl_shaped_rewards(scores, old_logprobs, ref_logprobs, mask, beta=state.beta)
+    advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, lam=cfg.lam)
+    experience = Experience(
+        tokens, old_logprobs, ref_logprobs, values, rewards, masked_whiten(advantages, mask), returns
+    )
 
-    rollout: Callable[[State, Frozen, PRNGKeyArray], tuple[Prompts, Completions]]
-    score: Callable[[State, Frozen, Prompts, Completions], tuple[Experience, Metrics]]
-    update: Callable[[State, Frozen, Experience, PRNGKeyArray], tuple[State, Metrics]]
-    whole: Callable[[State, Frozen, PRNGKeyArray], tuple[State, Metrics, Prompts, Completions]]
+    def per_response(x: Array) -> Array:
+        return masked_sum(x, mask, axis=1).mean()
+
+    return experience, {
+        "kl_k1": per_response(kl_k1(old_logprobs, ref_logprobs)),
+        "kl_k2": per_response(kl_k2(old_logprobs, ref_logprobs)),
+        "kl_k3": per_response(kl_k3(old_logprobs, ref_logprobs)),
+        "beta": state.beta,
+        "entropy": masked_mean(entropy, mask),
+        "length": mask.sum(axis=1).mean(dtype=jnp.float32),
+        "explained_variance": explained_variance(values, returns, mask),
+    }
+
+
+# 4. Update: clipped policy and value losses, over epochs of minibatches.
+
+
+def policy_loss(
+    cfg: PPO, setup: Setup, trainable: Params, batch: tuple[Experience, Tokens | None], frozen: Frozen
+) -> tuple[Any, Metrics]:
+    """The clipped surrogate, minus an entropy bonus, plus the SFT loss of demonstrations (PPO-ptx)."""
+    experience, demonstrations = batch
+    params, mask = frozen.over_trunk(trainable), experience.tokens.mask
+    bonus: Any = 0.0
+    if cfg.entropy_coef:
+        logprobs, entropy = token_scores(setup.policy, params, experience.tokens, temperature=cfg.temperature)
+        bonus = cfg.entropy_coef * masked_mean(entropy, mask)
+    else:
+        logprobs = response_logprobs(setup.policy, params, experience.tokens, temperature=cfg.temperature)
+    loss, metrics = ppo_clip_loss(
+        logprobs, experience.old_logprobs, experience.advantages, mask, clip_eps=cfg.clip_eps
+    )
+    loss -= bonus
+    if demonstrations is None:
+        return loss, metrics
+    ptx, _ = sft_objective(setup.policy, params, demonstrations)
+    return {"loss": loss, "ptx_loss": cfg.ptx_coef * ptx}, metrics | {"ptx_loss": ptx}
+
+
+def value_loss(
+    cfg: PPO, setup: Setup, trainable: Params, experience: Experience, frozen: Frozen
+) -> tuple[Array, Metrics]:
+    """The clipped squared error of the critic."""
+    values = token_values(setup.critic, frozen.critic(trainable), experience.tokens)
+    return value_clip_loss(
+        values, experience.old_values, experience.returns, experience.tokens.mask, clip_eps=cfg.value_clip_eps
+    )
+
+
+def update(
+    cfg: PPO, setup: Setup, state: State, frozen: Frozen, experience: Experience, key: PRNGKeyArray
+) -> tuple[State, Metrics]:
+    """The state after `epochs` × `minibatches` steps of policy and critic, and after β has adapted."""
+    counts = (policy_counts, critic_counts) if cfg.accumulate > 1 else (None, None)
+    policy_step = make_train_step(partial(policy_loss, cfg, setup), counts=counts[0])
+    critic_step = make_train_step(partial(value_loss, cfg, setup), counts=counts[1])
+
+    def step(states: tuple[TrainState, TrainState], batch: Any) -> tuple[tuple[TrainState, TrainState], Metrics]:
+        batch = shard_microbatches(batch, cfg.accumulate)
+        policy, metrics = policy_step(states[0], batch, frozen)
+        critic, value_metrics = critic_step(states[1], batch[0], frozen)
+        return (policy, critic), metrics | {"value_" + name: value for name, value in value_metrics.items()}
+
+    shuffle_key, ptx_key = jax.random.split(key)
+    (policy, critic), metrics = ppo_update(
+        step, (state.policy, state.critic), experience, draw_demonstrations(cfg, frozen, ptx_key), shuffle_key,
+        epochs=cfg.epochs, minibatches=cfg.minibatches,
+    )  # fmt: skip
+    beta = state.beta
+    if cfg.target_kl is not None:
+        assert cfg.responses is not None
+        kl = kl_k1(experience.old_logprobs, experience.ref_logprobs)
+        observed = masked_sum(kl, experience.tokens.mask, axis=1).mean()
+        adapted = adaptive_beta(
+            beta, observed, target_kl=cfg.target_kl, horizon=cfg.kl_horizon, batch_size=cfg.responses
+        )
+        beta = jnp.where(jnp.isfinite(adapted), adapted, beta)
+    return State(policy, critic, beta), {
+        name: x.sum() if name.endswith("skipped") else x.mean() for name, x in metrics.items()
+    }
+
+
+def draw_demonstrations(cfg: PPO, frozen: Frozen, key: PRNGKeyArray) -> Tokens | None:
+    """Demonstrations for every minibatch, as many as it has answers; None without a `ptx_coef`."""
+    if not cfg.ptx_coef:
+        return None
+    assert frozen.demonstrations is not None and cfg.responses is not None
+    counts = (cfg.epochs * cfg.minibatches, cfg.responses // cfg.minibatches)
+    return take(frozen.demonstrations, jax.random.randint(key, counts, 0, len(frozen.demonstrations.mask)))
+
+
+def policy_counts(batch: tuple[Experience, Tokens | None]) -> dict[str, Array]:
+    """How many tokens the policy's losses are means over."""
+    tokens = [part.mask.sum() for part in (batch[0].tokens, batch[1]) if part is not None]
+    return dict(zip(("loss", "ptx_loss"), tokens, strict=False))
+
+
+def critic_counts(experience: Experience) -> dict[str, Array]:
+    """How many tokens the critic's loss is a mean over."""
+    return {"loss": experience.tokens.mask.sum()}
+
+
+# One iteration, as one program where every reward is a model, else cut in two where the rewards are asked.
+
+
+def learn(
+    cfg: PPO,
+    setup: Setup,
+    state: State,
+    frozen: Frozen,
+    prompts: Prompts,
+    completions: Completions,
+    host_scores: Mapping[str, Float[Array, " B"]],
+    key: PRNGKeyArray,
+) -> tuple[State, Metrics]:
+    """Everything after the rollout."""
+    tokens = join(prompts, completions, pad_id=setup.pad_id)
+    scores, metrics = score(cfg, setup, frozen, tokens, completions, host_scores)
+    experience, shaped = shape(cfg, setup, state, frozen, tokens, scores)
+    state, updated = update(cfg, setup, state, frozen, experience, key)
+    start = prompts.tokens.shape[1] - 1
+    gap = sampler_gap(completions, experience.old_logprobs[:, start : start + setup.max_new_tokens])
+    return state, metrics | shaped | gap | updated
+
+
+def iterate(
+    cfg: PPO, setup: Setup, state: State, frozen: Frozen, key: PRNGKeyArray
+) -> tuple[State, Metrics, Prompts, Completions]:
+    """Rollout, score, shape, update; pure."""
+    rollout_key, update_key = jax.random.split(key)
+    prompts, completions = rollout(cfg, setup, state, frozen, rollout_key)
+    state, metrics = learn(cfg, setup, state, frozen, prompts, completions, {}, update_key)
+    return state, metrics, prompts, completions
+
+
+# The stage: what it starts with, its loop, and its command line.
 
 
 def prepare(
-    cfg: PPO, setting: Setting, sft_params: Params, reward_params: Params, key: PRNGKeyArray
-) -> tuple[Params, Frozen]:
-    """The policy as it starts, and what is frozen: with `lora_rank` the SFT's weights, once for all four.
+    cfg: PPO,
+    base: Pretrained,
+    prompts: Prompts,
+    rewards: Sequence[Reward],
+    key: PRNGKeyArray,
+    *,
+    max_new_tokens: int,
+    critic: tuple[ModelConfig, Params] | None = None,
+    reference: Params | None = None,
+    demonstrations: Tokens | None = None,
+) -> tuple[Setup, State, Frozen]:
+    """The models as training begins; `start_actor_critic` with these flags."""
+    assert cfg.steps is not None
+    return start_actor_critic(
+        base, prompts, rewards, key, split=cfg.split, adapters=bool(cfg.lora_rank),
+        optimizer=cfg.make_optimizer(cfg.steps * cfg.epochs * cfg.minibatches), beta=cfg.beta,
+        max_new_tokens=max_new_tokens, critic=critic, reference=reference, demonstrations=demonstrations,
+    )  # fmt: skip
 
-    Raises UserError when the reward model is then not an adapter over them.
+
+def make_iteration(
+    cfg: PPO, setup: Setup, base: Pretrained, rows: Sequence[PromptRow], warn: Callable[[str], None]
+) -> Callable[[State, Frozen, PRNGKeyArray], tuple[State, dict[str, Any], Prompts, Completions]]:
+    """`iterate` compiled; with host rewards two programs, between which `rows` and answers are scored as text.
+
+    `warn` is told each host reward's first error.
     """
-    if not cfg.lora_rank:
-        frozen = Frozen(sft_params, merge_lora(reward_params), setting.prompts, setting.demonstrations)
-        return sft_params, shard_params(frozen)
-    trunk, policy = split(cfg, key, sft_params)
-    _, adapter = split_lora(reward_params["trunk"])
-    if not adapter:
-        raise UserError("PPO with a lora-rank needs a reward model on its trunk: set --reward-model.lora-rank too")
-    reward_model = {"trunk": adapter, "head": reward_params["head"]}
-    return policy, shard_params(Frozen({}, reward_model, setting.prompts, setting.demonstrations, trunk))
+    if all(reward.traceable for reward in setup.rewards):
+        return jax.jit(partial(iterate, cfg, setup), donate_argnums=0)
+    rollout_fn = jax.jit(partial(rollout, cfg, setup))
+    learn_fn = jax.jit(partial(learn, cfg, setup), donate_argnums=0)
+    warned: set[str] = set()
 
-
-def init_state(cfg: PPO, model: ModelConfig, policy: Params, reward_params: Params, *, beta: Any = None) -> State:
-    """The policy starts from SFT, the critic from the reward model; adapters, if these are."""
-    optimizer = make_optimizer(cfg, cfg.steps * cfg.epochs * cfg.minibatches)
-    return State(
-        make_state(Transformer(model), policy, optimizer),
-        make_state(ScalarModel(model), reward_params, optimizer),
-        shard_params(jnp.asarray(cfg.beta if beta is None else beta, jnp.float32)),
-    )
-
-
-def make_iteration(cfg: PPO, config: ModelConfig, *, max_new_tokens: int, eos_id: int, pad_id: int) -> Iteration:
-    """One iteration of PPO for models of the shape `config`."""
-    model, scalar_model = Transformer(config), ScalarModel(config)
-
-    def on_trunk(trunk: Params, own: Params) -> Params:
-        return with_lora({"trunk": trunk}, own)  # a ScalarModel's
-
-    def rollout(state: State, frozen: Frozen, key: PRNGKeyArray) -> tuple[Prompts, Completions]:
-        prompts_key, sample_key = jax.random.split(key)
-        rows = jax.random.randint(prompts_key, (cfg.responses,), 0, len(frozen.prompts.row))
-        prompts = shard_batch(take(frozen.prompts, rows))
-        completions = generate(
-            model, with_lora(frozen.trunk, state.policy.params), prompts.tokens, prompts.mask, sample_key,
-            max_new_tokens=max_new_tokens, temperature=cfg.temperature, eos_id=eos_id, pad_id=pad_id,
-        )  # fmt: skip
-        return prompts, completions
-
-    def score(state: State, frozen: Frozen, prompts: Prompts, completions: Completions) -> tuple[Experience, Metrics]:
-        tokens = join(prompts, completions, pad_id=pad_id)
-        mask = tokens.mask
-        ended = ((completions.tokens == eos_id) & completions.mask).any(axis=1)
-        model_scores = response_rewards(scalar_model, on_trunk(frozen.trunk, frozen.reward_model), tokens)
-        scores = jnp.where(ended, model_scores, cfg.no_end_score)
-
-        # Re-scored at training shapes, so that the first ratio is exactly 1.
-        policy, reference = (with_lora(frozen.trunk, own) for own in (state.policy.params, frozen.reference))
-        old_logprobs, entropy = token_scores(model, policy, tokens, temperature=cfg.temperature)
-        ref_logprobs = response_logprobs(model, reference, tokens, temperature=cfg.temperature)
-        values = token_values(scalar_model, on_trunk(frozen.trunk, state.critic.params), tokens)
-        rewards = kl_shaped_rewards(scores, old_logprobs, ref_logprobs, mask, beta=state.beta)
-        advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, lam=cfg.lam)
-        experience = Experience(
-            tokens, old_logprobs, ref_logprobs, values, rewards, masked_whiten(advantages, mask), returns
-        )
-
-        start = prompts.tokens.shape[1] - 1
-        sampled = slice(start, start + max_new_tokens)
-        gap = jnp.where(completions.mask, jnp.abs(completions.logprobs - old_logprobs[:, sampled]), jnp.nan)
-
-        def per_response(x: Array) -> Array:
-            return masked_sum(x, mask, axis=1).mean()
-
-        return experience, {
-            "score": scores.mean(),
-            "kl_k1": per_response(kl_k1(old_logprobs, ref_logprobs)),
-            "kl_k2": per_response(kl_k2(old_logprobs, ref_logprobs)),
-            "kl_k3": per_response(kl_k3(old_logprobs, ref_logprobs)),
-            "beta": state.beta,
-            "entropy": masked_mean(entropy, mask),
-            "length": mask.sum(axis=1).mean(dtype=jnp.float32),
-            "ended": ended.mean(dtype=jnp.float32),
-            "explained_variance": explained_variance(values, returns, mask),
-            "sampler_gap": jnp.nanmean(gap),
-            "sampler_gap_p95": jnp.nanpercentile(gap, 95),
-            "sampler_gap_max": jnp.nanmax(gap),
-        }
-
-    def policy_loss(own: Params, batch: tuple[Experience, Tokens | None], trunk: Params) -> tuple[Any, Metrics]:
-        experience, demonstrations = batch
-        params = with_lora(trunk, own)
-        mask = experience.tokens.mask
-        if cfg.entropy_coef:
-            logprobs, entropy = token_scores(model, params, experience.tokens, temperature=cfg.temperature)
-            bonus = cfg.entropy_coef * masked_mean(entropy, mask)
-        else:
-            logprobs = response_logprobs(model, params, experience.tokens, temperature=cfg.temperature)
-            bonus = 0.0
-        loss, metrics = ppo_clip_loss(
-            logprobs, experience.old_logprobs, experience.advantages, mask, clip_eps=cfg.clip_eps
-        )
-        loss -= bonus
-        if demonstrations is not None:
-            ptx, _ = sft_objective(model, params, demonstrations)
-            return {"loss": loss, "ptx_loss": cfg.ptx_coef * ptx}, metrics | {"ptx_loss": ptx}
-        return loss, metrics
-
-    def value_loss(own: Params, experience: Experience, trunk: Params) -> tuple[Array, Metrics]:
-        return value_clip_loss(
-            token_values(scalar_model, on_trunk(trunk, own), experience.tokens),
-            experience.old_values,
-            experience.returns,
-            experience.tokens.mask,
-            clip_eps=cfg.value_clip_eps,
-        )
-
-    def policy_counts(batch: tuple[Experience, Tokens | None]) -> dict[str, Array]:
-        tokens = [part.mask.sum() for part in (batch[0].tokens, batch[1]) if part is not None]
-        return dict(zip(("loss", "ptx_loss"), tokens, strict=False))
-
-    policy_step = make_train_step(policy_loss, counts=counts_of(cfg, policy_counts))
-    critic_step = make_train_step(value_loss, counts=counts_of(cfg, lambda part: {"loss": part.tokens.mask.sum()}))
-
-    def minibatch(trunk: Params, states: tuple[TrainState, TrainState], batch: Any) -> Any:
-        batch = parts_of(cfg, batch)
-        policy, policy_metrics = policy_step(states[0], batch, trunk)
-        critic, critic_metrics = critic_step(states[1], batch[0], trunk)
-        metrics = {"value_" + name: value for name, value in critic_metrics.items()}
-        return (policy, critic), policy_metrics | metrics
-
-    def update(state: State, frozen: Frozen, experience: Experience, key: PRNGKeyArray) -> tuple[State, Metrics]:
-        shuffle_key, ptx_key = jax.random.split(key)
-        demonstrations = None
-        if cfg.ptx_coef:
-            shape = (cfg.epochs * cfg.minibatches, cfg.responses // cfg.minibatches)
-            rows = jax.random.randint(ptx_key, shape, 0, len(frozen.demonstrations.mask))
-            demonstrations = take(frozen.demonstrations, rows)
-        (policy, critic), metrics = ppo_update(
-            partial(minibatch, frozen.trunk), (state.policy, state.critic), experience, demonstrations, shuffle_key,
-            epochs=cfg.epochs, minibatches=cfg.minibatches,
-        )  # fmt: skip
-        beta = state.beta
-        if cfg.target_kl is not None:
-            kl = kl_k1(experience.old_logprobs, experience.ref_logprobs)
-            observed = masked_sum(kl, experience.tokens.mask, axis=1).mean()
-            adapted = adaptive_beta(
-                beta, observed, target_kl=cfg.target_kl, horizon=cfg.kl_horizon, batch_size=cfg.responses
-            )
-            beta = jnp.where(jnp.isfinite(adapted), adapted, beta)
-        return State(policy, critic, beta), {
-            name: x.sum() if name.endswith("skipped") else x.mean() for name, x in metrics.items()
-        }
-
-    def whole(state: State, frozen: Frozen, key: PRNGKeyArray) -> tuple[State, Metrics, Prompts, Completions]:
+    def iteration(state: State, frozen: Frozen, key: PRNGKeyArray) -> Any:
         rollout_key, update_key = jax.random.split(key)
-        prompts, completions = rollout(state, frozen, rollout_key)
-        experience, metrics = score(state, frozen, prompts, completions)
-        state, update_metrics = update(state, frozen, experience, update_key)
-        return state, metrics | update_metrics, prompts, completions
+        prompts, completions = to_host(rollout_fn(state, frozen, rollout_key))
+        found = score_texts(setup.rewards, *as_texts(base, rows, prompts, completions))
+        for name, some in found.items():
+            if some.first_error and name not in warned:
+                warn(f"reward {name}: {some.first_error}")
+                warned.add(name)
+        scores = {name: shard_batch(np.float32(some.scores)) for name, some in found.items()}
+        state, metrics = learn_fn(state, frozen, *shard_batch((prompts, completions)), scores, update_key)
+        return state, metrics | host_metrics(found), prompts, completions
 
-    return Iteration(rollout, score, update, whole)
+    return iteration
 
 
 def train(
-    cfg: PPO, setting: Setting, sft_params: Any, reward_params: Any, run: Run, seed: int
+    cfg: PPO,
+    base: Pretrained,
+    prompts: PromptSets,
+    rewards: Sequence[Reward],
+    run: Run,
+    seed: int,
+    *,
+    max_new_tokens: int,
+    critic: tuple[ModelConfig, Params] | None = None,
+    reference: Params | None = None,
+    demonstrations: Tokens | None = None,
+    judge: Judge | None = None,
+    watch: Callable[[Params, int], dict[str, Any]] | None = None,
+    stage: str = "ppo",
 ) -> tuple[Params, dict[str, float]]:
-    """Trains; returns the policy's parameters and the last iteration's metrics."""
+    """Trains `base`; returns the policy's parameters, adapters unmerged, and the last iteration's metrics.
+
+    `reference` is what the KL is measured to, by default `base`; `critic` is the reward model that the critic starts
+    from. `watch(params, number)` measures the policy on held-out prompts now and then.
+    """
+    given, cfg = cfg, with_defaults(cfg, base)
+    say_defaults(run, stage, given, cfg, base)
+    assert cfg.steps is not None and cfg.responses is not None
     keep_freed_memory()  # one program an iteration has it back whole
-    iteration = make_iteration(
-        cfg,
-        setting.model,
-        max_new_tokens=setting.max_new_tokens,
-        eos_id=setting.eos_id,
-        pad_id=setting.pad_id,
-    )
     check_rows(cfg.responses, "responses")
-    check_parts(cfg, cfg.responses // cfg.minibatches, "responses")
-    policy, frozen = prepare(cfg, setting, sft_params, reward_params, jax.random.key(seed + 4))
-    state = init_state(cfg, setting.model, policy, frozen.reward_model)
-    step_fn = jax.jit(iteration.whole, donate_argnums=0)
+    cfg.check_parts(cfg.responses // cfg.minibatches, "responses")
+    setup, state, frozen = prepare(
+        cfg, base, prompts.train, rewards, jax.random.key(seed + 4), max_new_tokens=max_new_tokens, critic=critic,
+        reference=reference, demonstrations=demonstrations,
+    )  # fmt: skip
+    iteration = make_iteration(cfg, setup, base, prompts.rows, run.warn)
     key = jax.random.key(seed + 2)
-    show = ("score", "utility", "kl_k1", "length")
-    state, first = run.restore("ppo", state)
-    skipped = SkippedSteps(cfg, run, "ppo")
-    metrics: dict[str, Any] = {}
+    updates = cfg.epochs * cfg.minibatches
+    loop = cfg.make_loop(
+        run, stage, cfg.steps, show=("score", "utility", "kl_k1", "length"), log_every=1, updates=updates
+    )
+    state = loop.restore(state)
     with count_compilations() as compilations:
-        for step in run.progress("ppo", range(first, cfg.steps), show=show):
+        for step in loop:
             began = time.perf_counter()
-            state, metrics, prompts, completions = step_fn(state, frozen, jax.random.fold_in(key, step))
-            prompts, completions = to_host((prompts, completions))
-            sampled = int(completions.mask.sum())
-            seconds = time.perf_counter() - began
-            skipped.watch(step + 1, metrics["skipped"] + metrics["value_skipped"], (prompts, completions))
-            if setting.judge is not None:
-                metrics["utility"] = setting.judge(prompts, completions).mean()
-            updates = (step + 1) * cfg.epochs * cfg.minibatches
+            state, metrics, asked, completions = iteration(state, frozen, jax.random.fold_in(key, step))
+            asked, completions = to_host((asked, completions))
+            sampled, seconds = int(completions.mask.sum()), time.perf_counter() - began
+            loop.watch_skipped(step, metrics["skipped"] + metrics["value_skipped"], (asked, completions))
+            evaluated = (step + 1) % 20 == 0 or loop.is_last(step)
+            metrics |= answer_statistics(asked, completions)
+            if judge is not None:
+                metrics["utility"] = judge(asked, completions).mean()
+            if watch is not None and evaluated:
+                metrics |= watch(frozen.over_trunk(state.policy.params), step + 1)
             metrics |= {
-                "skipped": updates - int(state.policy.step),
-                "value_skipped": updates - int(state.critic.step),
+                "skipped": (step + 1) * updates - int(state.policy.step),
+                "value_skipped": (step + 1) * updates - int(state.critic.step),
                 "seconds": seconds,
                 "tokens_per_second": sampled / seconds,
                 "compilations": compilations(),
             }
-            run.log("ppo", step + 1, metrics)
-            if save_due(cfg, run, step + 1, evaluated=(step + 1) % 20 == 0 or step + 1 == cfg.steps):
-                shaped = float(metrics["score"] - metrics["beta"] * metrics["kl_k1"])
-                run.save("ppo", step + 1, state, keep=cfg.keep, metric=shaped)
-    if first == cfg.steps:  # a run that was killed after the last iteration, whose metrics are those it wrote
-        written = from_first(lambda: read_metrics(run.dir)["ppo"][-1])
-        metrics = {name: value for name, value in written.items() if name not in ("stage", "step", "time")}
-    return with_lora(frozen.trunk, state.policy.params), {
-        f"ppo_{name}": np.nan if value is None else float(value) for name, value in metrics.items()
-    }
+            shaped = float(metrics["score"]) - float(metrics["beta"]) * float(metrics["kl_k1"])
+            loop.end_step(step, state, metrics, evaluated=evaluated, best=shaped)
+    found = {f"{stage}_{name}": value for name, value in loop.last_metrics().items()}
+    return frozen.over_trunk(state.policy.params), found
 
 
 @on_mesh
 def main(cfg: Config) -> dict[str, float]:
-    """SFT, reward model, PPO; returns the final metrics. `pipeline.py` adds the evaluation and the report."""
-    setting = load_setting(cfg)
-    with Run(cfg.run_dir, cfg, name="ppo", resume=cfg.resume) as run:
-        announce(setting, run)
-        sft_params = sft.train(cfg.sft, setting, run, cfg.seed)[-1]
-        comparisons = setting.compare(sft.make_sampler(setting, sft_params, cfg.seed))
-        reward_params, metrics = reward_model.train(cfg.reward_model, setting, comparisons, sft_params, run, cfg.seed)
-        metrics |= train(cfg, setting, sft_params, reward_params, run, cfg.seed)[1]
+    """Trains, compares the policy with the one it started from, exports it, and returns the final metrics."""
+    with run_with_report(cfg, "ppo", PPO_REPORT) as run:
+        task = open_task(cfg, run, first="sft")
+        with open_rewards(cfg, run, task) as (rewards, critic, watch):
+            policy, metrics = train(
+                cfg, task.base, task.prompts(), rewards, run, cfg.seed, max_new_tokens=task.max_new_tokens,
+                critic=critic, reference=open_reference(cfg, task), judge=task.judge, watch=watch,
+                demonstrations=task.demonstrations().train if cfg.ptx_coef else None,
+            )  # fmt: skip
+            metrics |= compare_policies(
+                run, task, ("start", task.base.params), ("ppo", policy), policy_sampler(cfg, task),
+                make_reward_scorer(task, rewards, cfg.no_end_score),
+            )  # fmt: skip
         run.summary(metrics)
+        export_policy(run, task.base, policy, algorithm="PPO", metrics=metrics)
     return metrics
 
 

@@ -23,7 +23,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "hidden": ("tensor",),
 }
-"""What an axis stands for -> the axes of the mesh that it is cut along, as far as they divide it.
+"""The axes of the mesh that an array's axis is cut along, by what it stands for, as far as they divide it.
 
 "row" is for work that could be cut along nothing else, "copy" for rows that all parts of one parameter see. "tensor"
 should divide the heads of the keys, too.
@@ -86,7 +86,7 @@ def partition_spec(sizes: Mapping[str, int], shape: Sequence[int], axes: Sequenc
 
 
 def _sizes() -> dict[str, int]:
-    """Of the mesh that is set; empty for none, for another's, and for axes that somebody else manages."""
+    """The sizes of the mesh that is set; empty for none, for another's, and for axes that somebody else manages."""
     mesh = jax.sharding.get_abstract_mesh()
     if not set(MESH_AXES) <= set(mesh.axis_names):
         return {}

@@ -21,12 +21,10 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-import tensorstore
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.manifest import (
@@ -38,6 +36,9 @@ from rlhf_jax.manifest import (
     stage_folder,
     steps_in,
 )
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 Tree = TypeVar("Tree")
 
@@ -93,7 +94,7 @@ class Writer:
         data_position: Mapping[str, int] | None = None,
         data_state: Any = None,
     ) -> None:
-        """As the function `save`; returns as soon as the state is copied."""
+        """Does what the function `save` does; returns as soon as the state is copied."""
         self.wait()
         content = _content(stage, step, metric, data_position, data_state)
         finish = _begin(stage_folder(self._run_dir, stage), step, state, content, keep)
@@ -119,6 +120,8 @@ def restore(run_dir: str | Path, stage: str, step: int | None = None, *, like: T
     Leaves of `like` may be arrays, keys, numbers, or `jax.ShapeDtypeStruct`s with a sharding.
     Raises UserError when there is none, when it is damaged, or when it does not fit `like`.
     """
+    import orbax.checkpoint as ocp
+
     if step is None:
         step = latest(run_dir, stage)
         if step is None:
@@ -188,7 +191,9 @@ def main(arguments: list[str]) -> int:
 class _quiet_orbax:
     """An Orbax checkpointer whose remarks about its own defaults do not reach the screen."""
 
-    def __enter__(self) -> ocp.Checkpointer:
+    def __enter__(self) -> "ocp.Checkpointer":
+        import orbax.checkpoint as ocp
+
         self._logger = logging.getLogger("absl")
         self._level = self._logger.level
         self._logger.setLevel(logging.CRITICAL)  # errors are raised, too
@@ -217,6 +222,8 @@ def _begin(folder: Path, step: int, state: Any, content: dict[str, Any], keep: i
 
     Of many processes each writes what it holds; process 0 does what is done once. They meet here and inside of Orbax.
     """
+    import orbax.checkpoint as ocp
+
     leaves = {name: _stored(leaf) for name, leaf in _named(state).items()}
     for leaf in leaves.values():
         if isinstance(leaf, jax.Array) and leaf.is_fully_addressable:
@@ -277,7 +284,7 @@ def _delete_older(folder: Path, step: int, keep: int) -> None:
 
 @contextmanager
 def _in_one_line(target: Path, temporary: Path) -> Iterator[None]:
-    """What the writing needs and does not get is the user's to put right; what it has written so far goes."""
+    """Turns an error of the disk into a UserError of one line, and deletes what was written so far."""
     try:
         yield
     except Exception as error:
@@ -326,6 +333,8 @@ def _sha256_of_parts(arrays: Path, leaves: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _read_array(arrays: Path, name: str) -> np.ndarray:
+    import tensorstore
+
     store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{arrays}/"}, "path": f"{name}/"}
     return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True).result().read().result()
 
@@ -364,7 +373,9 @@ def _fit(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> No
             raise UserError(f"checkpoint {path} has {name} as {have[1]}{have[0]}, not {want[1]}{want[0]}")
 
 
-def _restore_args(leaf: Any) -> ocp.RestoreArgs:
+def _restore_args(leaf: Any) -> "ocp.RestoreArgs":
+    import orbax.checkpoint as ocp
+
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not _is_key(leaf):
         sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)

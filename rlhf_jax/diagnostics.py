@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from numpy.typing import ArrayLike
 
+from rlhf_jax.batches import Completions
 from rlhf_jax.masking import masked_mean
 
 
@@ -24,6 +25,19 @@ def explained_variance(
 
     total = variance(returns)
     return jnp.where(total > 0, 1.0 - variance(returns - values) / jnp.where(total > 0, total, 1.0), 0.0)
+
+
+def sampler_gap(completions: Completions, logprobs: Float[Array, "B N"]) -> dict[str, Float[Array, ""]]:
+    """How far the sampler's log-probabilities are from the trainer's, in nats a token: mean, 95th percentile, largest.
+
+    Traceable; `logprobs` are the trainer's, of the sampled columns.
+    """
+    gap = jnp.where(completions.mask, jnp.abs(completions.logprobs - logprobs), jnp.nan)
+    return {
+        "sampler_gap": jnp.nanmean(gap),
+        "sampler_gap_p95": jnp.nanpercentile(gap, 95),
+        "sampler_gap_max": jnp.nanmax(gap),
+    }
 
 
 class GaoFit(NamedTuple):

@@ -1,10 +1,13 @@
 """How good a reward model or a policy is, each rate with an interval. Host code on numpy arrays."""
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
+
+from rlhf_jax.batches import Rankings
 
 Z95 = 1.959963984540054
 
@@ -51,7 +54,7 @@ def preference_accuracy(chosen_rewards: ArrayLike, rejected_rewards: ArrayLike) 
 
 
 def length_baseline(chosen_lengths: ArrayLike, rejected_lengths: ArrayLike) -> Rate:
-    """What "pick the longer" would reach: a reward model that is no better has learned length."""
+    """The rate that "pick the longer" would reach: a reward model that is no better has learned length."""
     return win_rate(chosen_lengths, rejected_lengths)
 
 
@@ -148,3 +151,80 @@ def calibration(margins: ArrayLike, outcomes: ArrayLike, *, bins: int) -> Calibr
     mean_observed = np.bincount(index, came_true, bins)[used] / counts[used]
     error = np.sum(counts[used] / logits.size * np.abs(mean_observed - mean_predicted))
     return Calibration(mean_predicted, mean_observed, counts[used], float(error))
+
+
+def margin_calibration(margins: ArrayLike, *, bins: int) -> Calibration:
+    """`calibration` of rewards chosen − rejected, [N]. Every second pair is turned round, for outcomes of both kinds.
+
+    Raises ValueError without pairs.
+    """
+    signs = np.where(np.arange(np.size(margins)) % 2, -1.0, 1.0)
+    return calibration(signs * np.asarray(margins), signs > 0, bins=bins)
+
+
+def agreement(scores: Float[np.ndarray, " N"], heldout: Rankings) -> dict[str, Any]:
+    """How well scores of all held-out answers, row by row, predict which of two answers people prefer.
+
+    The rate with its interval, "pick the longer" beside it, and the calibration error.
+    """
+    scores = scores.reshape(heldout.ranks.shape)
+    lengths = np.asarray(heldout.responses.mask).sum(axis=1).reshape(heldout.ranks.shape)
+    rows = np.arange(len(scores))
+    best, worst = heldout.ranks.argmin(axis=1), heldout.ranks.argmax(axis=1)
+    accuracy, low, high = preference_accuracy(scores[rows, best], scores[rows, worst])
+    margins = scores[rows, best] - scores[rows, worst]
+    return {
+        "val_accuracy": accuracy,
+        "val_accuracy_low": low,
+        "val_accuracy_high": high,
+        "length_baseline": length_baseline(lengths[rows, best], lengths[rows, worst])[0],
+        "calibration_error": margin_calibration(margins, bins=10).error,
+    }
+
+
+def rate_metrics(name: str, rate: Sequence[float], n: int) -> dict[str, float]:
+    """A rate (or another number) with its interval, and of how many: name, name_low, name_high and name_n."""
+    return {name: rate[0], f"{name}_low": rate[1], f"{name}_high": rate[2], f"{name}_n": n}
+
+
+def share_metrics(name: str, hits: Sequence[bool] | Bool[np.ndarray, " N"]) -> dict[str, float]:
+    """`rate_metrics` of how many of N are true. Raises ValueError without any."""
+    return rate_metrics(name, wilson_interval(int(sum(hits)), len(hits)), len(hits))
+
+
+def pair_metrics(
+    name: str,
+    chosen: Float[np.ndarray, " N"],
+    rejected: Float[np.ndarray, " N"],
+    lengths: Int[np.ndarray, "2 N"],
+    subsets: Sequence[str],
+) -> dict[str, float]:
+    """How often the chosen response scores higher, and "pick the longer" beside it: of all pairs, and by subset.
+
+    Names are <name>_accuracy and <name>_length_baseline, and where there are several subsets <name>/<subset>_…, too.
+    """
+    labels = np.array(subsets)
+    metrics: dict[str, float] = {}
+    parts = {name: np.full(len(labels), True)}
+    if len(set(subsets)) > 1:
+        parts |= {f"{name}/{subset}": labels == subset for subset in sorted(set(subsets))}
+    for part, rows in parts.items():
+        n = int(rows.sum())
+        metrics |= rate_metrics(f"{part}_accuracy", preference_accuracy(chosen[rows], rejected[rows]), n)
+        metrics |= rate_metrics(f"{part}_length_baseline", length_baseline(*lengths[:, rows]), n)
+    return metrics
+
+
+def rate_lines(metrics: Mapping[str, float]) -> list[str]:
+    """Metrics as lines for people: first those of `rate_metrics`, with their intervals, then the others.
+
+    Perplexities and utilities are shown as numbers, all else that has an interval as a percentage.
+    """
+    lines = []
+    for name in (key.removesuffix("_n") for key in metrics if key.endswith("_n")):
+        value, low, high = (metrics[name + end] for end in ("", "_low", "_high"))
+        share = name.startswith("win_rate") or not name.endswith(("perplexity", "utility"))
+        shown = "{:8.1%}  ({:.1%} to {:.1%})" if share else "{:8.2f}  ({:.2f} to {:.2f})"
+        lines.append(f"{name:<44}{shown.format(value, low, high):<30}  n = {metrics[f'{name}_n']}")
+    plain = [key for key in metrics if not key.endswith(("_n", "_low", "_high")) and f"{key}_n" not in metrics]
+    return lines + [f"{name:<44}{metrics[name]:8.3f}" for name in plain]

@@ -88,7 +88,10 @@ def first() -> bool:
 
 
 def from_first(function: Callable[[], Value]) -> Value:
-    """function() of process 0, a JSON value, on all of them. A UserError there is one everywhere."""
+    """Calls function() in process 0 and returns its value, which JSON can hold, in all of them.
+
+    Raises UserError in every process when it is raised in process 0.
+    """
     if not many():
         return function()
     said = b""
@@ -106,7 +109,7 @@ def from_first(function: Callable[[], Value]) -> Value:
 
 
 def gather(value: Any) -> list[Any]:
-    """What each process has, JSON values, in the order of their numbers."""
+    """The values of all processes, in the order of their numbers. A value is anything that JSON can hold."""
     if not many():
         return [value]
     said = np.frombuffer(json.dumps(value).encode(), np.uint8)

@@ -76,10 +76,10 @@ def adaptive_beta(
 ) -> Float[Array, ""]:
     """Proportional controller that holds the KL of a response, in nats, near `target_kl`.
 
-        e = clip((KL − KL_target) / KL_target, −0.2, 0.2),   β ← β (1 + e · batch_size / horizon)
+        e = clip((KL − KL_target) / KL_target, −0.2, 0.2),   β ← max(0, β (1 + e · batch_size / horizon))
 
     Reference: Ziegler et al. 2019, §2.2, https://arxiv.org/abs/1909.08593, where batch_size / horizon is K_β = 0.1
     an update; written through a horizon in responses as in its code, so that it does not depend on the batch.
     """
     error = jnp.clip((observed_kl - target_kl) / target_kl, -0.2, 0.2)
-    return jnp.asarray(beta * (1.0 + error * batch_size / horizon), jnp.float32)
+    return jnp.asarray(jnp.maximum(0.0, beta * (1.0 + error * batch_size / horizon)), jnp.float32)

@@ -73,7 +73,7 @@ def chunked_logprobs_and_entropy(
     softcap: float | None = None,
     temperature: ScalarLike = 1.0,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """As `chunked_logprobs`, with the entropy of each distribution beside it."""
+    """Log-probability of each target, as `chunked_logprobs` has it, and the entropy of each distribution."""
     kernel = _spread(head_kernel, len(targets))
     scores = _chunked(_logprobs_and_entropy, chunk_size, softcap, hidden, kernel, targets, mask, temperature)
     return scores[0], scores[1]

@@ -1,4 +1,4 @@
-"""What lies in a checkpoint's folder: its manifest, and whether every file is as the manifest has it."""
+"""The manifest of a checkpoint's folder, and whether every file is as the manifest has it."""
 
 import hashlib
 import json
@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 
 
 class Checkpoint(NamedTuple):
-    """What the listing knows of one checkpoint."""
+    """One checkpoint, as its manifest has it."""
 
     stage: str
     step: int
     path: Path
     damage: str | None
-    """What is wrong with it, or None when it is whole."""
+    """The fault that was found, or None when it is whole."""
     sha256: dict[str, str]
-    """Of the content of each part that it has: params, opt_state, rest."""
+    """The hash of the content of each part that it has: params, opt_state, rest."""
     data_position: dict[str, int]
     data_state: Any = None
-    """What the iterator over the data needs to go on, where there is one."""
+    """The state of the iterator over the data, from which it goes on; None where there is no iterator."""
     metric: float | None = None
     """How good it is, the larger the better, where that was measured."""
 
@@ -46,23 +46,28 @@ def inspect(run_dir: str | Path, stage: str, step: int, *, files: bool = True) -
 
 
 def stage_folder(run_dir: str | Path, stage: str) -> Path:
+    """The folder of a stage's checkpoints."""
     return Path(run_dir) / "checkpoints" / stage
 
 
 def steps_in(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a stage's folder, in no order."""
     return [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
 
 
 def files_in(folder: Path) -> list[Path]:
+    """All files in a folder and in those inside it, sorted."""
     return sorted(Path(root) / name for root, _, names in os.walk(folder) for name in names)
 
 
 def sha256_of_file(path: Path) -> str:
+    """The hash of a file, in hexadecimal digits. Raises OSError when it cannot be read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_content(content: Any) -> str:
+    """The hash of a JSON value, in hexadecimal digits; the order of its keys does not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -12,7 +12,6 @@ what the mesh does not divide lie whole on every device; matrices are cut along 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -23,8 +22,6 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from rlhf_jax.axes import MESH_AXES, parameter_axes, partition_spec, parts
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import many
-from rlhf_jax.models import load_hf_config
-from rlhf_jax.models.weights import param_shapes
 
 Tree = TypeVar("Tree")
 
@@ -83,18 +80,9 @@ def shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
 
 
 def parameter_sharding(mesh: Mesh | AbstractMesh, name: str, shape: Sequence[int]) -> NamedSharding:
-    """Of one parameter, by a name such as "layer_0/query/kernel"."""
+    """The sharding of one parameter, by its name, such as "layer_0/query/kernel", and its shape."""
     axes = parameter_axes(name.split("/"), len(shape))
     return NamedSharding(mesh, partition_spec(mesh.shape, shape, axes))
-
-
-def hf_shardings(path_or_name: str | Path) -> Callable[[str], NamedSharding] | None:
-    """What `load_hf` and `load_hf_reward_model` take, so that each device reads its slices; None without a mesh."""
-    mesh = current_mesh()
-    if mesh is None:
-        return None
-    shapes = param_shapes(load_hf_config(path_or_name))
-    return lambda name: parameter_sharding(mesh, name, shapes.get(name.removeprefix("trunk/"), ()))
 
 
 def batch_shardings(mesh: Mesh | AbstractMesh, tree: Any, *, axis: int = 0) -> Any:
@@ -140,7 +128,7 @@ def host_share() -> tuple[int, int]:
 
 
 def shard_host_rows(tree: Tree, *, axis: int = 0) -> Tree:
-    """As `shard_batch` for a batch of which each process has read its `host_share` only."""
+    """Does what `shard_batch` does, for a batch of which each process has read its `host_share` only."""
     mesh, (_, count) = current_mesh(), host_share()
     if mesh is None or count == 1:
         return shard_batch(tree, axis=axis)
@@ -160,7 +148,7 @@ def _put(tree: Tree, mesh: Mesh | AbstractMesh, places: Any) -> Tree:
 
 
 def _put_part(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """Of what every process has whole, its own part; `device_put` would first compare all of it over the network."""
+    """Puts this process's part of what each has whole; `device_put` would first compare all of it over the network."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.device_put(leaf, sharding)
     host = np.asarray(leaf)

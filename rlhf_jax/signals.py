@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 ONE_PRESS = 1.0
 """Seconds within which interrupts count as one: a launcher passes on the Ctrl-C that came here by itself."""
 PREEMPTED = 143
-"""What a shell expects of a program that SIGTERM ended: 128 + SIGTERM."""
+"""The exit code that a shell expects of a program that SIGTERM ended: 128 + SIGTERM."""
 
 
 class Preempted(SystemExit):
@@ -27,7 +27,9 @@ class Preempted(SystemExit):
 
 
 class Signals:
-    """Of one run. Nothing is raised while something is `undisturbed`, nor by SIGTERM in a `loop` over steps.
+    """The signals of one run.
+
+    Nothing is raised while something is `undisturbed`, nor by SIGTERM in a `loop` over steps.
 
     The body of such a loop asks at the end of each step whether it is `stopping`, and saves if so; the loop then ends
     with Preempted. Where many processes train together, JAX's service watches SIGTERM and all stop at the same step.
@@ -65,7 +67,7 @@ class Signals:
         return self._told
 
     def loop(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Goes through the items, a step each."""
+        """Goes through the items, a step each. Raises Preempted at the end of a step when SIGTERM came."""
         self._looping = True
         try:
             for item in items:

@@ -1,5 +1,7 @@
-"""From a loss to a training step: scoring of tokens, the step, microbatches, and PPO's epochs of minibatches."""
+"""From a loss to a training step: the step, microbatches, and PPO's epochs of minibatches."""
 
+import ctypes
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -19,6 +21,8 @@ State = TypeVar("State")
 LossFn = Callable[..., tuple[Array | dict[str, Array], Metrics]]
 """loss_fn(params, batch, *fixed) -> (loss, metrics); instead of a loss, a dict of the terms that it is the sum of."""
 Counts = Callable[[Any], dict[str, Array]]
+
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 
 
 def make_state(model: Any, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -164,3 +168,15 @@ def ppo_update(
         return step(state, (take(experience, chosen), extra_batch))
 
     return jax.lax.scan(minibatch, state, (order, extra))
+
+
+def keep_freed_memory() -> None:
+    """Has the C library (glibc) keep what XLA frees.
+
+    It gives large buffers back to the kernel, which clears them page by page when they are had again: at every step.
+    Outside PPO that costs larger models more memory than it is worth (experiments/results/speed.md).
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and hasattr(libc, "mallopt"):
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
+            libc.mallopt(option, value)

@@ -11,9 +11,10 @@ import pytest
 from flax.training.train_state import TrainState
 from numpy.testing import assert_allclose
 
-from experiments import ppo, training
-from rlhf_jax.batches import Experience, Prompts, Tokens
-from rlhf_jax.data.encode import EncodedRanking
+from experiments import ppo
+from experiments.bench.programs import ppo_setup
+from rlhf_jax.actor_critic import Frozen, init_state
+from rlhf_jax.batches import Experience, Prompts, RankedAnswers, Tokens
 from rlhf_jax.data.preferences import pack_rankings, packed_rewards, stack_packed
 from rlhf_jax.data.tokens import pad_sequences
 from rlhf_jax.losses import ppo_clip_loss, ranking_loss, sft_loss, value_clip_loss
@@ -158,7 +159,7 @@ def test_packed_rankings_of_unequal_length():
     """Packed apart they fill different numbers of rows; some prompts have more answers than others."""
     rng = np.random.default_rng(0)
     rankings = [
-        EncodedRanking([3, 4], [rng.integers(3, 24, n).tolist() for n in lengths], tuple(range(len(lengths))), 0.0)
+        RankedAnswers([3, 4], [rng.integers(3, 24, n).tolist() for n in lengths], tuple(range(len(lengths))), 0.0)
         for lengths in ([1, 2], [9, 10, 11], [2, 1], [3, 1, 1])
     ]
     pack = partial(pack_rankings, length=14, pad_id=0, answers=3)
@@ -176,23 +177,22 @@ def test_packed_rankings_of_unequal_length():
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_ppos_update(monkeypatch):
+def test_ppos_update():
     """Policy, value and pretraining terms of the experiment itself, with all their metrics."""
-    monkeypatch.setitem(training.OPTIMIZERS, "adamw", lambda rate, **_: optax.sgd(rate))
     tokens, demonstrations = some_tokens(1), some_tokens(2)
     noise = [rows(8, tokens.mask.shape[1] + i)[:, i:] for i in range(4)]
     experience = Experience(tokens, noise[0] - 3, noise[0] - 3, noise[1], noise[2], noise[2], noise[3])
     prompts = Prompts(tokens.inputs, tokens.mask, jnp.arange(8))
-    frozen = ppo.Frozen(PARAMS, CRITIC, prompts, Tokens(*demonstrations))
+    frozen = Frozen(PARAMS, {"reward_model": CRITIC}, prompts, Tokens(*demonstrations))
+    setup = ppo_setup(CONFIG, max_new_tokens=4, eos_id=2, pad_id=0)
 
     def updated(accumulate):
         cfg = ppo.PPO(
-            responses=8, minibatches=1, epochs=1, ptx_coef=0.5, entropy_coef=0.1, learning_rate=1.0,
-            accumulate=accumulate,
+            responses=8, minibatches=1, epochs=1, ptx_coef=0.5, entropy_coef=0.1, accumulate=accumulate
         )  # fmt: skip
-        iteration = ppo.make_iteration(cfg, CONFIG, max_new_tokens=4, eos_id=2, pad_id=0)
-        state = ppo.init_state(cfg, CONFIG, PARAMS, CRITIC)
-        state, metrics = jax.jit(iteration.update)(state, frozen, experience, jax.random.key(3))
+        state = init_state(setup, PARAMS, CRITIC, optax.sgd(1.0), cfg.beta)
+        update = jax.jit(partial(ppo.update, cfg, setup))
+        state, metrics = update(state, frozen, experience, jax.random.key(3))
         return state.policy.params, state.critic.params, metrics
 
     chex.assert_trees_all_close(updated(4), updated(1), rtol=1e-4, atol=1e-5)

@@ -23,16 +23,17 @@ from experiments.bench.meshes import (
     tokens,
     weights,
 )
-from experiments.setting import Source
-from experiments.training import Training, check_parts
+from experiments.flags import RunFlags
 from rlhf_jax import checkpoint
 from rlhf_jax.axes import MESH_AXES
 from rlhf_jax.cli import on_mesh
 from rlhf_jax.errors import UserError
+from rlhf_jax.loop import check_microbatches
 from rlhf_jax.models import Transformer, init_cache, init_lora, load_hf, save_hf, with_dropout, with_lora
 from rlhf_jax.optimizers import adafactor, adamw, muon
+from rlhf_jax.pretrained import hf_shardings
 from rlhf_jax.scoring import sft_objective
-from rlhf_jax.sharding import create, current_mesh, hf_shardings, make_mesh, shard_params, shardings
+from rlhf_jax.sharding import create, current_mesh, make_mesh, shard_params, shardings
 from rlhf_jax.train import make_pmap_step, make_state, make_train_step, microbatches
 
 MIXED = MESHES[-1]
@@ -315,14 +316,14 @@ def test_a_mesh_of_some_devices():
 
 
 def test_rows_that_do_not_divide_over_the_mesh_are_one_line():
-    check_parts(Training(), 12, "rows")
+    check_microbatches(12, 1, "rows")
     with jax.set_mesh(make_mesh("data=2,fsdp=2,tensor=2")):
-        check_parts(Training(), 12, "rows")
+        check_microbatches(12, 1, "rows")
         with pytest.raises(UserError, match="6 rows a microbatch do not divide over data × fsdp = 4 parts"):
-            check_parts(Training(accumulate=2), 12, "rows")
+            check_microbatches(12, 2, "rows")
 
 
 def test_the_flag_sets_the_mesh_for_the_run_only():
     seen = on_mesh(lambda cfg: current_mesh())
-    assert seen(Source(mesh="fsdp=8")).shape["fsdp"] == 8
-    assert seen(Source()) is None and current_mesh() is None
+    assert seen(RunFlags(mesh="fsdp=8")).shape["fsdp"] == 8
+    assert seen(RunFlags()) is None and current_mesh() is None

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.bench import accelerator, beside, profile, programs, rows, shapes
+from experiments.bench import accelerator, beside, programs, rows, shapes, time_by_part
 from rlhf_jax.errors import UserError
 
 
@@ -68,8 +68,8 @@ def test_an_operation_is_placed_where_the_program_says_that_it_comes_from():
     model = nn.scan(nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(name="layers")
     params = model.init(jax.random.key(0), jnp.ones((4, 8)), None)
     step = jax.jit(jax.grad(lambda params: (model.apply(params, jnp.ones((4, 8)), None)[0] ** 2).sum()))
-    found = profile.origins([step.lower(params).compile().as_text()])
-    places = {profile.place(path) for path in found.values()}
+    found = time_by_part.origins([step.lower(params).compile().as_text()])
+    places = {time_by_part.place(path) for path in found.values()}
     directions = {"forward", "recomputed", "backward"}
     assert {direction for part, direction in places if part == "norms"} == directions
     assert {direction for part, direction in places if part == "feed-forward"} >= {"forward", "backward"}
@@ -77,10 +77,10 @@ def test_an_operation_is_placed_where_the_program_says_that_it_comes_from():
       %while.1 = f32[] while(%x), body=%b, metadata={op_name="jit(f)/while"}
       ROOT %dot.2 = f32[2,3]{1,0} dot(%a, %b), metadata={op_type="dot" op_name="jit(f)/layers/up/dot"}
       %copy.1 = f32[] copy(%x)"""
-    assert profile.origins([text]) == {"dot.2": "/layers/up/dot", "copy.1": ""}
-    assert profile.place("/layers/layers.attention/query/dot_general") == ("projections", "forward")
-    assert profile.place("/jvp(Model)/trunk/layers/layers.attention/dot_general") == ("attention", "forward")
-    assert profile.place("") == ("optimiser", "forward")
+    assert time_by_part.origins([text]) == {"dot.2": "/layers/up/dot", "copy.1": ""}
+    assert time_by_part.place("/layers/layers.attention/query/dot_general") == ("projections", "forward")
+    assert time_by_part.place("/jvp(Model)/trunk/layers/layers.attention/dot_general") == ("attention", "forward")
+    assert time_by_part.place("") == ("optimiser", "forward")
 
 
 TINY = shapes.QWEN2 | {
@@ -124,8 +124,8 @@ def test_bytes_of_decoding_by_hand(monkeypatch, tied):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"experiment": "dpo", "rows": 3}, "rows is 3, and answers go in pairs"),
-        ({"experiment": "reward_model", "rows": 1}, "rows is 1, and answers go in pairs"),
+        ({"experiment": "dpo", "rows": 3}, "rows is 3; answers come in pairs"),
+        ({"experiment": "reward_model", "rows": 1}, "rows is 1; answers come in pairs"),
         ({"experiment": "sft", "rows": 0}, "rows is 0; it must be at least 1"),
     ],
 )
@@ -186,5 +186,5 @@ def test_the_device_is_measured_alone_or_first(monkeypatch):
 
 
 def test_an_unknown_shape_is_told_before_anything_is_timed():
-    with pytest.raises(UserError, match="no model 'gpt-5'; there are llama3-8b"):
+    with pytest.raises(UserError, match="model 'gpt-5' is not one of llama3-8b"):
         accelerator.Config(models=("gpt-5",))

@@ -1,6 +1,5 @@
 """Evaluation from the command: every number against a computation of its own, and what a user gets wrong."""
 
-import gzip
 import json
 import sys
 
@@ -11,10 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments import evaluate, inference, suites
+from experiments import evaluate
 from rlhf_jax.cli import run_main
+from rlhf_jax.data import suites
+from rlhf_jax.data.encode import encode
 from rlhf_jax.evaluate import wilson_interval
-from rlhf_jax.log import count_compilations
 from rlhf_jax.models import (
     ModelConfig,
     Transformer,
@@ -23,7 +23,6 @@ from rlhf_jax.models import (
     save_hf,
     save_hf_reward_model,
 )
-from rlhf_jax.rewards.judge import comparison
 from rlhf_jax.simulation import make_tokenizer
 
 
@@ -111,24 +110,14 @@ def torch_logprob(model, prompt, response):
     return sum(float(scores[t, token]) for t, token in zip(at, response, strict=True))
 
 
-def test_log_probabilities_and_perplexity_are_torchs(stories, tmp_path):
-    loaded = inference.load(stories)
+def test_perplexity_is_torchs(stories, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
-    rng = np.random.default_rng(0)
-    pairs = [
-        (rng.integers(3, 512, 1 + n).tolist(), rng.integers(3, 512, m).tolist())
-        for n, m in [(0, 1), (7, 40), (9, 3), (30, 2), (2, 16)]
-    ]
-    expected = [torch_logprob(model, *pair) for pair in pairs]
-    for size in (1, 2, 32):
-        np.testing.assert_allclose(inference.logprobs(loaded, pairs, batch_size=size), expected, rtol=1e-4)
-
     texts = ["Once upon a time, there was a little girl named Lily. " * 3, "The dog ran.", ""]
     path = write(tmp_path / "text.jsonl", *({"text": text} for text in texts))
     metrics = evaluate.main(evaluate.Config(run_dir=str(tmp_path / "run"), model=stories, text=path, max_length=24))
-    nats = tokens = 0
+    tokenizer, nats, tokens = AutoTokenizer.from_pretrained(stories), 0.0, 0
     for text in texts:
-        ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         for start in range(0, len(ids), 23):  # each window begins with BOS
             nats -= torch_logprob(model, [1], ids[start : start + 23])
             tokens += len(ids[start : start + 23])
@@ -150,27 +139,12 @@ def test_implicit_rewards_and_their_absence(stories, tmp_path):
     np.testing.assert_allclose(found.chosen, 0.5 * (alone.chosen - reference.chosen), rtol=1e-5)
     np.testing.assert_allclose(found.rejected, 0.5 * (alone.rejected - reference.rejected), rtol=1e-5)
     lm = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
-    (prompt, chosen, _), *_ = suites.encode_pairs("pairs", pairs, models.model.tokenizer, 512).triples
-    np.testing.assert_allclose(alone.chosen[0], torch_logprob(lm, prompt, chosen), rtol=1e-4)
+    ids, _ = encode(pairs[0], models.model.tokenizer, 512)
+    np.testing.assert_allclose(alone.chosen[0], torch_logprob(lm, ids.prompt, ids.responses[0]), rtol=1e-4)
     metrics = evaluate.evaluate_preferences(
-        cfg, models._replace(against=None), "pairs", suites.Preferences(pairs, [""] * 6, []), Quiet()
+        cfg, models._replace(against=None), "pairs", suites.PreferenceSet(pairs, [""] * 6, []), Quiet()
     )
     assert "pairs_calibration_error" not in metrics
-
-
-def test_a_language_model_judges_by_a_or_b(stories, capsys):
-    loaded = inference.load(stories)
-    model = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
-    prompts, first, second = ["Who?", "Tell a story."], ["Lily.", "Once upon a time"], ["The dog and the cat.", "No."]
-    found = evaluate.make_judge(evaluate.Config(), loaded, Quiet())(prompts, first, second)
-    for row, verdict in enumerate(found):
-        text = f"\n\nHuman: {comparison(prompts[row], first[row], second[row])}\n\nAssistant:"
-        ids = [1, *loaded.tokenizer(text, add_special_tokens=False)["input_ids"]]
-        a, b = (
-            torch_logprob(model, ids, loaded.tokenizer(letter, add_special_tokens=False)["input_ids"])
-            for letter in "AB"
-        )
-        np.testing.assert_allclose(verdict, 1 / (1 + np.exp(b - a)), rtol=1e-3)
 
 
 def test_true_utility_decides_in_the_world(tmp_path):
@@ -197,73 +171,7 @@ def test_true_utility_decides_in_the_world(tmp_path):
     assert metrics["win_rate_utility"] == 1.0 and metrics["win_rate_utility_low"] == wilson_interval(20, 20).low
 
 
-def test_batches_have_few_shapes_and_every_row_once(stories):
-    rng = np.random.default_rng(1)
-    lengths = rng.integers(1, 200, 300).tolist()
-    rows, shapes = [], set()
-    for some, real, width in inference.batches(lengths, 32, 200):
-        rows += some[:real].tolist()
-        shapes.add((len(some), width))
-        assert set(some) == set(some[:real]) and max(lengths[row] for row in some) <= width
-    assert sorted(rows) == list(range(300)) and len(shapes) <= 5
-    loaded = inference.load(stories)
-    prompts = [[1, *rng.integers(3, 512, n % 60).tolist()] for n in range(50)]
-    answers = inference.answer(loaded, prompts, max_new_tokens=4, temperature=0.0, seed=0, batch_size=16)
-    with count_compilations() as compiled:
-        again = inference.answer(loaded, prompts, max_new_tokens=4, temperature=0.0, seed=0, batch_size=16)
-        assert compiled() == 0 and again.texts == answers.texts
-    for row in (0, 17, 49):
-        alone = inference.answer(loaded, [prompts[row]], max_new_tokens=4, temperature=0.0, seed=0, batch_size=1)
-        assert alone.texts[0] == answers.texts[row]
-
-
-def test_pandalm_and_llmbar_in_their_published_form(shared_data):
-    llmbar = suites.read_preferences(str(shared_data / "preference" / "llmbar.jsonl.gz"), None)
-    assert len(llmbar.pairs) == 419 and len(set(llmbar.subsets)) == 5 and llmbar.subsets.count("Natural") == 100
-    path = str(shared_data / "preference" / "pandalm_testset.jsonl.gz")
-    pandalm = suites.read_preferences(path, None)
-    # 422 and 472 majorities for either side; 105 ties, or three of three minds.
-    assert len(pandalm.pairs) == 894 and any("105 rows" in note for note in pandalm.notes)
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    sides = []
-    for pair in pandalm.pairs:
-        row = rows[pair.place.line - 1]
-        votes = [row[f"annotator{n}"] for n in (1, 2, 3)]
-        sides.append(max((1, 2), key=votes.count))
-        assert pair.responses[0][0]["content"] == str(row[f"response{sides[-1]}"])
-        assert pair.responses[1][0]["content"] == str(row[f"response{3 - sides[-1]}"])
-        assert row["instruction"].strip() in pair.prompt[0]["content"]
-        assert row["input"].strip() in pair.prompt[0]["content"]
-    assert (sides.count(1), sides.count(2)) == (422, 472)
-    with gzip.open(shared_data / "preference" / "llmbar.jsonl.gz", "rt", encoding="utf-8") as file:
-        for pair, row in zip(llmbar.pairs, map(json.loads, file), strict=True):
-            assert tuple(answer[0]["content"] for answer in pair.responses) == (
-                row[f"output_{row['label']}"],
-                row[f"output_{3 - row['label']}"],
-            )
-
-
-def test_other_files_are_read_whole(shared_data):
-    hh = suites.read_preferences(str(shared_data / "preference" / "hh_helpful_base.eval.jsonl.gz"), None)
-    assert len(hh.pairs) == 346 and set(hh.subsets) == {"helpful-base"}
-    assert len(suites.read_preferences(str(shared_data / "preference" / "raschka_dpo_1100.jsonl.gz"), 9).pairs) == 9
-    assert len(suites.read_sums(str(shared_data / "math" / "gsm8k.test.jsonl.gz"), None)) == 1319
-    assert len(suites.read_instructions(str(shared_data / "ifeval" / "ifeval_prompts.jsonl.gz"), None)) == 541
-    assert len(suites.read_prompts(str(shared_data / "sft" / "alpaca_8k.jsonl.gz"), 5)) == 5
-
-
-def test_a_long_document_is_cut_into_windows_and_nothing_is_lost(stories):
-    tokenizer = inference.load(stories).tokenizer
-    text = "Once upon a time there was a </s> cat. " * 9
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    windows = suites.encode_document(text, tokenizer, 17)
-    assert [len(read) for read, _ in windows] == [1] * len(windows) and {read[0] for read, _ in windows} == {1}
-    assert [token for _, predicted in windows for token in predicted] == ids
-    assert max(len(predicted) for _, predicted in windows) == 16 and tokenizer.eos_token_id not in ids
-
-
-SUM, ROW = {"question": "1 + 1?", "answer": "2"}, {"prompt": "a", "chosen": "b", "rejected": "c"}
+PROBLEM, ROW = {"question": "1 + 1?", "answer": "2"}, {"prompt": "a", "chosen": "b", "rejected": "c"}
 LLMBAR = {"input": "a", "output_1": "b", "output_2": "c", "label": 1}
 PANDALM = {"instruction": "a", "response1": "b", "response2": "c", "annotator1": 1, "annotator2": 1, "annotator3": 1}
 
@@ -272,11 +180,11 @@ PANDALM = {"instruction": "a", "response1": "b", "response2": "c", "annotator1":
     ("flags", "rows", "message"),
     [
         ([], [], "nothing to evaluate: give one or more of --ifeval"),
-        (["--gsm8k", "FILE"], [SUM], "--gsm8k needs --model"),
+        (["--gsm8k", "FILE"], [PROBLEM], "--gsm8k needs --model"),
         (["--preferences", "FILE"], [ROW], "--preferences needs --model or --reward-model"),
-        (["--preferences", "FILE", "FILE"], [ROW], "two files of one name"),
+        (["--preferences", "FILE", "FILE"], [ROW], "two files of the same name"),
         (["--prompts", "FILE"], [{"prompt": "a"}], "--prompts needs --against, and"),
-        (["--gsm8k", "FILE"], [SUM, {"question": "a"}], "FILE:2: field 'answer' is missing"),
+        (["--gsm8k", "FILE"], [PROBLEM, {"question": "a"}], "FILE:2: field 'answer' is missing"),
         (["--gsm8k", "FILE"], [{"question": "a", "answer": "b"}], "FILE:1: the answer 'b' has no number"),
         (["--gsm8k", "FILE"], [{"question": 1, "answer": "b"}], "FILE:1: field 'question' is int, not text"),
         (["--gsm8k", "nowhere.jsonl"], [], "nowhere.jsonl: No such file"),
@@ -298,11 +206,11 @@ PANDALM = {"instruction": "a", "response1": "b", "response2": "c", "annotator1":
         (["--preferences", "FILE"], [PANDALM | {"annotator2": 2, "annotator1": 0}], "no row can be used: a tie"),
         (["--preferences", "FILE"], [{"a": "b"}], "FILE:1: fields a; known are"),
         (["--preferences", "FILE"], [ROW | {"chosen": "word " * 900}], "no pair fits: response too long"),
-        (["--gsm8k", "FILE", "--max-new-tokens", "600"], [SUM], "leaves no room for prompts"),
-        (["--gsm8k", "FILE", "--model", "nowhere"], [SUM], "there is no folder nowhere"),
+        (["--gsm8k", "FILE", "--max-new-tokens", "600"], [PROBLEM], "leaves no room for prompts"),
+        (["--gsm8k", "FILE", "--model", "nowhere"], [PROBLEM], "there is no folder nowhere"),
         (["--preferences", "FILE", "--reward-model", "MODEL"], [ROW], "2 labels, and a reward model has one"),
-        (["--gsm8k", "FILE", "--limit", "0"], [SUM], "limit is 0"),
-        (["--gsm8k", "FILE", "--temperature", "-1"], [SUM], "temperature is -1"),
+        (["--gsm8k", "FILE", "--limit", "0"], [PROBLEM], "limit is 0"),
+        (["--gsm8k", "FILE", "--temperature", "-1"], [PROBLEM], "temperature is -1"),
     ],
 )
 def test_a_users_mistake_is_one_line(flags, rows, message, stories, tmp_path, monkeypatch, capsys):

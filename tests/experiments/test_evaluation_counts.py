@@ -2,16 +2,16 @@
 
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from experiments import evaluate, inference, suites
-from experiments.inference import Answers, Loaded
-from rlhf_jax.batches import Completions
+from experiments import evaluate
+from rlhf_jax.data import suites
 from rlhf_jax.data.rejects import Place
 from rlhf_jax.evaluate import wilson_interval
+from rlhf_jax.pretrained import Pretrained
+from rlhf_jax.sampling.texts import TextAnswers
 
 
 class Quiet:
@@ -32,11 +32,11 @@ def tokenizer(shared_data):
 
 def stand_in(name, tokenizer=None):
     """A model whose answers are given."""
-    return Loaded(name, SimpleNamespace(max_length=64), None, tokenizer)
+    return Pretrained(SimpleNamespace(max_length=64), None, tokenizer, name)
 
 
 def give(monkeypatch, **answers):
-    monkeypatch.setattr(evaluate, "respond", lambda cfg, model, prompts: answers[model.folder])
+    monkeypatch.setattr(evaluate, "respond", lambda cfg, model, prompts: answers[model.name])
 
 
 def rates(metrics, **expected):
@@ -51,7 +51,7 @@ def test_ifeval_counts_prompts_and_instructions_strictly_and_loosely(monkeypatch
     rows = [suites.Instruction("Say.", both, [{}, {}])] * 3 + [suites.Instruction("Say.", both[:1], [{}])]
     # Both; both but for the first line; neither; the only one.
     texts = ["<<A>> b.", "Sure, this:\n<<A>> b.", "A, b.", "A."]
-    give(monkeypatch, ours=Answers(texts, np.array([True, False, True, True])))
+    give(monkeypatch, ours=TextAnswers(texts, np.array([True, False, True, True])))
     metrics = evaluate.evaluate_ifeval(evaluate.Config(), stand_in("ours"), rows, Quiet(tmp_path))
     rates(
         metrics, ifeval_prompt_strict=(2, 4), ifeval_prompt_loose=(3, 4), ifeval_instruction_strict=(4, 7),
@@ -60,17 +60,19 @@ def test_ifeval_counts_prompts_and_instructions_strictly_and_loosely(monkeypatch
 
 
 def test_gsm8k_counts_strictly_and_leniently(monkeypatch, tmp_path):
-    rows = [suites.Sum("2 + 3?", "#### 5")] * 3
-    give(monkeypatch, ours=Answers(["#### 5", "It is 5", "#### 4 or 5"], np.array([True, False, False])))
+    rows = [suites.MathProblem("2 + 3?", "#### 5")] * 3
+    give(monkeypatch, ours=TextAnswers(["#### 5", "It is 5", "#### 4 or 5"], np.array([True, False, False])))
     metrics = evaluate.evaluate_gsm8k(evaluate.Config(), stand_in("ours"), rows, Quiet(tmp_path))
     rates(metrics, gsm8k_strict=(1, 3), gsm8k_lenient=(2, 3), gsm8k_ended=(1, 3))
 
 
 def test_the_evaluated_model_wins_where_its_answer_scores_higher(monkeypatch, tmp_path, tokenizer):
-    give(monkeypatch, ours=Answers(["a b c", "a b", "a b", "a"], np.ones(4, bool)),
-         theirs=Answers(["a", "a", "a", "a"], np.ones(4, bool)))  # fmt: skip
-    monkeypatch.setattr(evaluate, "rewards", lambda model, pairs, batch_size: np.array([len(r) for _, r in pairs]))
-    monkeypatch.setattr(evaluate, "make_judge", lambda *_: lambda prompts, first, second: [1, 1, 0, 0])
+    give(monkeypatch, ours=TextAnswers(["a b c", "a b", "a b", "a"], np.ones(4, bool)),
+         theirs=TextAnswers(["a", "a", "a", "a"], np.ones(4, bool)))  # fmt: skip
+    monkeypatch.setattr(
+        evaluate, "document_rewards", lambda model, pairs, batch_size: np.array([len(r) for _, r in pairs])
+    )
+    monkeypatch.setattr(evaluate, "letter_judge", lambda *_, **__: lambda prompts, first, second: [1, 1, 0, 0])
     models = evaluate.Models(*(stand_in(name, tokenizer) for name in ("ours", "theirs", "reward", "judge")))
     metrics = evaluate.evaluate_win_rate(evaluate.Config(prompts="FILE"), models, ["Who?"] * 4, Quiet(tmp_path))
     # Three are longer and one is a tie; a judge who always says the same has a place, and no winner.
@@ -81,9 +83,9 @@ def test_the_evaluated_model_wins_where_its_answer_scores_higher(monkeypatch, tm
 def test_pairs_that_do_not_fit_leave_the_others_in_their_subsets(monkeypatch, tmp_path, tokenizer):
     chosen = ["a b c", "word " * 80, "a", "a", "a"]
     pairs = [suites.pair(Place("FILE", line), "Who?", text, "a b") for line, text in enumerate(chosen, 1)]
-    found = suites.Preferences(pairs, ["x", "z", "y", "x", "y"], [])
+    found = suites.PreferenceSet(pairs, ["x", "z", "y", "x", "y"], [])
     margins = np.array([2.0, -2.0, 0.5, 3.0])
-    monkeypatch.setattr(evaluate, "rewards", lambda model, pairs, batch_size: np.append(margins, np.zeros(4)))
+    monkeypatch.setattr(evaluate, "document_rewards", lambda model, pairs, batch_size: np.append(margins, np.zeros(4)))
     models = evaluate.Models(None, None, stand_in("reward", tokenizer), None)
     metrics = evaluate.evaluate_preferences(evaluate.Config(), models, "FILE", found, Quiet(tmp_path))
     rates(metrics, FILE_accuracy=(3, 4), FILE_length_baseline=(1, 4))
@@ -92,32 +94,3 @@ def test_pairs_that_do_not_fit_leave_the_others_in_their_subsets(monkeypatch, tm
     # The second and the fourth turned round: predicted σ(2), σ(2), σ(0.5), σ(−3), and it was so, not, so, not.
     error = (2 * (0.880797 - 0.5) + (1 - 0.622459) + 0.047426) / 4
     np.testing.assert_allclose(metrics["FILE_calibration_error"], error, rtol=1e-5)
-
-
-def test_prompts_are_read_up_to_their_padding_rows_that_fill_up_say_nothing_and_each_batch_has_its_key(
-    shared_data, monkeypatch
-):
-    loaded = inference.load(str(shared_data / "model" / "stories260K-hf"))
-    keys, read = set(), []
-
-    def generate(model, params, prompts, mask, key, *, eos_id, **_):
-        keys.add(tuple(jax.random.key_data(key).tolist()))
-        assert mask[:, -1].all()  # padded on the left
-        read.extend(np.asarray(row)[np.asarray(real)].tolist() for row, real in zip(prompts, mask, strict=True))
-        tokens = np.full((len(prompts), 2), 5)
-        tokens[3:, 0] = eos_id
-        return Completions(tokens, np.ones(tokens.shape, bool), np.zeros(tokens.shape))
-
-    monkeypatch.setattr(inference, "generate", generate)
-    prompts = [[1, 5]] * 3 + [[1] * 20] * 3  # of two widths, each filled up to four rows
-    answers = inference.answer(loaded, prompts, max_new_tokens=2, temperature=1.0, seed=0, batch_size=8)
-    assert not answers.ended.any() and len(set(answers.texts)) == 1
-    assert len(keys) == 2
-    assert read == [prompts[0]] * 4 + [prompts[3]] * 4
-
-
-def test_no_batch_is_wider_than_it_has_to_be():
-    lengths = np.random.default_rng(0).integers(1, 101, 200).tolist()
-    for rows, _, width in inference.batches(lengths, 32, 100):
-        longest = max(lengths[row] for row in rows)
-        assert longest <= width <= 100 and (width < 2 * longest or width == inference.SHORTEST)

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +20,23 @@ import numpy as np
 import pytest
 from jax._src import cache_key
 
-from experiments import ppo, setting, sft
+from experiments import ppo, sft
+from experiments.flags import RunFlags
 from experiments.ppo import PPO
 from experiments.sft import SFT
-from experiments.training import set_data_state
 from rlhf_jax import checkpoint, hosts
 from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run
+from rlhf_jax.loop import set_data_state
 from rlhf_jax.metrics import CLOCKS, read_metrics
 from rlhf_jax.models import ScalarModel, Transformer
+from rlhf_jax.pretrained import Pretrained
+from rlhf_jax.rewards.model import model_reward
 from rlhf_jax.sharding import create, host_share, make_mesh, shard_host_rows, to_host
+from rlhf_jax.tasks import simulated
+from rlhf_jax.tasks.task import Demonstrations, PromptSets
 
 LIMIT = 240
 """Seconds after which a process that has not ended says where it is, and ends."""
@@ -40,7 +46,7 @@ STEPS = {"sft": [1, 6], "ppo": [1, 2]}
 
 
 @dataclass(frozen=True)
-class Config(setting.Source):
+class Config(RunFlags):
     sft: SFT = field(default_factory=lambda: SFT(steps=6, batch_size=ROWS, save_every=2))
     ppo: PPO = field(default_factory=lambda: PPO(steps=2, responses=ROWS, minibatches=1, epochs=1, save_every=1))
     only_sft: bool = False
@@ -69,19 +75,25 @@ class Batches:
         self.read = saved[1]
 
 
-def tiny():
+class Tiny(NamedTuple):
     """Of the world its text; nothing that is sampled for measuring only."""
-    sizes = dict(DEMONSTRATIONS=96, COMPARED=1, HELDOUT_PAIRS=1, HELDOUT=1)
-    vars(setting).update(sizes)
-    world = setting.world_setting(0)
+
+    base: Pretrained
+    demonstrations: Demonstrations
+    prompts: PromptSets
+
+
+def tiny():
+    world = simulated.World(0, sizes=simulated.Sizes(demonstrations=96, compared=1, heldout_pairs=1, heldout=1))
     shape = dict(n_layers=1, d_model=16, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=32)
-    return world._replace(
-        model=replace(world.model, **shape),
-        validation=take(world.validation, np.arange(8)),
-        prompts=take(world.prompts, np.arange(16)),
-        max_new_tokens=8,
-        judge=None,
-        batches=lambda batch_size, seed: Batches(world.demonstrations),
+    demonstrations, prompts = world.demonstrations(), world.prompts()
+    return Tiny(
+        world.base._replace(config=replace(world.base.config, **shape)),
+        demonstrations._replace(
+            validation=take(demonstrations.validation, np.arange(8)),
+            batches=lambda batch_size, seed: Batches(demonstrations.train),
+        ),
+        prompts._replace(train=take(prompts.train, np.arange(16))),
     )
 
 
@@ -90,14 +102,21 @@ def run_one(world):
 
     @on_mesh
     def main(cfg):
-        with Run(cfg.run_dir, cfg, resume=cfg.resume) as run:
+        with Run(cfg.run_dir, cfg, name="tiny", resume=cfg.resume) as run:
             if not cfg.resume and hosts.many():
                 agree()
-            untrained = world._replace(params=new(Transformer(world.model)))
-            trained = sft.train(cfg.sft, untrained, run, cfg.seed)[-1]
+            base = world.base._replace(params=new(Transformer(world.base.config)))
+            trained = sft.train(
+                cfg.sft, base, world.demonstrations, run, cfg.seed, eval_batch_size=64, keep_epochs=True
+            )
             if not cfg.only_sft:
-                scores = new(ScalarModel(world.model))
-                run.summary(ppo.train(cfg.ppo, world, trained, scores, run, cfg.seed)[1])
+                scores = new(ScalarModel(base.config))
+                _, metrics = ppo.train(
+                    cfg.ppo, base._replace(params=trained.params), world.prompts,
+                    [model_reward(base.config, scores, name="model", weight=1.0)], run, cfg.seed, max_new_tokens=8,
+                    critic=(base.config, scores),
+                )  # fmt: skip
+                run.summary(metrics)
 
     run_main(main, Config)
 
@@ -212,7 +231,7 @@ def runs(tmp_path_factory):
 def said(folder, name, number, kind="err"):
     """Lines of a process, without those of its libraries."""
     text = (folder / f"{name}.{kind}{number}").read_text(encoding="utf-8")
-    return [line for line in text.splitlines() if not line.startswith("[Gloo]")]
+    return [line for line in text.splitlines() if not line.startswith("[Gloo]") and "peer ranks" not in line]
 
 
 def arrays(one):
@@ -263,7 +282,7 @@ def test_one_goes_on_from_what_two_have_done(runs):
     folder, _ = runs
     summaries = [json.loads((folder / name / "summary.json").read_text(encoding="utf-8")) for name in ("two", "back")]
     assert summaries[0] == summaries[1]
-    with pytest.raises(UserError, match=r"in 2 shares, .* it would be 1"):
+    with pytest.raises(UserError, match=r"in 2 shares; .* read them in 1"):
         set_data_state(None, checkpoint.inspect(folder / "two", "sft", 4).data_state)
 
 

@@ -154,8 +154,8 @@ def test_a_mistake_is_one_line(environment):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"topology": "v9:2x2"}, "topology 'v9:2x2': it begins with one of v5e, v5p, v6e"),
-        ({"model": "gpt-5"}, "no model 'gpt-5'; there are llama3-8b"),
+        ({"topology": "v9:2x2"}, "topology 'v9:2x2' does not begin with one of v5e, v5p, v6e"),
+        ({"model": "gpt-5"}, "model 'gpt-5' is not one of llama3-8b"),
     ],
 )
 def test_a_wrong_flag_is_told_before_anything_is_compiled(monkeypatch, flags, message):

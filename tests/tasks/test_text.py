@@ -4,13 +4,15 @@ import json
 import shutil
 import sys
 
-import jax
 import numpy as np
 import pytest
 
-from experiments import reward_model, setting, sft
-from rlhf_jax import checkpoint
+from experiments import ppo, reward_model, sft
+from experiments.flags import open_task
+from rlhf_jax import checkpoint, loop
 from rlhf_jax.cli import run_main
+from rlhf_jax.log import Run
+from rlhf_jax.tasks import text
 
 BAD_ROWS = ["{broken", '{"prompt": "p"}', '{"prompt": "p", "completion": " "}', '{"prompt": "p", "completion": 3}']
 REASONS = [
@@ -43,9 +45,19 @@ def files(tmp_path, shared_data):
     )
 
 
+def task_of(cfg, folder):
+    """What the flags name, and what was said of it."""
+    with Run(folder, cfg, name="task") as run:
+        return open_task(cfg, run)
+
+
+SFT_FILES = ("model", "demonstrations", "max_length", "max_new_tokens")
+
+
 def train_sft(files, run_dir, **changes):
+    given = {name: files[name] for name in SFT_FILES}
     cfg = sft.Config(
-        **{**files, "steps": 12, "batch_size": 4, "learning_rate": 1e-3, "run_dir": str(run_dir), **changes}
+        **{**given, "steps": 12, "batch_size": 4, "learning_rate": 1e-3, "run_dir": str(run_dir), **changes}
     )
     sft.main(cfg)
     # The last checkpoint's digest is that of parameters and optimiser.
@@ -63,7 +75,8 @@ def exits(monkeypatch, capsys, main, config, flags):
 
 
 def flags_of(files, **changes):
-    return [part for key, value in {**files, **changes}.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    given = {name: files[name] for name in SFT_FILES}
+    return [part for key, value in {**given, **changes}.items() for part in (f"--{key.replace('_', '-')}", str(value))]
 
 
 def test_a_bad_row_stops_the_run_before_it_begins(files, tmp_path, monkeypatch, capsys):
@@ -83,14 +96,15 @@ def test_bad_rows_are_skipped_counted_and_written_down(files, tmp_path, capsys):
         file.writelines(json.dumps(row) + "\n" for row in long)
     train_sft(files, tmp_path / "run", on_bad_row="skip", steps=2)
     entries = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
-    assert [entry["line"] for entry in entries] == [*range(61, 69), 70]
-    assert [entry["reason"] for entry in entries] == [*REASONS * 2, "response too long for 64 tokens"]
+    assert [entry["line"] for entry in entries] == [*range(61, 71)]
+    long = ["prompt too long for 64 tokens", "response too long for 64 tokens"]
+    assert [entry["reason"] for entry in entries] == [*REASONS * 2, *long]
     shown = "".join(capsys.readouterr())
     name = files["demonstrations"]
     assert f"{name}: demonstrations in the format prompt_completion" in shown
-    assert f"{name}: 61 rows used" in shown
+    assert f"{name}: 60 rows used" in shown
     assert f"{name}: empty answer: 2 rows left out (lines 63, 67)" in shown
-    assert f"{name}: prompt shortened to fit 64 tokens: 1 rows (lines 69)" in shown
+    assert f"{name}: prompt too long for 64 tokens: 1 rows left out (lines 69)" in shown
     # The sample: a prompt, and what is learned of it, up to the end of the answer.
     sample = shown.partition("in [[brackets]]:")[2].replace("|", "")
     assert "Human: is it" in sample.partition("[[")[0]
@@ -99,7 +113,7 @@ def test_bad_rows_are_skipped_counted_and_written_down(files, tmp_path, capsys):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_killed_run_goes_on_to_the_very_same_parameters(files, tmp_path, monkeypatch, streaming):
-    flags = dict(streaming=streaming, batch_size=12)
+    flags = dict(streaming=streaming, batch_size=12, keep=3)
     straight = train_sft(files, tmp_path / "run", **flags)
     folder = tmp_path / "run" / "checkpoints" / "sft"
     steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
@@ -112,35 +126,22 @@ def test_a_killed_run_goes_on_to_the_very_same_parameters(files, tmp_path, monke
 
     assert again() == straight
     # It is the data's position that does it: from the beginning on, the end is another.
-    beginning = setting.load_setting(sft.Config(**files, streaming=streaming)).batches(12, 0).get_state()
+    cfg = sft.Config(**{name: files[name] for name in SFT_FILES}, streaming=streaming)
+    beginning = task_of(cfg, tmp_path / "task").demonstrations().batches(12, 0).get_state()
     inspect = checkpoint.inspect
-    monkeypatch.setattr(sft.checkpoint, "inspect", lambda *a, **k: inspect(*a, **k)._replace(data_state=beginning))
+    monkeypatch.setattr(loop.checkpoint, "inspect", lambda *a, **k: inspect(*a, **k)._replace(data_state=beginning))
     assert again() != straight
 
 
-def test_the_epoch_whose_parameters_are_damaged_is_trained_again(files, tmp_path, capsys):
-    straight = train_sft(files, tmp_path / "run", batch_size=12, save_every=1, keep=12)
-    epochs = tmp_path / "run" / "checkpoints" / "sft_epochs"
-    steps = sorted(int(path.name) for path in epochs.iterdir())
-    assert len(steps) > 2
-    (epochs / str(steps[1]) / "manifest.json").unlink()
-    written = [json.loads(line)["loss"] for line in open(tmp_path / "run" / "metrics.jsonl")]
-    capsys.readouterr()
-    assert train_sft(files, tmp_path / "run", batch_size=12, save_every=1, keep=12, resume=True) == straight
-    said = capsys.readouterr().out
-    assert f"sft_epochs/{steps[1]} is damaged, manifest.json is missing; it is now {steps[1]}.damaged" in said
-    assert written == [json.loads(line)["loss"] for line in open(tmp_path / "run" / "metrics.jsonl")]
-    assert sorted(int(path.name) for path in epochs.iterdir() if path.name.isdigit()) == steps
-
-
-def test_a_mixture_of_conversations_and_plain_text(files, tmp_path):
+def test_a_mixture_of_conversations_and_plain_text(files, tmp_path, capsys):
     turns = [{"role": ("user", "assistant")[n % 2], "content": f"turn {n}"} for n in range(4)]
     chats = lines(tmp_path / "chats.jsonl", [{"messages": turns}] * 20)
     texts = lines(tmp_path / "texts.jsonl", [{"text": f"Once upon a time {n}."} for n in range(20)])
-    cfg = sft.Config(**files | {"demonstrations": (chats, texts)}, demonstrations_weights=(3.0, 1.0))
-    read = setting.load_setting(cfg)
-    assert [note.rsplit(" ", 1)[1] for note in read.notes[:2]] == ["messages", "text"]
-    batches = read.batches(4, 0)
+    given = {name: files[name] for name in SFT_FILES} | {"demonstrations": (chats, texts)}
+    cfg = sft.Config(**given, demonstrations_weights=(3.0, 1.0))
+    batches = task_of(cfg, tmp_path / "task").demonstrations().batches(4, 0)
+    said = "".join(capsys.readouterr())
+    assert "in the format messages" in said and "in the format text" in said
     learned = []
     for _ in range(30):
         batch = next(batches)
@@ -154,8 +155,6 @@ def test_a_mixture_of_conversations_and_plain_text(files, tmp_path):
 
 
 def test_a_stream_counts_bad_rows_as_it_meets_them(files, tmp_path, monkeypatch, capsys):
-    from experiments import text
-
     monkeypatch.setattr(text, "STREAM_HEAD", 20)
     with open(files["demonstrations"], "a") as file:
         file.write("\n".join(BAD_ROWS) + "\n")
@@ -172,22 +171,27 @@ def test_a_stream_counts_bad_rows_as_it_meets_them(files, tmp_path, monkeypatch,
 
 def test_rankings_and_prompts_of_their_own(files, tmp_path):
     prompts = lines(tmp_path / "prompts.jsonl", [{"question": f"why {n}?"} for n in range(30)])
-    cfg = reward_model.Config(
-        **files, run_dir=str(tmp_path / "run"), prompts=prompts, prompts_columns=("prompt=question",), epochs=1,
-        prompts_per_step=8, sft=sft.SFT(steps=1, batch_size=2),
+    cfg = ppo.Config(
+        **{name: files[name] for name in ("model", "max_length", "max_new_tokens")}, prompts=prompts,
+        prompts_columns=("prompt=question",), reward="unread.py:length",
     )  # fmt: skip
-    read = setting.load_setting(cfg)
-    asked = read.read(read.prompts) + read.read(read.heldout)
+    task = task_of(cfg, tmp_path / "task")
+    sets = task.prompts()
+    asked = task.base.read_prompts(sets.train) + task.base.read_prompts(sets.heldout)
     assert len(asked) == 30 and all("why" in prompt for prompt in asked)
-    comparisons = read.compare(None)
-    assert comparisons.train.mask.shape == (36, 3) and comparisons.heldout.mask.shape == (4, 2)
+    for row, number in enumerate(sets.train.row):
+        assert sets.rows[number].prompt in asked[row] and sets.rows[number].columns["question"].startswith("why")
+    files = {name: files[name] for name in ("model", "comparisons", "max_length", "max_new_tokens")}
+    cfg = reward_model.Config(**files, run_dir=str(tmp_path / "run"), epochs=1, prompts_per_step=8)
+    comparisons = task_of(cfg, tmp_path / "other").comparisons(lambda prompts, number: None)
+    assert len(comparisons.train) == 36 and comparisons.heldout.mask.shape == (4, 2)
+    assert max(len(ranking.ranks) for ranking in comparisons.train) == 3
     # Every answer of a packed batch is one of the rankings asked for, wherever it was laid.
-    packed = comparisons.pack(np.array([3, 5]))
-    for p, prompt in enumerate((3, 5)):
-        for k in range(3):
-            ours = packed.tokens.targets[packed.owner == p * 3 + k]
-            row = jax.tree.map(lambda x, at=prompt * 3 + k: np.asarray(x)[at], comparisons.train.responses)
-            np.testing.assert_array_equal(ours, row.targets[row.mask])
+    some = [comparisons.train[3], comparisons.train[5]]
+    packed = comparisons.lay(some)
+    for p, ranking in enumerate(some):
+        for k, response in enumerate(ranking.responses):
+            assert packed.tokens.targets[packed.owner == p * 3 + k].tolist() == response
     metrics = reward_model.main(cfg)
     assert 0 <= metrics["reward_model_val_accuracy"] <= 1
 
@@ -198,8 +202,7 @@ def test_rankings_and_prompts_of_their_own(files, tmp_path):
         ({"demonstrations_format": "preference"}, "'preference' is no format of demonstrations"),
         ({"demonstrations_columns": "question=prompt"}, "'question=prompt' is not OURS=THEIRS"),
         ({"demonstrations_weights": 0.5}, "2 weights for 1 sources"),
-        ({"comparisons": "no.jsonl"}, "no.jsonl: No such file or directory"),
-        ({"prompts": "no.jsonl"}, "no.jsonl: No such file or directory"),
+        ({"demonstrations": "no.jsonl"}, "no.jsonl"),
         ({"max_length": 100_000}, "is more than the model's"),
         ({"max_new_tokens": 60}, "leaves no room for prompts"),
     ],

@@ -1,33 +1,26 @@
-"""The flags of optimiser, precision and accumulation reach every stage; what cannot be is one clear line."""
+"""The loop around a stage's steps; the optimiser's flags reach every stage; numbers that cannot be are one line."""
 
 import json
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax.training.train_state import TrainState
 
-from experiments import ppo, reward_model, setting, sft, training
-from experiments.ablations import precision
-from experiments.training import SkippedSteps, make_optimizer
+from experiments import pipeline, ppo, reward_model, sft
+from experiments.flags import Training
+from rlhf_jax import checkpoint
+from rlhf_jax import loop as loop_module
 from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run
-from rlhf_jax.models import BFLOAT16, MIXED
+from rlhf_jax.loop import Loop
+from rlhf_jax.models import MIXED
 from rlhf_jax.optimizers import adafactor, adamw, muon
 from rlhf_jax.sampling import generate
+from rlhf_jax.tasks import simulated
 from rlhf_jax.train import make_train_step
-
-SIZES = dict(
-    DEMONSTRATIONS=128, COMPARED=16, RANKED=4, HELDOUT_PAIRS=16, PROMPTS=64, HELDOUT=16, VALIDATION=64, LAYERS=1
-)  # fmt: skip
-
-
-@pytest.fixture
-def small_world(monkeypatch):
-    for name, size in SIZES.items():
-        monkeypatch.setattr(setting, name, size)
-
 
 RATES = {
     "cosine": [0.0, 0.05, 0.1, 0.1 * (1 + np.cos(np.pi / 6)) / 2, 0.075],
@@ -44,7 +37,7 @@ def test_the_optimiser_does_as_it_was_told(schedule):
     The gradients grow, and are shortened to the same one: 1 in each of four numbers, a norm of 2.
     """
     told = dict(learning_rate=0.1, schedule=schedule, warmup=0.25, weight_decay=0.5, max_grad_norm=2.0)
-    optimizer = make_optimizer(training.Training(**told), 8)
+    optimizer = Training(**told).make_optimizer(8)
     params = {"kernel": jnp.full((1, 2), 3.0), "bias": jnp.full(2, 3.0)}
     state = optimizer.init(params)
     for step, rate in enumerate(RATES[schedule]):
@@ -65,17 +58,22 @@ def test_the_optimiser_is_the_one_asked_for():
 
     steps = {}
     for name, function in [("adamw", adamw), ("adafactor", adafactor), ("muon", muon)]:
-        told = training.Training(optimizer=name, learning_rate=0.1, schedule="constant", warmup=0.0)
-        steps[name] = update(make_optimizer(told, 4))
+        told = Training(optimizer=name, learning_rate=0.1, schedule="constant", warmup=0.0)
+        steps[name] = update(told.make_optimizer(4))
         expected = update(function(0.1, weight_decay=0.1, max_grad_norm=1.0))
         np.testing.assert_allclose(steps[name], expected, rtol=1e-5)
     assert np.abs(steps["muon"] - steps["adamw"]).max() > 1e-3
     assert np.abs(steps["adafactor"] - steps["adamw"]).max() > 1e-3
 
 
-def test_every_stage_takes_them(small_world, monkeypatch, tmp_path):
-    """PPO after SFT and reward model, each with another optimiser, in mixed precision and in two parts a batch."""
+def test_every_stage_takes_them(monkeypatch, tmp_path):
+    """The pipeline's stages, each with another optimiser, in mixed precision and in two parts a batch."""
+    small = simulated.Sizes(
+        demonstrations=128, validation=64, compared=16, ranked=4, heldout_pairs=16, prompts=64, heldout=16, layers=1
+    )
+    monkeypatch.setattr(simulated, "SIZES", small)
     batches, optimizers = {}, []
+    make_optimizer = Training.make_optimizer
 
     def optimizer_of(cfg, steps):
         optimizers.append((cfg.optimizer, cfg.schedule, steps))
@@ -92,13 +90,16 @@ def test_every_stage_takes_them(small_world, monkeypatch, tmp_path):
 
     for stage in (sft, reward_model, ppo):
         monkeypatch.setattr(stage, "make_train_step", watched)
-        monkeypatch.setattr(stage, "make_optimizer", optimizer_of)
+    monkeypatch.setattr(Training, "make_optimizer", optimizer_of)
     shared = dict(accumulate=2, max_grad_norm=0.5)
-    cfg = ppo.Config(
-        run_dir=str(tmp_path / "run"), precision="mixed", steps=2, responses=8, minibatches=2, optimizer="adafactor",
-        schedule="linear", warmup=0.1, ptx_coef=0.1, **shared,
+    cfg = pipeline.Config(
+        run_dir=str(tmp_path / "run"), precision="mixed",
         sft=sft.SFT(steps=4, batch_size=8, optimizer="muon", **shared),
         reward_model=reward_model.RewardModel(epochs=1, prompts_per_step=8, schedule="constant", **shared),
+        ppo=ppo.PPO(
+            steps=2, responses=8, minibatches=2, optimizer="adafactor", schedule="linear", warmup=0.1, ptx_coef=0.1,
+            **shared,
+        ),
     )  # fmt: skip
     sampled_in = set()
 
@@ -107,7 +108,7 @@ def test_every_stage_takes_them(small_world, monkeypatch, tmp_path):
         return generate(model, *args, **options)
 
     monkeypatch.setattr(ppo, "generate", sampled)
-    metrics = ppo.main(cfg)
+    metrics = pipeline.main(cfg)
     assert all(np.isfinite(value) for value in metrics.values())
     assert set(batches.values()) == {(2, True)}
     assert sampled_in == {MIXED}
@@ -116,24 +117,62 @@ def test_every_stage_takes_them(small_world, monkeypatch, tmp_path):
     with open(tmp_path / "run" / "metrics.jsonl", encoding="utf-8") as file:
         iterations = [row for line in file if (row := json.loads(line))["stage"] == "ppo"]
     np.testing.assert_allclose(iterations[0]["kl_k1"], 0.0, atol=1e-5)
+    # A line of warm-up to 5e-4 and down to zero over 8 updates: 0 at the first, in the middle of an iteration later.
+    assert iterations[0]["learning_rate"] == 0.0 and 0 < iterations[1]["learning_rate"] < 5e-4
+
+
+def loop_of(run, *, max_skipped):
+    return Loop(run, "sft", steps=50, save_every=0, keep=1, max_skipped=max_skipped, show=())
 
 
 def test_steps_are_skipped_in_a_row_or_not(tmp_path):
     watched = []
     with (
-        Run(tmp_path / "run", sft.SFT()) as run,
-        pytest.raises(UserError, match="3 steps in a row, the last of them 7"),
+        Run(tmp_path / "run", sft.SFT(), name="sft") as run,
+        pytest.raises(UserError, match=r"3 steps in a row\. The last one is step 7"),
     ):
-        skipped = SkippedSteps(sft.SFT(max_skipped=3), run, "sft")
-        for step, one in enumerate([0, 1, 1, 0, 1, 1, 1, 0, 0], 1):
-            skipped.watch(step, np.int32(one), {"rows": np.full(2, step)})
-            watched.append(step)
+        loop = loop_of(run, max_skipped=3)
+        for step, one in enumerate([0, 1, 1, 0, 1, 1, 1, 0, 0]):
+            loop.watch_skipped(step, np.int32(one), {"rows": np.full(2, step + 1)})
+            watched.append(step + 1)
     assert watched[-1] == 7  # one step later, when it is known without waiting
     np.testing.assert_array_equal(np.load(tmp_path / "run" / "skipped-sft-7.npz")["rows"], [7, 7])
-    with Run(tmp_path / "any", sft.SFT()) as run:
-        skipped = SkippedSteps(sft.SFT(max_skipped=0), run, "sft")
+    with Run(tmp_path / "any", sft.SFT(), name="sft") as run:
+        loop = loop_of(run, max_skipped=0)
         for step in range(50):
-            skipped.watch(step, np.int32(1), {})
+            loop.watch_skipped(step, np.int32(1), {})
+
+
+def state_of(step):
+    return TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.sgd(1.0)).replace(step=step)
+
+
+def test_it_logs_and_saves_when_that_is_due_and_goes_on_from_there(tmp_path):
+    """Every second step is logged and every third saved; the evaluated one is both."""
+    kept = {}
+    for resume in (False, True):
+        with Run(tmp_path / "run", sft.SFT(), name="sft", resume=resume) as run:
+            loop = Loop(
+                run, "sft", steps=7, save_every=3, keep=9, max_skipped=0, show=("loss",), log_every=2,
+                learning_rate=lambda step: 0.5 * step,
+            )  # fmt: skip
+            loop.restore(state_of(0))
+            assert loop.first == (4 if resume else 0)
+            assert loop.data_state() == ({"at": 4} if resume else None)
+            for step in loop:
+                last = loop.is_last(step)
+                loop.end_step(
+                    step, state_of(step), {"loss": step}, evaluated=step == 3 or last, data_state={"at": step + 1}
+                )
+                if not resume and step == 4:
+                    break
+        rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+        kept[resume] = [(row["step"], row["learning_rate"], row["skipped"]) for row in rows]
+    # TrainState.step counts what was not skipped: here one behind.
+    assert kept[False] == [(1, 0.0, 1), (3, 1.0, 1), (4, 1.5, 1), (5, 2.0, 1)]
+    assert kept[True] == [*kept[False][:3], (5, 2.0, 1), (7, 3.0, 1)]
+    assert [one.step for one in checkpoint.checkpoints(tmp_path / "run")] == [3, 4, 6, 7]
+    assert loop.last_metrics() == {"loss": 6.0, "learning_rate": 3.0, "skipped": 1.0}
 
 
 def test_data_go_on_in_as_many_shares_only(monkeypatch):
@@ -147,25 +186,25 @@ def test_data_go_on_in_as_many_shares_only(monkeypatch):
             self.state = state
 
     def on(number, count, *heard):
-        monkeypatch.setattr(training, "host_share", lambda: (number, count))
-        monkeypatch.setattr(training, "gather", lambda value: list(heard) or [value])
+        monkeypatch.setattr(loop_module, "host_share", lambda: (number, count))
+        monkeypatch.setattr(loop_module, "gather", lambda value: list(heard) or [value])
 
     on(0, 1)
-    assert training.data_state(Batches()) == {"next": 7}
+    assert loop_module.gather_data_state(Batches()) == {"next": 7}
     on(0, 1, [0, {"next": 3}], [0, {"next": 3}])  # two processes that read the same
-    alike = training.data_state(Batches())
+    alike = loop_module.gather_data_state(Batches())
     assert alike == {"next": 3}
     on(1, 2, [1, {"next": 5}], [0, {"next": 4}])
-    shares = training.data_state(Batches())
+    shares = loop_module.gather_data_state(Batches())
     batches = Batches()
-    training.set_data_state(batches, shares)
+    loop_module.set_data_state(batches, shares)
     assert batches.state == {"next": 5}
-    with pytest.raises(UserError, match=r"in 1 shares, .* it would be 2"):
-        training.set_data_state(batches, alike)
+    with pytest.raises(UserError, match=r"in 1 shares; .* read them in 2"):
+        loop_module.set_data_state(batches, alike)
     on(0, 1)
-    with pytest.raises(UserError, match=r"in 2 shares, .* it would be 1"):
-        training.set_data_state(batches, shares)
-    training.set_data_state(batches, alike)
+    with pytest.raises(UserError, match=r"in 2 shares; .* read them in 1"):
+        loop_module.set_data_state(batches, shares)
+    loop_module.set_data_state(batches, alike)
     assert batches.state == {"next": 3}
 
 
@@ -177,69 +216,10 @@ def test_data_go_on_in_as_many_shares_only(monkeypatch):
         (lambda: ppo.PPO(responses=8, minibatches=4, accumulate=4), "2 responses a step do not divide into 4"),
         (lambda: sft.SFT(accumulate=0), "accumulate is 0; it must be at least 1"),
         (lambda: sft.SFT(max_grad_norm=-1.0), "max-grad-norm is -1.0"),
+        (lambda: sft.SFT(max_grad_norm=0.0), "max-grad-norm is 0.0; it must be more than 0"),
         (lambda: sft.SFT(warmup=1.5), "warmup is 1.5, and a share of all steps is at most 1"),
     ],
 )
 def test_what_cannot_be_is_said(make, message):
     with pytest.raises(UserError, match=message):
         make()
-
-
-def test_the_ablation_compares_runs_of_the_same_seed(small_world, monkeypatch, tmp_path):
-    used = []
-
-    def train(cfg, source, run):
-        used.append((source.seed, source.precision))
-        run.log("sft", 1, {"val_loss": 1.0 + source.seed + (source.precision == "mixed") / 8, "utility": 0.5})
-
-    monkeypatch.setattr(precision, "train", train)
-    monkeypatch.setattr(precision, "crossed", lambda cfg, run_dir: "as sampled")
-    cfg = precision.Config(run_dir=str(tmp_path / "run"), seeds=2, stages=("sft",))
-    metrics = precision.main(cfg)
-    assert used == [(0, "float32"), (1, "float32"), (0, "mixed"), (1, "mixed")]
-    assert metrics["float32: SFT: validation loss"] == 1.5 and metrics["mixed: SFT: validation loss"] == 1.625
-    table = (tmp_path / "run" / "table.md").read_text(encoding="utf-8")
-    assert "| SFT: validation loss | 1, 2 | 0.71 | 1.125, 2.125 | +0.12 ± 0 |" in table and table.endswith(
-        "as sampled"
-    )
-
-
-def test_the_ablation_samples_each_sft_in_each_precision(small_world, monkeypatch, tmp_path):
-    """The two have weights of different types, so that neither is read as the other."""
-    cfg = precision.Config(
-        precisions=("float32", "bfloat16"),
-        seeds=2,
-        stages=("sft",),
-        sft=sft.SFT(steps=1, batch_size=4),
-        run_dir=str(tmp_path),
-    )
-    asked = []
-
-    def make_sampler(setting, params, seed):
-        asked.append((seed, setting.model.precision == BFLOAT16, np.asarray(params["embedding"])[5, 5].item()))
-        return lambda prompts, number: prompts
-
-    expected = []
-    for trained in cfg.precisions:
-        for seed in range(2):
-            source = replace(cfg, seed=seed, precision=trained)
-            with Run(tmp_path / f"{trained}-{seed}", source) as run:
-                params = sft.train(cfg.sft, setting.load_setting(source), run, seed)[-1]
-            expected.append((seed, trained == "bfloat16", np.asarray(params["embedding"])[5, 5].item()))
-    monkeypatch.setattr(sft, "make_sampler", make_sampler)
-    judged = iter(np.arange(8.0))
-    load = precision.load_setting
-    monkeypatch.setattr(
-        precision, "load_setting", lambda source: load(source)._replace(judge=lambda *_: np.full(4, next(judged)))
-    )
-    table = precision.crossed(cfg, tmp_path)
-    # For each seed: trained in float32 and sampled in both, then trained in bfloat16.
-    assert [seed for seed, _, _ in asked] == [0] * 4 + [1] * 4
-    assert [sampled for _, sampled, _ in asked] == [False, True, False, True] * 2
-    params = {(seed, half): one for seed, half, one in expected}
-    trained = [params[seed, half] for seed in (0, 1) for half in (False, False, True, True)]
-    np.testing.assert_allclose([one for _, _, one in asked], trained, rtol=2**-8)
-    assert table.splitlines()[2:] == [
-        "| float32 | float32 | 0, 4 | 0 |", "| float32 | bfloat16 | 1, 5 | 0 |",
-        "| bfloat16 | float32 | 2, 6 | 0 |", "| bfloat16 | bfloat16 | 3, 7 | 0 |",
-    ]  # fmt: skip

@@ -1,0 +1,80 @@
+"""A stage's result as folders that transformers, PEFT, vLLM and lm-evaluation-harness load."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from rlhf_jax.folder import read_json
+from rlhf_jax.log import Run
+from rlhf_jax.models import (
+    ModelCard,
+    merge_lora,
+    save_hf,
+    save_hf_reward_model,
+    save_peft,
+    save_peft_reward_model,
+    split_lora,
+    with_lora,
+)
+from rlhf_jax.pretrained import Pretrained
+from rlhf_jax.provenance import card_facts
+from rlhf_jax.sharding import to_host
+from rlhf_jax.types import Params
+
+
+def export_policy(
+    run: Run,
+    base: Pretrained,
+    params: Params,
+    *,
+    algorithm: str,
+    metrics: Mapping[str, float],
+    data: str | None = None,
+) -> None:
+    """Writes the policy to policy/ in the run's folder, its adapters merged."""
+    merged = to_host(merge_lora(params))
+    if run.first:
+        card = ModelCard(algorithm, None, base.name, metrics, card_facts(read_json(run.dir / "run.json")))
+        save_hf(run.dir / "policy", base.config, merged, tokenizer=base.tokenizer, card=card)
+        run.say(f"policy: {run.dir / 'policy'}")
+
+
+def export_reward_model(
+    run: Run,
+    base: Pretrained,
+    params: Params,
+    *,
+    algorithm: str,
+    metrics: Mapping[str, float],
+    data: str | None = None,
+) -> None:
+    """Writes the reward model to reward_model/ in the run's folder, its adapters merged."""
+    merged = to_host(merge_lora(params))
+    if run.first:
+        card = ModelCard(algorithm, None, base.name, metrics, card_facts(read_json(run.dir / "run.json")))
+        save_hf_reward_model(run.dir / "reward_model", base.config, merged, tokenizer=base.tokenizer, card=card)
+        run.say(f"reward model: {run.dir / 'reward_model'}")
+
+
+def export_adapters(run: Run, base: Pretrained, start: Params, policy: Params, reward_params: Params) -> None:
+    """Writes trained adapters to policy_adapter/ and reward_model_adapter/, and the model that PEFT loads them over to
+    base/. Without adapters nothing is written.
+
+    base/ is the model `start` as it was frozen: rounded to bfloat16 or int8 if the frozen weights were.
+    """
+    trunk, adapter = split_lora(policy)
+    reward_trunk, reward_adapter = split_lora(reward_params["trunk"])
+    folder = (run.dir / "base").resolve()
+    if adapter or reward_adapter:
+        frozen = trunk if adapter else with_lora(start, reward_trunk)  # which may lack the language head
+        frozen = to_host(merge_lora(frozen))  # int8 as the floats that it stands for
+        if run.first:
+            card = ModelCard("Supervised fine-tuning", None, base.name)
+            save_hf(folder, base.config, frozen, tokenizer=base.tokenizer, card=card)
+    head = reward_params["head"] | {"bias": jnp.zeros(())}  # PEFT's folders have no place for a bias
+    adapter, reward_adapter, head = to_host((adapter, reward_adapter, head))
+    if adapter and run.first:
+        save_peft(run.dir / "policy_adapter", base.config, adapter, base_model=str(folder))
+    if reward_adapter and run.first:
+        own = {"trunk": reward_adapter, "head": head}
+        save_peft_reward_model(run.dir / "reward_model_adapter", base.config, own, base_model=str(folder))

@@ -1,0 +1,221 @@
+"""Offline preference optimisation: the loop that DPO, IPO, SimPO, ORPO and KTO share. Only their losses differ.
+
+Each answer's log-probability under the reference is computed once, before training.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.training.train_state import TrainState
+from jaxtyping import Array, Float
+
+from rlhf_jax.batches import PackedAnswers, Rankings, Tokens
+from rlhf_jax.data.order import EpochOrder
+from rlhf_jax.data.pairs import AnswerBatch, Examples, lay_out, mismatch, width
+from rlhf_jax.data.preferences import Answer, packed_logprobs, stack_batches
+from rlhf_jax.evaluate import agreement
+from rlhf_jax.loop import Loop, check_microbatches, shard_stacked
+from rlhf_jax.masking import masked_mean
+from rlhf_jax.models import ModelConfig, Transformer, with_lora
+from rlhf_jax.pretrained import Pretrained
+from rlhf_jax.scoring import answer_logprobs, response_logprobs, score_documents, score_in_batches
+from rlhf_jax.sharding import shard_params
+from rlhf_jax.train import make_state, make_train_step
+from rlhf_jax.types import Metrics, Params
+
+PreferenceLoss = Callable[[Float[Array, " B"], AnswerBatch, Float[Array, ""] | None], tuple[Array, Metrics]]
+"""loss(logprobs, batch, kl) -> (loss, metrics): log π(y|x) of the batch's answers, chosen ones first where they are
+pairs; `kl` is KTO's estimate, None for the others."""
+ImplicitReward = Callable[[Any, Any, Any], Any]
+"""reward(logprobs, ref_logprobs, lengths) -> [B]: the policy's own score of each answer."""
+
+
+class Trained(NamedTuple):
+    """The trained policy and its implicit reward."""
+
+    params: Params
+    """The policy's parameters, adapters not merged."""
+    reward: Callable[[Tokens], np.ndarray]
+    """reward(tokens) -> [B]."""
+    metrics: dict[str, float]
+
+
+def objective(loss: PreferenceLoss, model: Transformer, params: Params, batch: AnswerBatch) -> tuple[Array, Metrics]:
+    """The loss of a batch, and how far chosen and rejected answers have moved from the reference, in nats."""
+    logprobs = batch_logprobs(model, params, batch.answers)
+    kl = None
+    if batch.mismatched is not None:
+        assert batch.ref_mismatched is not None
+        others = batch_logprobs(model, jax.lax.stop_gradient(params), batch.mismatched)
+        kl = jnp.mean(others - batch.ref_mismatched)
+    value, metrics = loss(logprobs, batch, kl)
+    moved = logprobs - batch.ref_logprobs
+    return value, metrics | {
+        "chosen_change": masked_mean(moved, batch.good),
+        "rejected_change": masked_mean(moved, ~batch.good),
+    }
+
+
+def batch_logprobs(model: Transformer, params: Params, answers: Tokens | PackedAnswers) -> Float[Array, " B"]:
+    """log π(y|x) of each answer of a batch, packed or not."""
+    if isinstance(answers, PackedAnswers):
+        return packed_logprobs(response_logprobs(model, params, answers.tokens), answers)
+    return answer_logprobs(model, params, answers)
+
+
+def make_step(loss: PreferenceLoss, config: ModelConfig, accumulate: int) -> Callable[..., tuple[TrainState, Metrics]]:
+    """train_step(state, batch, frozen) -> (state, metrics)."""
+    model = Transformer(config)
+    return make_train_step(
+        lambda trainable, batch, frozen: objective(loss, model, with_lora(frozen, trainable), batch),
+        counts=(lambda batch: {"loss": batch.good.sum()}) if accumulate > 1 else None,
+    )
+
+
+def make_batches(
+    examples: Examples,
+    ref_score: Callable[[list[Answer]], np.ndarray],
+    config: ModelConfig,
+    *,
+    groups_a_step: int,
+    accumulate: int,
+    packed: bool,
+    pad_id: int,
+    mismatched: bool,
+    seed: int,
+) -> Callable[[int], AnswerBatch]:
+    """Returns batch(step). Each epoch has an order of its own. `ref_score` is called here, once for every answer.
+
+    `mismatched` adds the same responses after other prompts, for KTO's KL. The other prompts are drawn once.
+    """
+    answers = examples.answers
+    length, ref_logprobs = width(answers, config.max_length), ref_score(answers)
+    lengths = np.array([len(response) for _, response in answers])
+    if mismatched:
+        others = mismatch(answers, longest=length, seed=seed)
+        other_length, ref_others = width(others, config.max_length), ref_score(others)
+    order = EpochOrder([seed, 4], len(examples.groups), groups_a_step)
+    lay = partial(lay_out, pad_id=pad_id, packed=packed)
+
+    def lay_groups(drawn: np.ndarray) -> AnswerBatch:
+        rows, good = (numbers[drawn].T.reshape(-1) for numbers in (examples.groups, examples.good))
+        batch = AnswerBatch(
+            lay([answers[row] for row in rows], length=length), good, lengths[rows], ref_logprobs[rows]
+        )
+        if not mismatched:
+            return batch
+        beside = lay([others[row] for row in rows], length=other_length)
+        return batch._replace(mismatched=beside, ref_mismatched=ref_others[rows])
+
+    def batch(step: int) -> AnswerBatch:
+        parts = [lay_groups(part) for part in np.split(order.rows(step), accumulate)]
+        return shard_stacked(stack_batches(parts), accumulate)
+
+    return batch
+
+
+def train_preferences(
+    loss: PreferenceLoss,
+    implicit_reward: ImplicitReward,
+    base: Pretrained,
+    examples: Examples,
+    heldout: Rankings | None,
+    loop: Loop,
+    seed: int,
+    *,
+    split: Callable[[Params, Any], tuple[Params, Params]],
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    accumulate: int,
+    packed: bool,
+    eval_batch_size: int,
+    evaluations: int,
+    reference: Params | None = None,
+    mismatched: bool = False,
+    measure: Callable[[Params, Params, int], dict[str, Any]] | None = None,
+) -> Trained:
+    """Trains `base` on pairs (or single answers) of `examples`.
+
+    `split(params, key)` returns the frozen and the trained parameters. `reference` is by default the model that
+    training starts from. A step takes `batch_size` pairs, or twice as many single answers. At each of `evaluations`
+    evaluations the implicit reward predicts the comparisons in `heldout`, and `measure(policy, reference, number)`
+    adds metrics of samples.
+    Raises UserError when a step's pairs do not divide into `accumulate` microbatches and over the mesh.
+    """
+    model = Transformer(base.config)
+    frozen, trainable = shard_params(split(base.params, jax.random.key(seed + 5)))
+    if reference is None:
+        reference = frozen or trainable
+    reference = shard_params(reference)
+    state = make_state(model, trainable, optimizer)
+    train_step = make_step(loss, base.config, accumulate)
+    score = score_in_batches(partial(answer_logprobs, model), eval_batch_size)
+    compiled = jax.jit(partial(answer_logprobs, model))
+
+    def ref_score(answers: list[Answer]) -> np.ndarray:
+        return score_documents(
+            compiled, reference, answers, batch_size=eval_batch_size, longest=base.config.max_length,
+            pad_id=base.pad_id,
+        ).astype(np.float32)  # fmt: skip
+
+    count, each = examples.groups.shape
+    groups_a_step = min(count, 2 * batch_size // each)
+    check_microbatches(groups_a_step, accumulate, "pairs")
+    batch = make_batches(
+        examples, ref_score, base.config, groups_a_step=groups_a_step, accumulate=accumulate, packed=packed,
+        pad_id=base.pad_id, mismatched=mismatched, seed=seed,
+    )  # fmt: skip
+    evaluate = make_evaluation(implicit_reward, score, reference, heldout)
+
+    state = loop.restore(state)
+    for step in loop:
+        some = batch(step)
+        state, trained = train_step(state, some, frozen)
+        metrics: dict[str, Any] = {**trained}
+        loop.watch_skipped(step, metrics["skipped"], some)
+        evaluated = (step + 1) % max(1, loop.steps // evaluations) == 0 or loop.is_last(step)
+        if evaluated:
+            policy = with_lora(frozen, state.params)
+            metrics |= evaluate(policy)
+            metrics |= measure(policy, reference, step + 1) if measure else {}
+        loop.end_step(step, state, metrics, evaluated=evaluated, best=metrics.get("val_accuracy"))
+
+    policy = with_lora(frozen, state.params)
+
+    def reward(tokens: Tokens) -> np.ndarray:
+        lengths = np.asarray(tokens.mask).sum(axis=1)
+        return implicit_reward(score(policy, tokens), score(reference, tokens), lengths)
+
+    found = evaluate(policy) | (measure(policy, reference, 0) if measure else {})
+    return Trained(policy, reward, {name: float(value) for name, value in found.items()})
+
+
+def make_evaluation(
+    implicit_reward: ImplicitReward,
+    score: Callable[[Params, Tokens], np.ndarray],
+    reference: Params,
+    heldout: Rankings | None,
+) -> Callable[[Params], dict[str, Any]]:
+    """Returns evaluate(params) -> metrics: how well the implicit reward predicts held-out comparisons, and how far
+    log π has moved. Without held-out comparisons there are no metrics."""
+    if heldout is None:
+        return lambda params: {}
+    ref_logprobs = score(reference, heldout.responses)
+    lengths = np.asarray(heldout.responses.mask).sum(axis=1)
+    rows = np.arange(len(heldout.ranks))
+    best, worst = heldout.ranks.argmin(axis=1), heldout.ranks.argmax(axis=1)
+
+    def evaluate(params: Params) -> dict[str, Any]:
+        logprobs = score(params, heldout.responses)
+        moved = (logprobs - ref_logprobs).reshape(heldout.ranks.shape)
+        return agreement(implicit_reward(logprobs, ref_logprobs, lengths), heldout) | {
+            "val_chosen_change": moved[rows, best].mean(),
+            "val_rejected_change": moved[rows, worst].mean(),
+        }
+
+    return evaluate

@@ -1,0 +1,1 @@
+"""The material of an experiment: the controlled world (`simulated`), or text from files (`text`)."""

@@ -1,0 +1,96 @@
+"""The scorers of a task's answers, from folders and Python files; and the reference of its policy."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import ModelConfig, Precision
+from rlhf_jax.pretrained import Pretrained, load_policy, load_reward_model
+from rlhf_jax.rewards.model import check_reads, model_reward, same_tokenizer, text_model_reward
+from rlhf_jax.rewards.python import Limits, parse, python_reward
+from rlhf_jax.rewards.reward import Reward, check_rewards
+from rlhf_jax.tasks.measure import PolicySampler, make_watch
+from rlhf_jax.tasks.task import Task
+from rlhf_jax.types import Params
+
+
+class Rewards(NamedTuple):
+    """The scorers of answers."""
+
+    rewards: list[Reward]
+    critic: tuple[ModelConfig, Params] | None
+    """The reward model that a critic may start from; None without one that reads the policy's tokens."""
+    watch: Callable[[Params, int], dict[str, Any]] | None
+    """watch(policy, number) -> the watched scorers' means over answers to held-out prompts."""
+
+
+@contextmanager
+def load_rewards(
+    task: Task,
+    sampler: PolicySampler,
+    *,
+    models: Sequence[str],
+    functions: Sequence[str],
+    weights: Sequence[float],
+    watched: Sequence[str],
+    precision: Precision,
+    limits: Limits,
+    failed_score: float,
+    max_failed_share: float,
+) -> Iterator[Rewards]:
+    """Reward models from folders, then functions FILE.py:NAME, while the `with` lasts; processes end with it.
+
+    `weights` are theirs in this order, by default 1 each. `watched` names scorers of either kind that only measure.
+    Raises UserError without any reward, and for one that cannot be read.
+    """
+    told = iter(weights or [1.0] * (len(models) + len(functions)))
+    with ExitStack() as stack:
+
+        def of_function(text: str, weight: float) -> Reward:
+            opened = python_reward(
+                parse(text), limits, name=text.rpartition(":")[2], weight=weight, failed_score=failed_score,
+                max_failed_share=max_failed_share,
+            )  # fmt: skip
+            return stack.enter_context(opened)
+
+        def of_folder(folder: str, weight: float) -> tuple[Reward, tuple[ModelConfig, Params] | None]:
+            model = load_reward_model(folder, precision)
+            return model_scorer(
+                task, model, name=Path(folder).name, weight=weight, failed_score=failed_score,
+                max_failed_share=max_failed_share,
+            )  # fmt: skip
+
+        found = [of_folder(folder, next(told)) for folder in models]
+        rewards = [reward for reward, _ in found] + [of_function(text, next(told)) for text in functions]
+        check_rewards(rewards)
+        scorers = [of_function(text, 1.0) if ".py:" in text else of_folder(text, 1.0)[0] for text in watched]
+        critic = next((own for _, own in found if own is not None), None)
+        yield Rewards(rewards, critic, make_watch(task, sampler, scorers) if scorers else None)
+
+
+def model_scorer(
+    task: Task, model: Pretrained, *, name: str, weight: float, failed_score: float, max_failed_share: float
+) -> tuple[Reward, tuple[ModelConfig, Params] | None]:
+    """A reward model as a reward, and its config and parameters if it reads the policy's tokens.
+
+    One with another tokenizer reads text, on the host. Raises UserError for one that reads fewer tokens than the
+    policy has, or writes.
+    """
+    if not same_tokenizer(model.tokenizer, task.base.tokenizer):
+        return text_model_reward(
+            model.config, model.params, model.tokenizer, name=name, weight=weight, batch_size=task.eval_batch_size,
+            max_length=model.config.max_length, failed_score=failed_score, max_failed_share=max_failed_share,
+        ), None  # fmt: skip
+    length = task.prompts().train.tokens.shape[1] + task.max_new_tokens
+    check_reads(model.config, name=name, vocab_size=len(task.base.tokenizer), length=length)
+    return model_reward(model.config, model.params, name=name, weight=weight), (model.config, model.params)
+
+
+def load_reference(path_or_name: str, base: Pretrained, precision: Precision) -> Params:
+    """The parameters of a reference policy. Raises UserError for one of another shape or tokenizer than `base`."""
+    reference = load_policy(path_or_name, precision)
+    if reference.config != base.config or not same_tokenizer(reference.tokenizer, base.tokenizer):
+        raise UserError(f"the reference {path_or_name} has another shape or tokenizer than the model")
+    return reference.params

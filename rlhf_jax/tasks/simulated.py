@@ -1,0 +1,209 @@
+"""The controlled world as a task: demonstrators with a ceiling, annotators who agree 73% of the time, true utility."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rlhf_jax.batches import Completions, Prompts, Rankings, Tokens
+from rlhf_jax.data.encode import RankedAnswers
+from rlhf_jax.data.order import EpochOrder
+from rlhf_jax.data.preferences import join_rankings
+from rlhf_jax.data.tokens import pack_sequences, pad_prompts, pad_sequences, take
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import FLOAT32, ModelConfig, Precision
+from rlhf_jax.pretrained import Pretrained
+from rlhf_jax.sharding import host_share
+from rlhf_jax.simulation import Annotators, Demonstrators, agreement_rate, calibrate_noise, ceiling
+from rlhf_jax.simulation.world import Problem, draw_problems, make_tokenizer, utilities
+from rlhf_jax.tasks.task import Comparisons, Demonstrations, PromptRow, PromptSets, Sampler
+
+AGREEMENT = 0.73
+"""How often two annotators prefer the same of two answers, as in InstructGPT."""
+PROMPT_LENGTH, ANSWER_LENGTH, PACKED_LENGTH = 16, 20, 64
+"""Tokens. A prompt of the world has at most 14, an answer at most 20."""
+
+
+class Sizes(NamedTuple):
+    """How many rows of each kind the world draws, and the layers of a new model."""
+
+    demonstrations: int = 32_000
+    validation: int = 1024
+    compared: int = 12_000
+    """Prompts with ranked answers to train on."""
+    ranked: int = 8
+    """Answers to each of them."""
+    heldout_pairs: int = 4096
+    prompts: int = 8192
+    heldout: int = 512
+    layers: int = 3
+
+
+SIZES = Sizes()
+
+
+EVAL_BATCH_SIZE = 1024
+
+
+class World:
+    """A `Task` whose text is drawn when it is made. The same seed draws the same text."""
+
+    has_demonstrations, eval_batch_size = True, EVAL_BATCH_SIZE
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        base: Pretrained | None = None,
+        precision: Precision = FLOAT32,
+        sizes: Sizes | None = None,
+    ) -> None:
+        """`base` is the model to start from, by default a new one.
+
+        Raises UserError for a model whose vocabulary is not that of the world.
+        """
+        sizes = SIZES if sizes is None else sizes
+        self._rng = rng = np.random.default_rng([seed, 0])
+        self.base = _new_model(sizes.layers, precision) if base is None else _with_words_of_the_world(base)
+        self.max_new_tokens = ANSWER_LENGTH
+        self._sizes = sizes
+
+        pairs, written = self._demonstrate(draw_problems(rng, sizes.demonstrations))
+        self._demonstrations = pack_sequences(pairs, length=PACKED_LENGTH, pad_id=self.base.pad_id)
+        pairs, _ = self._demonstrate(draw_problems(rng, sizes.validation))
+        self._validation = pad_sequences(pairs, length=PROMPT_LENGTH + ANSWER_LENGTH, pad_id=self.base.pad_id)
+        self.facts = {
+            "demonstrators_utility": float(written.mean()),
+            "demonstrators_utility_se": float(written.std() / np.sqrt(len(written))),
+            "demonstrators_utility_std": float(written.std()),
+        }
+        counts = [sizes.compared, sizes.heldout_pairs, sizes.prompts, sizes.heldout]
+        self._problems = draw_problems(rng, sum(counts))
+        self._problems += draw_problems(rng, sizes.heldout, shifted=True)
+        everything = self._encode(self._problems)
+        rows = np.split(np.arange(len(self._problems)), np.cumsum(counts))
+        parts = [take(everything, some) for some in rows]
+        self._compared, self._compared_heldout, train, heldout, shifted = parts
+        texts = [PromptRow(problem.prompt, {}) for problem in self._problems]
+        self._prompts = PromptSets(train, heldout, shifted, texts, texts)
+
+    def demonstrations(self) -> Demonstrations:
+        """The demonstrators' answers."""
+        tokens = self._demonstrations
+        return Demonstrations(
+            tokens, self._validation, lambda size, seed: EpochBatches(tokens, size, seed), len(tokens.mask)
+        )
+
+    def prompts(self) -> PromptSets:
+        """Prompts that were not compared, and those of longer lists as `shifted`."""
+        return self._prompts
+
+    def finish(self) -> None:
+        """Does nothing: the world reads no files."""
+
+    def judge(self, prompts: Prompts, completions: Completions) -> np.ndarray:
+        """True utility of answers: [B]."""
+        problems = [self._problems[row] for row in np.asarray(prompts.row)]
+        return utilities(problems, self.base.read_answers(completions), self.base.ended(completions).tolist())
+
+    def comparisons(self, sampler: Sampler) -> Comparisons:
+        """The annotators' rankings of the sampler's answers. Each call asks annotators of their own."""
+        train, noise, _ = self._rank(sampler, 0, self._compared, self._sizes.ranked, None)
+        heldout, _, facts = self._rank(sampler, 1, self._compared_heldout, 2, noise)
+        return Comparisons(train, self._lay(heldout), facts, self._lay, packed=False)
+
+    def _rank(
+        self, sampler: Sampler, number: int, prompts: Prompts, count: int, noise: float | None
+    ) -> tuple[list[RankedAnswers], float, dict[str, float]]:
+        repeated = take(prompts, np.repeat(np.arange(len(prompts.row)), count))
+        answers = sampler(repeated, number)
+        texts = self.base.read_answers(answers)
+        perceived = Annotators(noise=0.0).perceive(self.judge(repeated, answers), texts).reshape(-1, count)
+        differences = perceived[:, 0] - perceived[:, 1]
+        if noise is None:
+            noise = calibrate_noise(differences, AGREEMENT)
+        annotators = Annotators(noise=noise)
+        ranks, again = (annotators.rank(self._rng, perceived) for _ in range(2))
+        facts = {
+            "annotator_noise": noise,
+            "annotator_agreement_expected": agreement_rate(differences, noise),
+            "annotator_agreement": float(np.mean((ranks[:, 0] < ranks[:, 1]) == (again[:, 0] < again[:, 1]))),
+            "ceiling": ceiling(differences, noise),
+        }
+        ids = [row[real].tolist() for row, real in zip(answers.tokens, answers.mask, strict=True)]
+        asked = [row[real].tolist() for row, real in zip(prompts.tokens, prompts.mask, strict=True)]
+        rankings = [
+            RankedAnswers(prompt, ids[p * count : (p + 1) * count], tuple(ranks[p].tolist()), 0.0)
+            for p, prompt in enumerate(asked)
+        ]
+        return rankings, noise, facts
+
+    def _lay(self, rankings: Sequence[RankedAnswers]) -> Rankings:
+        return join_rankings(
+            rankings, prompt_length=PROMPT_LENGTH, answer_length=ANSWER_LENGTH, pad_id=self.base.pad_id
+        )
+
+    def _encode(self, problems: list[Problem]) -> Prompts:
+        tokenizer = self.base.tokenizer
+        messages = [[{"role": "user", "content": p.prompt}] for p in problems]
+        texts = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return pad_prompts(ids, length=PROMPT_LENGTH, pad_id=self.base.pad_id)
+
+    def _demonstrate(self, problems: list[Problem]) -> tuple[list[tuple[list[int], list[int]]], np.ndarray]:
+        """(prompt, answer) in ids, and the true utility of each answer."""
+        prompts, people = self._encode(problems), Demonstrators()
+        texts = [people.write(self._rng, p) for p in problems]
+        answers = self.base.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        pairs = [
+            (ids[mask].tolist(), [*answer, self.base.eos_id])
+            for ids, mask, answer in zip(prompts.tokens, prompts.mask, answers, strict=True)
+        ]
+        return pairs, utilities(problems, texts, [True] * len(texts))
+
+
+class EpochBatches(Iterator[Tokens]):
+    """Endless batches of rows that are in memory, in another order each epoch; each process has rows of its own.
+
+    A batch has at most as many rows as there are. Rows that are left over at an epoch's end are left out of it.
+    """
+
+    def __init__(self, tokens: Tokens, batch_size: int, seed: int) -> None:
+        rows = len(tokens.mask)
+        self._tokens, self._step = tokens, 0
+        self._order = EpochOrder([seed, 1], rows, min(batch_size, rows))
+
+    def __next__(self) -> Tokens:
+        rows = self._order.rows(self._step)
+        self._step += 1
+        number, count = host_share()
+        return take(self._tokens, np.split(rows, count)[number])
+
+    def get_state(self) -> int:
+        """How many batches were given: a JSON value."""
+        return self._step
+
+    def set_state(self, state: int) -> None:
+        """Goes on after so many batches."""
+        self._step = state
+
+
+def _new_model(layers: int, precision: Precision) -> Pretrained:
+    """130 thousand parameters, still to be initialised."""
+    tokenizer = make_tokenizer()
+    config = ModelConfig(
+        vocab_size=len(tokenizer), d_model=64, n_layers=layers, n_heads=4, n_kv_heads=4, head_dim=16, d_ff=128,
+        rope_theta=10_000.0, norm_eps=1e-5, tie_embeddings=True, max_length=PROMPT_LENGTH + ANSWER_LENGTH,
+        precision=precision,
+    )  # fmt: skip
+    return Pretrained(config, None, tokenizer)
+
+
+def _with_words_of_the_world(model: Pretrained) -> Pretrained:
+    tokenizer = make_tokenizer()
+    if model.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{model.name} does not have the vocabulary of the controlled world, and without files there is nothing"
+            " else to learn from: give some (--help names their flags)"
+        )
+    return model._replace(tokenizer=tokenizer, name=None)

@@ -1,0 +1,215 @@
+"""Each ablation from end to end, in this process and in a world of few of everything."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import ppo, reward_model, sft
+from experiments.ablations import kl_coefficient, precision, preference_losses
+from experiments.ablations.grid_results import Cells
+from experiments.flags import Preference
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import MIXED, Transformer, from_language_model
+from rlhf_jax.tasks import simulated
+
+SIZES = simulated.Sizes(
+    demonstrations=128, validation=32, compared=16, ranked=4, heldout_pairs=16, prompts=64, heldout=16, layers=1
+)
+SFT = sft.SFT(steps=4, batch_size=4)
+PPO = ppo.PPO(steps=9, responses=8, epochs=1, minibatches=1)
+
+
+@pytest.fixture(autouse=True)
+def tiny_world(monkeypatch):
+    monkeypatch.setattr(simulated, "SIZES", SIZES)
+
+
+def cells_of(folder):
+    return {path.stem: json.loads(path.read_text())["values"] for path in folder.glob("seed-*/*.json")}
+
+
+def tables_of(folder):
+    text = (folder / "table.md").read_text(encoding="utf-8")
+    return [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+
+
+def test_kl_coefficient(tmp_path):
+    folder = tmp_path / "run"
+    cfg = kl_coefficient.Config(
+        run_dir=str(folder), jobs=0, seeds=1, betas=(0.0, 1.0), sft=SFT, ppo=PPO,
+        reward_model=reward_model.RewardModel(epochs=1, prompts_per_step=8),
+    )  # fmt: skip
+    metrics = kl_coefficient.main(cfg)
+    free, held = (cells_of(folder)[f"beta-{beta}"] for beta in (0, 1))
+    # Both begin at the same policy, and the first answers are the same.
+    assert free["sft_utility"] == held["sft_utility"] and free["distance"] != held["distance"]
+    assert [len(free[name]) for name in ("distance", "score", "utility")] == [5, 5, 5]
+    assert free["peak"] == max(free["utility"]) and free["end"] == free["utility"][-1]
+    assert 0 <= metrics["beta-0_win_rate"] <= 1 and metrics["beta-0_ppo_utility"] == free["ppo_utility"]
+    seeds, betas = tables_of(folder)
+    assert len(seeds[0].split("|")) == 3 + len(kl_coefficient.SEED_COLUMNS) and seeds[2].startswith("| 0 | ")
+    assert [row.split(" | ")[0] for row in betas[2:]] == ["| 0", "| 1"]
+    figure = (folder / "kl_coefficient.svg").read_text()
+    assert "d(α − β log d), R²" in figure and "demonstrators" in figure
+
+
+def test_the_figure_fits_the_curve_that_it_draws():
+    """Two seeds, each of Gao's form with numbers of its own: R² is of the mean curve, not the mean of theirs."""
+    d, free = np.linspace(0.2, 4, 12), kl_coefficient.Variant(0.0)
+    seeds = [0.5 + d * (1.0 - 0.5 * np.log(d)) + noise for noise in (0.3 * np.sin(9 * d), -0.3 * np.sin(9 * d))]
+    values = {
+        (seed, free): {
+            "distance": d, "score": d, "utility": y, "sft_utility": 0.5, "demonstrators_utility": 0.9,
+            **{column.name: 0.1 for column in kl_coefficient.SEED_COLUMNS[1:]},
+        }
+        for seed, y in enumerate(seeds)
+    }  # fmt: skip
+    for cell in values.values():
+        cell |= {"sft_utility": 0.5, "demonstrators_utility": 0.9}
+    _, truth = kl_coefficient.present(None, Cells((0, 1), (free,), values, {})).panels
+    curve, fit, teachers = truth.lines
+    np.testing.assert_allclose(curve.y, np.mean(seeds, axis=0))
+    assert fit.label == "d(α − β log d), R² 1.00" and teachers.y.tolist() == [0.9, 0.9]
+    np.testing.assert_allclose(fit.y, 0.5 + fit.x * (1.0 - 0.5 * np.log(fit.x)), rtol=1e-6)
+
+
+def test_train_is_pure_and_vmaps_over_beta():
+    task = simulated.World(0, sizes=SIZES._replace(demonstrations=4, compared=4))
+    params = Transformer(task.base.config).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    base = task.base._replace(params=params)
+    rewards = from_language_model(params, jax.random.key(1), base.config)
+    cfg = ppo.PPO(steps=2, responses=8, epochs=1, minibatches=1, learning_rate=0.01)
+    train = kl_coefficient.make_train(
+        cfg, base, task.prompts().train, (base.config, rewards), max_new_tokens=4
+    )  # fmt: skip
+    betas = jnp.array([0.0, 5.0])
+
+    def curves(beta):
+        _, metrics, _, _ = train(jax.random.key(0), beta)
+        return {name: metrics[name] for name in ("score", "kl_k1", "beta", "entropy")}
+
+    together, alone = jax.jit(jax.vmap(curves))(betas), jax.jit(curves)
+    each = [alone(beta) for beta in betas]
+    for name in together:
+        np.testing.assert_allclose(together[name], [some[name] for some in each], atol=1e-4)
+    np.testing.assert_array_equal(each[1]["beta"], [5.0, 5.0])
+    jax.tree.map(np.testing.assert_array_equal, each[0], alone(betas[0]))
+
+
+def losses_config(**changes):
+    flags = dict(losses=("dpo", "kto"), betas=(), learning_rates=(1e-3,), seeds=1, jobs=0, sft=SFT) | changes
+    return preference_losses.Config(**flags)
+
+
+def test_preference_losses(tmp_path):
+    folder = tmp_path / "run"
+    cfg = losses_config(run_dir=str(folder), preference=Preference(steps=2, batch_size=4, evaluations=2))
+    preference_losses.main(cfg)
+    cells = cells_of(folder)
+    assert set(cells) == {"dpo-beta-0.1-learning_rate-0.001", "kto-beta-0.1-learning_rate-0.001"}
+    (table,) = tables_of(folder)
+    assert [row.split(" | ")[:3] for row in table[2:]] == [["| dpo", "0.1", "0.001"], ["| kto", "0.1", "0.001"]]
+    assert len(table[0].split("|")) == 2 + 3 + len(preference_losses.COLUMNS) and " |  |" not in "".join(table)
+    for name, cell in cells.items():
+        loss = name.partition("-")[0]
+        lines = (folder / "seed-0" / name / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        logged = [row["utility"] for row in rows if row["stage"] == loss]
+        assert len(logged) == 2 and cell["peak_utility"] == max(logged)
+        # At the reference: log 2 of a pair, σ(0) of a single answer.
+        np.testing.assert_allclose(rows[0]["loss"], {"dpo": np.log(2), "kto": 0.5}[loss], atol=1e-5)
+    assert (folder / "preference_losses.svg").exists()
+
+
+def test_losses_are_crossed_with_their_numbers():
+    cfg = losses_config(losses=("dpo", "ipo"), betas=(0.2, 1.0), learning_rates=(1e-3, 1e-4))
+    assert [tuple(variant) for variant in preference_losses.variants(cfg)[:3]] == [
+        ("dpo", 0.2, 1e-3), ("dpo", 0.2, 1e-4), ("dpo", 1.0, 1e-3),
+    ]  # fmt: skip
+    every = losses_config(losses=("dpo", "ipo", "simpo", "orpo", "kto"))
+    assert [variant.beta for variant in preference_losses.variants(every)] == [0.1, 0.03, 2.0, 3.0, 0.1]
+    flags = preference_losses.flags_of(cfg, preference_losses.Variant("ipo", 0.2, 1e-4))
+    assert type(flags).__name__ == "IPO" and (flags.beta, flags.learning_rate) == (0.2, 1e-4)
+    with pytest.raises(UserError, match="beta is -1"):
+        losses_config(betas=(-1.0,))
+    with pytest.raises(UserError, match="give --learning-rates"):
+        losses_config(preference=Preference(learning_rate=1.0))
+
+
+def test_precision(tmp_path, monkeypatch):
+    """All stages in mixed precision."""
+    seen, train = [], ppo.train
+
+    def watched(cfg, base, *args, **numbers):
+        seen.append(base.config.precision)
+        return train(cfg, base, *args, **numbers)
+
+    monkeypatch.setattr(ppo, "train", watched)
+    folder = tmp_path / "run"
+    cfg = precision.Config(
+        run_dir=str(folder), jobs=0, seeds=1, precisions=("mixed",), sft=SFT, comparisons_used=8,
+        ppo=ppo.PPO(steps=1, responses=8, epochs=1, minibatches=1),
+        reward_model=reward_model.RewardModel(epochs=1, prompts_per_step=4),
+    )  # fmt: skip
+    precision.main(cfg)
+    found = cells_of(folder)["mixed"]
+    assert set(precision.NUMBERS) < set(found) and seen == [MIXED]
+    rows = [json.loads(line) for line in (folder / "seed-0" / "mixed" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["stage"] == "reward_model"][-1] == 2  # 8 prompts, 4 a step
+    numbers, crossed = tables_of(folder)
+    assert len(numbers) == 2 + len(precision.NUMBERS) and crossed[2].startswith("| mixed | mixed | ")
+
+
+def test_precisions_are_compared_seed_by_seed(tmp_path, monkeypatch):
+    used = []
+
+    def train(cfg, task, run):
+        used.append((cfg.seed, cfg.precision))
+        run.log("sft", 1, {"val_loss": 0.0, "utility": 0.5})
+        run.log("sft", 2, {"val_loss": 1.0 + cfg.seed + (cfg.precision == "mixed") / 8})
+
+    monkeypatch.setattr(precision, "train", train)
+    monkeypatch.setattr(precision, "sampled_in_each", lambda cfg, task, params: {})
+    metrics = precision.main(precision.Config(run_dir=str(tmp_path / "run"), jobs=0, seeds=2, stages=("sft",)))
+    assert used == [(0, "float32"), (0, "mixed"), (1, "float32"), (1, "mixed")]
+    assert metrics["float32_SFT: validation loss"] == 1.5 and metrics["mixed_SFT: validation loss"] == 1.625
+    ((_, _, *rows),) = tables_of(tmp_path / "run")
+    assert rows[0] == "| SFT: validation loss | 1, 2 | 0.71 | 1.125, 2.125 | +0.12 ± 0 (0) |"
+    with pytest.raises(UserError, match="give --precisions"):
+        precision.main(precision.Config(precision="mixed"))
+
+
+def test_weights_are_sampled_in_each_precision(monkeypatch):
+    """They are given the types of that precision, and its arithmetic."""
+    task, asked = simulated.World(0, sizes=SIZES), []
+    params = {"weight": np.float32(1 + 2**-12)}
+
+    def sampler(config, **numbers):
+        def sample(params, prompts, number):
+            asked.append((params["weight"].dtype, float(params["weight"]), config.precision.compute, len(prompts.row)))
+            return prompts
+
+        assert numbers["max_new_tokens"] == task.max_new_tokens
+        return sample
+
+    class Weight:
+        def __init__(self, config):
+            self.init = lambda key, tokens: {"params": {"weight": jnp.zeros((), config.precision.parameters)}}
+
+    monkeypatch.setattr(precision, "make_sampler", sampler)
+    monkeypatch.setattr(precision, "Transformer", Weight)
+    monkeypatch.setattr(task, "judge", lambda prompts, answers: np.array([1.0, 3.0]))
+    cfg = precision.Config(precisions=("float32", "mixed", "bfloat16"))
+    found = precision.sampled_in_each(cfg, task, params)
+    exact, rounded = 1 + 2**-12, 1.0
+    assert asked == [
+        (jnp.float32, exact, jnp.float32, 64), (jnp.float32, exact, jnp.bfloat16, 64),
+        (jnp.bfloat16, rounded, jnp.bfloat16, 64),
+    ]  # fmt: skip
+    # 1 and 3: a mean of 2, and a standard error of √2/√2.
+    assert found == {f"sampled_in_{name}": 2.0 for name in cfg.precisions} | {
+        f"se_in_{name}": pytest.approx(1.0) for name in cfg.precisions
+    }
