@@ -1,21 +1,26 @@
-"""Compiles an experiment's own program for TPUs that are not there: does it fit, and what will it take?
+"""Compiles an experiment's own program for TPUs without having any: memory, collectives, and the least time.
 
     pip install -e '.[tpu]'
     python tpu/compile.py --experiment ppo --model llama3-8b --topology v5e:8x16 --mesh fsdp=32,tensor=4
 
-No TPU is needed: libtpu, which has the real compiler, comes from PyPI. Nothing is allocated and nothing is run. Prints
-HBM a chip, floating-point operations, collectives and the least time that they allow; what does not fit ends in one
-line that says by how much and what to change. `tpu/table.py` makes experiments/results/tpu.md with it.
+No TPU is needed: libtpu, which has the real compiler, comes from PyPI. Nothing is allocated and nothing is run. The
+result is HBM a chip, floating-point operations, collectives and the least time that they allow. A program that does
+not fit ends in one line: by how much, and what to change. `tpu/table.py` makes experiments/results/tpu.md with it.
 """
 
 import os
 import re
+import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # before jax: no TPU is looked for
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "")
+
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import hlo
 import jax
@@ -23,14 +28,14 @@ from jax.experimental import topologies
 
 from experiments.bench.programs import Case, Program, build
 from experiments.bench.shapes import CHIPS, Chip
-from experiments.pairs import Batch
 from rlhf_jax.batches import Rankings, Tokens
 from rlhf_jax.cli import run_main
+from rlhf_jax.data.pairs import AnswerBatch
 from rlhf_jax.errors import UserError
 from rlhf_jax.scoring import HEAD_CHUNK
 from rlhf_jax.sharding import batch_shardings, make_mesh, shardings
 
-# What was compiled for devices that are not there cannot be read back.
+# Programs for devices that this machine does not have cannot be read back from the cache.
 jax.config.update("jax_enable_compilation_cache", False)
 
 
@@ -39,33 +44,34 @@ class Config(Case):
     """Compiles one program."""
 
     topology: str = field(kw_only=True)
-    """Such as v5e:8x16, v5p:4x4x4 or v6e:4x4."""
+    """The slice, such as v5e:8x16, v5p:4x4x4 or v6e:4x4."""
     mesh: str = "fsdp=-1"
-    """As the experiments' --mesh."""
+    """The mesh, as the experiments' --mesh."""
 
     def __post_init__(self) -> None:
+        """Raises UserError for numbers out of range, and for an unknown model or chip."""
         super().__post_init__()
         if self.topology.partition(":")[0] not in CHIPS:
-            raise UserError(f"topology {self.topology!r}: it begins with one of {', '.join(CHIPS)}, as in v5e:4x4")
+            raise UserError(f"topology {self.topology!r} does not begin with one of {', '.join(CHIPS)}, as in v5e:4x4")
 
 
 def on(mesh: Any, tree: Any, *, batch: bool = False) -> Any:
-    """Shapes with their places."""
+    """A tree as shapes with shardings on the mesh."""
     places = batch_shardings(mesh, tree) if batch else shardings(mesh, tree)
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
 def placed(mesh: Any, program: Program) -> list[Any]:
-    """What the program is called with, in shapes that have their places: batches are cut by rows."""
+    """The program's arguments as shapes with shardings. Batches are sharded by rows."""
     scalars = jax.Array | jax.ShapeDtypeStruct
     return [
-        arg if isinstance(arg, scalars) else on(mesh, arg, batch=isinstance(arg, Tokens | Rankings | Batch))
+        arg if isinstance(arg, scalars) else on(mesh, arg, batch=isinstance(arg, Tokens | Rankings | AnswerBatch))
         for arg in program.args
     ]
 
 
 def too_large(cfg: Config, message: str) -> UserError:
-    """What the compiler says of memory, and what helps."""
+    """The error for a program that does not fit: the memory it needs, and what helps."""
     found = re.search(r"([\d.]+\w)(?:\)? exceeds[^(]*\(| of )([\d.]+\w)", message)
     said = f"it needs {found[1]}B of the {found[2]}B a chip" if found else message.splitlines()[0]
     return UserError(
@@ -76,7 +82,10 @@ def too_large(cfg: Config, message: str) -> UserError:
 
 
 def main(cfg: Config, *, quiet: bool = False) -> dict[str, float]:
-    """Compiles; prints and returns the figures."""
+    """Compiles; prints and returns the figures.
+
+    Raises UserError for a topology that the compiler does not know, and when the program does not fit.
+    """
     chip: Chip = CHIPS[cfg.topology.partition(":")[0]]
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=cfg.topology)
@@ -97,7 +106,7 @@ def main(cfg: Config, *, quiet: bool = False) -> dict[str, float]:
     memory = compiled.memory_analysis()
 
     def turns(loop: str) -> int:
-        """Of loops that end when the data say so: the sampler's, and the head's over columns that count."""
+        """The most turns of a loop whose end depends on data: the sampler's, or the head's over chunks of columns."""
         return cfg.response if "generate" in loop else -(-cfg.response // HEAD_CHUNK)
 
     traffic = hlo.sent(compiled.as_text(), otherwise=turns)

@@ -1,4 +1,4 @@
-"""What a compiled TPU program (HLO text) sends between chips, loops counted as often as they turn."""
+"""Counts the collectives of a compiled TPU program (HLO text) and their bytes, with the turns of loops."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FUSED = "all-reduce-scatter"
-"""What begins the name of a computation whose all-reduce keeps a part only: a reduce-scatter."""
+"""The beginning of the name of a computation whose all-reduce keeps only a part: a reduce-scatter."""
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -26,12 +26,12 @@ class Instruction(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """By kind of collective."""
+    """Totals of a program by kind of collective."""
 
     times: Counter[str]
-    """How often a chip takes part in one."""
+    """The number of times that a chip takes part in one."""
     bytes: Counter[str]
-    """What a chip receives, all of them together."""
+    """Bytes that a chip receives in all of them together."""
 
 
 def sizes(shapes: str) -> list[int]:
@@ -79,8 +79,9 @@ def parse(program: str) -> tuple[str, dict[str, list[Instruction]]]:
 
 
 def turns_of(loop: Instruction, computations: dict[str, list[Instruction]], otherwise: Turns) -> int:
-    """Of a while loop that counts up to a constant from 0; what `otherwise` makes of its text if it does not."""
-    condition = computations[re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]]
+    """The turns of a while loop that counts from 0 to a constant; for any other loop `otherwise(its text)`."""
+    (name,) = re.findall(r"condition=%?([\w.\-]+)", loop.rest)
+    condition = computations[name]
     constants = {one.name: one.rest for one in condition if one.kind == "constant"}
     for one in condition:
         if one.kind == "compare" and "direction=LT" in one.rest:

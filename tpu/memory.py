@@ -1,20 +1,20 @@
-"""How much memory a stage needs by size of model, and the smallest slice and mesh that has it: arithmetic, not a run.
+"""Estimates the memory of each stage by size of model, and the smallest slice and mesh that has it. Nothing is run.
 
     python tpu/memory.py
 
 Bytes a parameter: one that is trained has its weight, its gradient and Adam's two moments in float32 (4 + 4 + 4 + 4);
-one that is frozen has its weight in bfloat16 (2). What is left over is for activations, logits and the KV cache.
+one that is frozen has its weight in bfloat16 (2). The rest of the memory is for activations, logits and the KV cache.
 """
 
 from dataclasses import dataclass
 
 TRAINED, FROZEN = 16, 2
 RANK = 16
-"""Of the adapters, which lie on all seven kernels of a layer."""
+"""The rank of the adapters, which are on all seven kernels of a layer."""
 SHARE = 0.5
-"""Of a chip's memory for weights, gradients and moments; the rest is for what depends on batch and length."""
+"""The share of a chip's memory for weights, gradients and moments. The rest depends on batch and length."""
 UTILISATION = 0.4
-"""Of a chip's peak, for the chip-hours: an assumption."""
+"""The assumed share of a chip's peak, for the chip-hours."""
 
 
 @dataclass(frozen=True)

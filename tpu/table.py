@@ -1,10 +1,16 @@
-"""What each experiment needs on TPU slices: experiments/results/tpu.md, by the compiler that would run it.
+"""Makes experiments/results/tpu.md: the memory and the least time of each experiment on TPU slices.
 
     python tpu/table.py > table.md
-Some minutes a row on 2 CPU cores; `--rows 0 3` for some of them. Nothing is run on a TPU.
+The numbers are the TPU compiler's; nothing is run on a TPU. A row takes some minutes on 2 CPU cores. `--rows 0 3`
+makes only these rows.
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from compile import Config as Case
 from compile import main as compile_case
@@ -36,7 +42,7 @@ class Config:
     """Compiles the cases."""
 
     rows: tuple[int, ...] = tuple(range(len(CASES)))
-    """Which of them."""
+    """The rows to compile."""
 
 
 def main(cfg: Config) -> dict[str, float]:

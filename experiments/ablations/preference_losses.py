@@ -1,127 +1,128 @@
-"""What β does in direct preference optimisation, and its kin beside it: true utility against the distance from SFT.
+"""The effect of β in DPO, IPO, SimPO, ORPO and KTO: true utility against the distance from SFT.
 
 Rafailov et al. 2024 (https://arxiv.org/abs/2406.02900) find that these losses are over-optimised as reward models are:
-a smaller β goes further from the reference, and from some point on gets worse there. Here the true utility is known.
-For each seed a world, SFT and comparisons of its own; then a run for each loss, β and learning rate.
+a smaller β moves the policy further from the reference, and beyond some distance it gets worse. Here the true utility
+is known. Each seed has a world, an SFT policy and comparisons of its own. Each loss, β and learning rate is a run.
     python experiments/ablations/preference_losses.py
     python experiments/ablations/preference_losses.py --losses dpo ipo simpo orpo kto --betas
-Without a number after --betas each loss has its own. Finished runs are kept: --resume goes on after them.
+Without a number after --betas each loss has its default β. Two seeds of DPO at five β take about 20 minutes on 2 CPU
+cores.
 """
 
-import json
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+import sys
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from experiments import dpo, pipeline, sft
-from experiments.dpo import DPO
-from experiments.setting import keep_freed_memory, world_setting
+from experiments import dpo, ipo, kto, orpo, simpo
+from experiments.ablations.grid import GridFlags, run_grid
+from experiments.ablations.grid_results import Cells, Column, Page, Panel, points_line, variants_table
+from experiments.ablations.worlds import AfterSFT, after_sft
+from experiments.flags import Preference, train_preference
 from experiments.sft import SFT
 from rlhf_jax.cli import run_main
-from rlhf_jax.errors import at_least
+from rlhf_jax.data.pairs import paired, singly
+from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run
 from rlhf_jax.metrics import read_metrics
+from rlhf_jax.tasks.measure import compare_policies, make_policy_measure, make_token_scorer
+
+METHODS: dict[str, tuple[Any, Any]] = {
+    "dpo": (dpo, dpo.DPO), "ipo": (ipo, ipo.IPO), "simpo": (simpo, simpo.SimPO), "orpo": (orpo, orpo.ORPO),
+    "kto": (kto, kto.KTO),
+}  # fmt: skip
+"""The files, each with its loss and its implicit reward, and their flags."""
+COLUMNS = tuple(
+    Column(head, name, digits, extremes=True)
+    for head, name, digits in (
+        ("KL to SFT, nats", "kl_k1", 1), ("true utility", "policy_utility", 2), ("its peak", "peak_utility", 2),
+        ("beats SFT", "win_rate", 3), ("on shifted prompts", "shifted_win_rate", 3),
+        ("held-out accuracy", "val_accuracy", 3), ("log π chosen", "val_chosen_change", 1),
+        ("log π rejected", "val_rejected_change", 1), ("length", "policy_length", 1), ("ended", "ended", 3),
+        ("copies", "duplicates", 3),
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(GridFlags):
     """Preference losses at several β and learning rates, several seeds."""
 
-    run_dir: str | None = None
-    seed: int = 0
-    """The first one."""
     seeds: int = 2
-    resume: bool = False
     losses: tuple[Literal["dpo", "ipo", "simpo", "orpo", "kto"], ...] = ("dpo",)
     betas: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
-    learning_rates: tuple[float, ...] = ()
-    jobs: int = 2
-    """Processes at once, a seed each."""
+    learning_rates: tuple[float, ...] = (5e-4,)
     sft: SFT = field(default_factory=SFT)
-    dpo: DPO = field(default_factory=DPO)
+    preference: Preference = field(default_factory=Preference)
+    """The flags that all losses share. β and the learning rate are set by the flags above."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a variant that cannot be run, and for a learning rate in --preference."""
+        super().__post_init__()
+        if self.preference.learning_rate is not None:
+            raise UserError("--preference.learning-rate is not used here: give --learning-rates")
+        for variant in variants(self):
+            flags_of(self, variant)
 
 
-def variants(cfg: Config) -> list[DPO]:
-    """Every loss with every β and learning rate."""
+class Variant(NamedTuple):
+    """A loss and its numbers."""
+
+    loss: str
+    beta: float
+    learning_rate: float
+
+
+def variants(cfg: Config) -> list[Variant]:
+    """Every loss with every β, or its own, and every learning rate."""
     return [
-        replace(cfg.dpo, loss=loss, beta=beta, learning_rate=rate)
+        Variant(loss, beta, rate)
         for loss in cfg.losses
-        for beta in cfg.betas or (cfg.dpo.beta,)
-        for rate in cfg.learning_rates or (cfg.dpo.learning_rate,)
+        for beta in cfg.betas or (METHODS[loss][1]().beta,)
+        for rate in cfg.learning_rates
     ]
 
 
-def name(variant: DPO) -> str:
-    """A variant's folder."""
-    return f"{variant.loss}-{variant.beta_used:g}-{variant.learning_rate:g}"
+def flags_of(cfg: Config, variant: Variant) -> Any:
+    """The flags of a variant's own file. Raises UserError for what it cannot be run with."""
+    numbers = {"beta": variant.beta, "learning_rate": variant.learning_rate}
+    return METHODS[variant.loss][1](**asdict(cfg.preference) | numbers)
 
 
-def one_seed(seed: int, *, cfg: Config, folder: Path) -> list[dict[str, float]]:
-    """SFT, comparisons, and every variant; each one's result is also in its folder."""
-    folder = folder / f"seed-{seed}"
-    keep_freed_memory()
-    setting = world_setting(seed)
-    with Run(folder / "sft", cfg, resume=(folder / "sft" / "config.json").exists()) as run:
-        start = sft.train(cfg.sft, setting, run, seed)[-1]
-        comparisons = setting.compare(sft.make_sampler(setting, start, seed))
-    results = []
-    for variant in variants(cfg):
-        path = folder / name(variant)
-        if not (path / "result.json").exists():
-            with Run(path, variant, resume=(path / "config.json").exists()) as run:
-                policy, reward, metrics = dpo.train(variant, setting, comparisons, start, run, seed)
-                metrics |= pipeline.evaluate(setting, start, policy, reward, run, seed, stage="dpo")
-                logged = [row["utility"] for row in read_metrics(path)["dpo"] if "utility" in row]
-                metrics["peak_utility"] = max(logged)
-                (path / "result.json").write_text(json.dumps(metrics), encoding="utf-8")
-        results.append(json.loads((path / "result.json").read_text(encoding="utf-8")))
-    return results
+def one(cfg: Config, begun: AfterSFT, seed: int, variant: Variant, run: Run) -> dict[str, Any]:
+    """One loss at one β and learning rate: where it ends beside SFT, and the best of its evaluations."""
+    module, own = METHODS[variant.loss][0], flags_of(cfg, variant)
+    task, size, single = begun.task, begun.task.eval_batch_size, variant.loss == "kto"
+    examples = paired(begun.comparisons.train, own.pairs)
+    trained = train_preference(
+        own, partial(module.loss, own), partial(module.reward, own), begun.base,
+        singly(examples) if single else examples, begun.comparisons, run, seed, stage=variant.loss,
+        eval_batch_size=size, mismatched=single, measure=make_policy_measure(task, begun.sampler, size),
+    )  # fmt: skip
+    logged = [row["utility"] for row in read_metrics(run.dir)[variant.loss] if "utility" in row]
+    policies = ("sft", begun.base.params), ("policy", trained.params)
+    ends = compare_policies(run, task, *policies, begun.sampler, make_token_scorer(task, trained.reward))
+    return trained.metrics | ends | {"peak_utility": max(logged)}
 
 
-COLUMNS = {
-    "KL to SFT, nats": ("dpo_kl_k1", 1), "true utility": ("dpo_utility", 2), "its peak": ("peak_utility", 2),
-    "beats SFT": ("win_rate", 3), "on shifted prompts": ("shifted_win_rate", 3),
-    "held-out accuracy": ("dpo_val_accuracy", 3), "log π chosen": ("dpo_val_chosen_change", 1),
-    "log π rejected": ("dpo_val_rejected_change", 1), "length": ("dpo_length", 1), "ended": ("dpo_ended", 3),
-    "copies": ("dpo_duplicates", 3),
-}  # fmt: skip
-
-
-def markdown(cfg: Config, results: list[list[dict[str, float]]]) -> str:
-    """A row a variant: the mean over seeds, with the least and the most of them where there are several."""
-    lines = ["| loss | β | learning rate | " + " | ".join(COLUMNS) + " |", "|" + "---|" * (3 + len(COLUMNS))]
-    for i, variant in enumerate(variants(cfg)):
-        cells = [variant.loss, f"{variant.beta_used:g}", f"{variant.learning_rate:g}"]
-        for key, digits in COLUMNS.values():
-            values = [result[i][key] for result in results]
-            spread = f" ({min(values):.{digits}f}, {max(values):.{digits}f})" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.{digits}f}{spread}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def present(cfg: Config, cells: Cells) -> Page:
+    """A row a variant; true utility against the KL to SFT, a line a loss and learning rate."""
+    groups: dict[str, list[Variant]] = {}
+    for variant in cells.finished():
+        groups.setdefault(f"{variant.loss}, learning rate {variant.learning_rate:g}", []).append(variant)
+    lines = [points_line(cells, sorted(some), "kl_k1", "policy_utility", name) for name, some in groups.items()]
+    panel = Panel("Several β", "KL(π‖SFT), nats a response", "true utility", lines)
+    return Page([variants_table(cells, ["loss", "β", "learning rate"], COLUMNS)], [panel])
 
 
 def main(cfg: Config) -> dict[str, float]:
-    """Runs all seeds; returns each variant's true utility and KL, means over seeds."""
-    at_least(cfg, seed=0, seeds=1, jobs=1)
-    with Run(cfg.run_dir, cfg, name="preference_losses", resume=cfg.resume) as run:
-        work = partial(one_seed, cfg=cfg, folder=run.dir)
-        with ProcessPoolExecutor(cfg.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            results = list(pool.map(work, range(cfg.seed, cfg.seed + cfg.seeds)))
-        table = markdown(cfg, results)
-        (run.dir / "table.md").write_text(table, encoding="utf-8")
-        run.say(table)
-        metrics: dict[str, Any] = {}
-        for i, variant in enumerate(variants(cfg)):
-            for key, _ in COLUMNS.values():
-                metrics[f"{name(variant)}_{key}"] = float(np.mean([result[i][key] for result in results]))
-        metrics["sft_utility"] = float(np.mean([result[0]["sft_utility"] for result in results]))
-        run.summary(metrics)
-    return metrics
+    """Makes the grid; returns each variant's means over seeds."""
+    axes = ("losses", "betas", "learning_rates")
+    return run_grid(cfg, "preference_losses", variants(cfg), one, present, prepare=after_sft, axes=axes)
 
 
 if __name__ == "__main__":

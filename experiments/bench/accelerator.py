@@ -1,11 +1,11 @@
-"""How much of an accelerator each kind of work uses: MFU of the updates, and decoding's share of the memory's rate.
+"""Accelerator use by kind of work: MFU of the updates, and the share of memory bandwidth that decoding reaches.
 
     python experiments/bench/accelerator.py > rows.jsonl
-On one device, with random weights and tokens, bfloat16 arithmetic on float32 weights; the largest model has adapters
-on a trunk in bfloat16. First measures what the device reaches at a large matrix product (bfloat16) and at a copy. MFU
-is the model's own operations, without what is computed twice, over the first; decoding's share is the bytes that it
-has to read, all weights and the cache so far for each token, over the second. Prints a JSON line a row, each from a
-process of its own; a row that does not fit the device's memory says so.
+It runs on one device, with random weights and tokens, and bfloat16 arithmetic on float32 weights. The largest model
+has adapters on a trunk in bfloat16. The peaks are measured first, with a large matrix product (bfloat16) and a copy.
+MFU divides the model's own operations, without recomputation, by the first peak. Decoding's share divides the bytes
+that it must read (for each token all weights and the cache so far) by the second. Each row is a JSON line, measured in
+a process of its own. A row that does not fit the device's memory says so.
 """
 
 import json
@@ -15,19 +15,32 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
+
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax
 import jax.numpy as jnp
 
-from experiments.bench.programs import Case, Program, build
+from experiments import ppo
+from experiments.bench.programs import Case, Program, build, score_and_shape
 from rlhf_jax.cli import run_main
 from rlhf_jax.errors import UserError, at_least
 
 MODELS = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b")
 ADAPTED = {"qwen2.5-7b": 16}
-"""Ranks of the adapters of those that are too large to be trained whole."""
+"""Adapter ranks of the models that are too large for training all weights."""
 Work = Literal["device", "sft", "dpo", "ppo_update", "decode"]
+EXPERIMENT: dict[Work, Literal["sft", "dpo", "ppo"]] = {
+    "sft": "sft",
+    "dpo": "dpo",
+    "ppo_update": "ppo",
+    "decode": "ppo",
+}
+"""The experiment whose program contains each kind of work."""
 
 
 @dataclass(frozen=True)
@@ -37,22 +50,23 @@ class Config:
     models: tuple[str, ...] = MODELS
     """Some of the published shapes of experiments/bench/shapes.py."""
     work: tuple[Work, ...] = ("sft", "dpo", "ppo_update", "decode")
-    """`device` is the device alone, which the others are compared with."""
+    """The kinds of work. `device` measures only the device's peaks."""
     rows: int = 8
-    """Sequences of a step, and of a minibatch of PPO's, of which there are four. Decoding has 64."""
+    """Sequences in a step, and in each of PPO's four minibatches. Decoding has 64."""
     prompt: int = 512
     response: int = 512
     steps: int = 10
-    """Those that count, after 2 that do not."""
+    """Steps that are timed, after 2 that are not."""
     matrix: int = 16384
-    """Rows and columns of the matrices that measure the device."""
+    """Rows and columns of the matrix that measures the device's peaks."""
     peak: tuple[float, float] | None = None
-    """FLOP/s and bytes/s of the device; without, they are measured first."""
+    """The device's peaks, in FLOP/s and bytes/s. By default they are measured first."""
 
     def __post_init__(self) -> None:
+        """Raises UserError for numbers out of range, an odd number of rows, unknown models, and without any work."""
         at_least(self, rows=2, prompt=1, response=1, steps=1, matrix=1)
         if self.rows % 2:
-            raise UserError(f"rows is {self.rows}, and DPO's answers go in pairs: give an even number")
+            raise UserError(f"rows is {self.rows}; DPO's answers come in pairs, so it must be even")
         if not self.models or not self.work:
             raise UserError("nothing to time: give some --models and --work")
         for model in self.models:
@@ -60,7 +74,7 @@ class Config:
 
 
 def seconds(call: Callable[[], Any], steps: int) -> float:
-    """Median of those that count."""
+    """The median duration of the timed calls, after 2 that are not timed."""
     taken = []
     for _ in range(2 + steps):
         began = time.perf_counter()
@@ -70,7 +84,7 @@ def seconds(call: Callable[[], Any], steps: int) -> float:
 
 
 def device(cfg: Config) -> dict[str, Any]:
-    """What it reaches: a matrix product in bfloat16, and reading and writing a large array."""
+    """Peaks of the device: of a matrix product in bfloat16, and of reading and writing a large array."""
     n = cfg.matrix
     a = jnp.ones((n, n), jnp.bfloat16)
     product = jax.jit(lambda a: a @ a)
@@ -85,7 +99,7 @@ def device(cfg: Config) -> dict[str, Any]:
 
 
 def arrays(function: Callable[..., Any], *args: Any) -> Any:
-    """As `jax.eval_shape`, but what it returns is there."""
+    """Calls a function under jit. It takes the place of `jax.eval_shape` where arrays are needed."""
     return jax.jit(function)(*args)
 
 
@@ -103,29 +117,29 @@ def stepping(program: Program) -> Callable[[], Any]:
 
 def updating(program: Program) -> Callable[[], Any]:
     """PPO's update on one experience."""
-    assert program.iteration is not None
+    assert program.flags_and_setup is not None
     state, frozen, key = program.args
-    experience, _ = jax.jit(program.iteration.score)(state, frozen, *decoding(program)())
-    update = jax.jit(program.iteration.update, donate_argnums=0)
+    experience, _ = jax.jit(partial(score_and_shape, *program.flags_and_setup))(state, frozen, *decoding(program)())
+    update = jax.jit(partial(ppo.update, *program.flags_and_setup), donate_argnums=0)
     return stepping(program._replace(function=update, args=(state, frozen, experience, key)))
 
 
 def decoding(program: Program) -> Callable[[], Any]:
     """PPO's sampling: prompts are read, then a token of each row at a time."""
-    assert program.iteration is not None
-    rollout, (state, frozen, key) = jax.jit(program.iteration.rollout), program.args
-    # What samples is kept, and no more.
+    assert program.flags_and_setup is not None
+    rollout, (state, frozen, key) = jax.jit(partial(ppo.rollout, *program.flags_and_setup)), program.args
+    # Only the arrays that sampling reads are kept.
     state = state._replace(policy=state.policy.replace(opt_state=()), critic=())
-    frozen = frozen._replace(reference=(), reward_model=())
+    frozen = frozen._replace(reference=(), rewards={})
     return lambda: rollout(state, frozen, key)
 
 
 def measure(cfg: Config, model: str, work: Work, peak: tuple[float, float]) -> dict[str, Any]:
-    """One row, in this process, of a device with that peak."""
-    ppo = work in ("ppo_update", "decode")
+    """Measures one row in this process. `peak` is the device's FLOP/s and bytes/s."""
+    ppo = EXPERIMENT[work] == "ppo"
     rows = 64 if work == "decode" else cfg.rows * (4 if ppo else 1)
     case = Case(
-        "ppo" if ppo else work, model, rows=rows, prompt=cfg.prompt, response=cfg.response,
+        EXPERIMENT[work], model, rows=rows, prompt=cfg.prompt, response=cfg.response,
         lora_rank=ADAPTED.get(model, 0),
     )  # fmt: skip
     program = build(case, arrays)
@@ -153,7 +167,10 @@ def measure(cfg: Config, model: str, work: Work, peak: tuple[float, float]) -> d
 
 
 def apart(cfg: Config, work: Work, **more: Any) -> dict[str, Any]:
-    """One row, from a process of its own, which has the device to itself: its last line."""
+    """Measures one row in a process of its own, which has the device to itself.
+
+    Raises UserError when the process fails for another reason than the device's memory.
+    """
     flags = {"work": work, "rows": cfg.rows, "prompt": cfg.prompt, "response": cfg.response, "steps": cfg.steps,
              "matrix": cfg.matrix, **more}  # fmt: skip
     command = [sys.executable, __file__]
@@ -169,14 +186,18 @@ def apart(cfg: Config, work: Work, **more: Any) -> dict[str, Any]:
 
 
 def main(cfg: Config) -> dict[str, float]:
-    """Prints a line a row; returns MFU, or decoding's share of the bandwidth, of each."""
+    """Prints a line a row; returns each row's MFU, or decoding's share of the bandwidth.
+
+    Raises UserError when the device's peaks cannot be measured.
+    """
     if cfg.work == ("device",):
         print(json.dumps(device(cfg)), flush=True)
         return {}
     if len(cfg.models) == len(cfg.work) == 1 and cfg.peak is not None:
         print(json.dumps(measure(cfg, cfg.models[0], cfg.work[0], cfg.peak)), flush=True)
         return {}
-    found, peak = {}, cfg.peak
+    found: dict[str, float] = {}
+    peak = cfg.peak
     if peak is None:
         row = apart(cfg, "device")
         print(json.dumps(row), flush=True)
@@ -188,7 +209,7 @@ def main(cfg: Config) -> dict[str, float]:
             row = apart(cfg, work, models=model, peak=peak)
             print(json.dumps(row), flush=True)
             if "error" not in row:
-                found[f"{model}_{work}"] = row.get("mfu", row.get("share_of_bandwidth"))
+                found[f"{model}_{work}"] = row["mfu" if "mfu" in row else "share_of_bandwidth"]
     return found
 
 

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from experiments.bench import rows
 from rlhf_jax.cli import run_main
 from rlhf_jax.errors import UserError, at_least

@@ -1,9 +1,9 @@
-"""Kills a run with SIGKILL at random moments, resumes it each time, and compares it with one that was left alone.
+"""Kills a run with SIGKILL at random moments, resumes it each time, and compares it with an undisturbed run.
 
     python experiments/bench/kills.py --program pipeline --kills 20
-The stages are those of the program, small, in a small world. Prints a JSON line: how often it was killed, which
-checkpoint was the last one then, and whether the checkpoints' SHA-256s, the metrics file (but for clocks) and the
-summary are the same. It takes about ten times as long as the run alone.
+The program runs its own stages with small sizes in a small world. The result is a JSON line: the number of kills, the
+last checkpoint at each kill, and whether the checkpoints' SHA-256s, the metrics file (except clocks) and the summary
+are the same. It takes about ten times as long as the run alone.
 """
 
 import json
@@ -17,23 +17,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from rlhf_jax import checkpoint
 from rlhf_jax.cli import run_main
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.metrics import CLOCKS
 
 SMALL = """
-from experiments import setting, {program}
-setting.DEMONSTRATIONS, setting.COMPARED, setting.RANKED = 512, 64, 4
-setting.HELDOUT_PAIRS, setting.HELDOUT = 64, 64
+import sys
+from functools import partial
+sys.path.insert(0, {root!r})
+from experiments import sft, {program}
 from rlhf_jax.cli import run_main
+from rlhf_jax.tasks import simulated
+simulated.SIZES = simulated.SIZES._replace(demonstrations=512, compared=64, ranked=4, heldout_pairs=64, heldout=64)
+sft.Config = partial(sft.Config, steps=60, save_every=3, keep=2)  # the SFT that DPO runs first
 run_main({program}.main, {program}.Config)
 """
-SFT = "--sft.steps 60 --sft.save-every 3 --sft.keep 2"
 FLAGS = {
-    "pipeline": f"{SFT} --reward-model.epochs 6 --reward-model.prompts-per-step 8 --reward-model.save-every 3"
+    "pipeline": "--sft.steps 60 --sft.save-every 3 --sft.keep 2"
+    " --reward-model.epochs 6 --reward-model.prompts-per-step 8 --reward-model.save-every 3"
     " --ppo.steps 24 --ppo.responses 32 --ppo.save-every 2 --ppo.keep 2 --ppo.target-kl 2",
-    "dpo": f"{SFT} --steps 80 --batch-size 16 --save-every 3 --keep 2",
+    "dpo": "--steps 80 --batch-size 16 --save-every 3 --keep 2",
 }
 
 
@@ -44,18 +51,22 @@ class Config:
     program: Literal["pipeline", "dpo"] = "pipeline"
     kills: int = 20
     share: float = 0.5
-    """A life ends at a random moment up to this share of the time that the undisturbed run took."""
+    """A run is killed at a random moment, at most this share of the undisturbed run's time after its start."""
     seed: int = 0
     run_dir: str | None = None
-    """Where both runs are written; by default a temporary folder."""
+    """The folder of both runs; by default a temporary folder."""
 
     def __post_init__(self) -> None:
         at_least(self, kills=1, share=0, seed=0)
 
 
 def live(cfg: Config, folder: Path, *, resume: bool, seconds: float | None) -> bool:
-    """One life of a run, killed after so many seconds; whether it came to its end before."""
-    command = [sys.executable, "-c", SMALL.format(program=cfg.program), "--run-dir", str(folder)]
+    """Starts or resumes a run and kills it after `seconds`. Returns whether it had ended by itself before.
+
+    Raises UserError when the run fails.
+    """
+    small = SMALL.format(root=str(Path(__file__).parents[2]), program=cfg.program)
+    command = [sys.executable, "-c", small, "--run-dir", str(folder)]
     said = folder.with_suffix(".log")
     with open(said, "w", encoding="utf-8") as log:
         process = subprocess.Popen(
@@ -69,18 +80,20 @@ def live(cfg: Config, folder: Path, *, resume: bool, seconds: float | None) -> b
         if seconds is not None and began is not None and time.monotonic() - began > seconds:
             process.send_signal(signal.SIGKILL)
     if process.returncode not in (0, -signal.SIGKILL):
-        raise UserError(f"the run failed by itself; what it said is in {said}")
+        raise UserError(f"the run failed by itself; its output is in {said}")
     return process.returncode == 0
 
 
-def what_it_is(folder: Path) -> dict[str, Any]:
-    """What must not depend on how often a run was killed."""
-    rows = [json.loads(line) for line in open(folder / "metrics.jsonl", encoding="utf-8")]
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+def results(folder: Path) -> dict[str, list[Any]]:
+    """Results that must not depend on kills: those of the run, and of the runs in its folder that came first."""
+    runs = sorted(path.parent for path in folder.rglob("summary.json"))
+    rows = [json.loads(line) for run in runs for line in open(run / "metrics.jsonl", encoding="utf-8")]
+    summaries = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in runs]
+    saved = [sorted(checkpoint.checkpoints(run), key=lambda found: (found.stage, found.step)) for run in runs]
     return {
-        "checkpoints": {(c.stage, c.step): c._replace(path=Path()) for c in checkpoint.checkpoints(folder)},
+        "checkpoints": [found._replace(path=Path()) for some in saved for found in some],
         "metrics": [{name: value for name, value in row.items() if name not in CLOCKS} for row in rows],
-        "summary": {name: value for name, value in summary.items() if not name.endswith(CLOCKS)},
+        "summary": [{name: x for name, x in summary.items() if not name.endswith(CLOCKS)} for summary in summaries],
     }
 
 
@@ -92,15 +105,16 @@ def main(cfg: Config) -> dict[str, Any]:
     live(cfg, folder / "straight", resume=False, seconds=None)
     longest = cfg.share * (time.monotonic() - began)
     rng = random.Random(cfg.seed)
-    killed, ended, after = folder / "killed", False, []
+    after: list[str] = []
+    killed, ended = folder / "killed", False
     while not ended:
         seconds = rng.uniform(0, longest) if len(after) < cfg.kills else None
         ended = live(cfg, killed, resume=killed.exists(), seconds=seconds)
         if not ended:
-            saved = [path for path in killed.glob("checkpoints/*/*") if path.name.isdecimal()]
+            saved = [path for path in killed.glob("**/checkpoints/*/*") if path.name.isdecimal()]
             last = max(saved, key=lambda path: path.stat().st_mtime, default=None)
             after.append(f"{last.parent.name} {last.name}" if last else "nothing")
-    straight, other = what_it_is(folder / "straight"), what_it_is(killed)
+    straight, other = results(folder / "straight"), results(killed)
     result = {"program": cfg.program, "kills": len(after), "after": after, "rows": len(straight["metrics"])}
     result |= {f"same_{name}": straight[name] == other[name] for name in straight}
     print(json.dumps(result))

@@ -1,18 +1,24 @@
-"""Each algorithm's step on meshes of 8 simulated devices: is it that of one device, and what does it send?
+"""Compares each algorithm's step on meshes of 8 simulated devices with one device, and counts its collectives.
 
     python experiments/bench/meshes.py
-Three minutes on 2 CPU cores. A model of three scanned layers whose sizes tell its arrays apart, rows of 1 to 12 tokens
-that count, most of them on the last devices; plain gradient descent, so that parameters move by their gradient. Prints
-the largest differences to one device, and how many collectives of each kind the compiled program has, as Markdown.
+It takes three minutes on 2 CPU cores. The model has three scanned layers, and sizes that tell its arrays apart. Rows
+have 1 to 12 tokens in the mask; the last devices have the longest rows. Gradient descent is plain, so parameters move
+by their gradient. The Markdown table has the largest differences from one device, and the number of collectives of
+each kind in the compiled program.
 """
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
+
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +26,16 @@ import numpy as np
 import optax
 
 from experiments import dpo, ppo
+from experiments.bench.programs import ppo_setup
+from rlhf_jax.actor_critic import Frozen, State
 from rlhf_jax.batches import Prompts, Tokens
 from rlhf_jax.cli import run_main
+from rlhf_jax.data.pairs import AnswerBatch
 from rlhf_jax.data.tokens import pad_sequences
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses import bradley_terry_loss
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, from_language_model
+from rlhf_jax.preference import objective
 from rlhf_jax.scoring import response_rewards, sft_objective
 from rlhf_jax.sharding import make_mesh, shard_batch, shard_params
 from rlhf_jax.train import make_state, make_train_step
@@ -48,21 +58,21 @@ class Config:
     """Compares meshes with one device."""
 
     meshes: tuple[str, ...] = MESHES
-    """Of 8 devices each."""
+    """Meshes of 8 devices."""
 
 
 class Stepped(NamedTuple):
-    """What a step came to, on the host, and its compiled program."""
+    """The results of a step on the host, and its compiled program."""
 
     state: list[Any]
-    """Its leaves."""
+    """The leaves of the new state."""
     metrics: dict[str, Any]
     rest: Any
     program: str
     before: Any
-    """Shardings of the state that went in."""
+    """Shardings of the state before the step."""
     after: Any
-    """Those of the one that came out."""
+    """Shardings of the state after the step."""
 
 
 @cache
@@ -73,14 +83,14 @@ def weights() -> tuple[Any, Any]:
 
 
 def tokens(seed: int) -> Tokens:
-    """Few that count in the rows of the first devices, many in those of the last."""
+    """Rows with few tokens in the mask on the first devices, and with many on the last."""
     rng = np.random.default_rng(seed)
     lengths = np.sort(rng.integers(1, LENGTH - 1, ROWS))
     return pad_sequences([([3], rng.integers(4, 96, n).tolist()) for n in lengths], length=LENGTH, pad_id=0)
 
 
 def sft() -> tuple[Any, tuple[Any, ...]]:
-    """The step and what it takes, placed on the mesh that is set."""
+    """SFT's step and its arguments, placed on the mesh that is set."""
     model = Transformer(MODEL)
     return make_train_step(partial(sft_objective, model)), (
         make_state(model, weights()[0], optax.sgd(1.0)),
@@ -89,7 +99,7 @@ def sft() -> tuple[Any, tuple[Any, ...]]:
 
 
 def reward_model() -> tuple[Any, tuple[Any, ...]]:
-    """Pairs: the first half of the rows against the second."""
+    """The reward model's step. Pairs are the first half of the rows against the second."""
     model = ScalarModel(MODEL)
 
     def loss_fn(params: Any, batch: Tokens) -> Any:
@@ -99,30 +109,31 @@ def reward_model() -> tuple[Any, tuple[Any, ...]]:
 
 
 def preferences() -> tuple[Any, tuple[Any, ...]]:
-    """DPO."""
+    """DPO's step and its arguments."""
     model, some = Transformer(MODEL), tokens(2)
-    references = np.linspace(-9, -2, ROWS, dtype=np.float32)
-    batch = dpo.Batch(some, np.arange(ROWS) < ROWS // 2, some.mask.sum(axis=1), references)
-    cfg = dpo.DPO(batch_size=ROWS // 2)
+    references: Any = np.linspace(-9, -2, ROWS, dtype=np.float32)
+    chosen: Any = np.arange(ROWS) < ROWS // 2
+    batch = AnswerBatch(some, chosen, some.mask.sum(axis=1), references)
     state = make_state(model, weights()[0], optax.sgd(1.0))
-    return make_train_step(partial(dpo.objective, cfg, model)), (state, shard_batch(batch))
+    return make_train_step(partial(objective, partial(dpo.loss, dpo.DPO()), model)), (state, shard_batch(batch))
 
 
 def ppo_iteration() -> tuple[Any, tuple[Any, ...]]:
-    """Rollout, scores of four models, two updates with every term of the loss."""
+    """PPO's iteration: a rollout, scores of four models, and two updates with every term of the loss."""
     cfg = ppo.PPO(responses=ROWS, minibatches=2, epochs=1, ptx_coef=0.5, entropy_coef=0.1)
-    iteration = ppo.make_iteration(cfg, MODEL, max_new_tokens=NEW_TOKENS, eos_id=2, pad_id=0)
-    ids = np.random.default_rng(4).integers(4, 96, (24, 5))
-    real = np.arange(5) >= np.arange(24)[:, None] % 4
+    setup = ppo_setup(MODEL, max_new_tokens=NEW_TOKENS, eos_id=2, pad_id=0)
+    ids: Any = np.random.default_rng(4).integers(4, 96, (24, 5))
+    real: Any = np.arange(5) >= np.arange(24)[:, None] % 4
     params, rewards = weights()
-    frozen = shard_params(ppo.Frozen(params, rewards, Prompts(ids, real, np.arange(24)), tokens(3)))
+    prompts = Prompts(ids, real, jnp.arange(24))
+    frozen = shard_params(Frozen(params, {"reward_model": rewards}, prompts, tokens(3)))
     optimizer = optax.sgd(0.1)
-    state = ppo.State(
-        make_state(Transformer(MODEL), params, optimizer),
-        make_state(ScalarModel(MODEL), rewards, optimizer),
+    state = State(
+        make_state(setup.policy, params, optimizer),
+        make_state(setup.critic, rewards, optimizer),
         shard_params(jnp.float32(cfg.beta)),
     )
-    return jax.jit(iteration.whole, donate_argnums=0), (state, frozen, jax.random.key(7))
+    return jax.jit(partial(ppo.iterate, cfg, setup), donate_argnums=0), (state, frozen, jax.random.key(7))
 
 
 ALGORITHMS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
@@ -140,16 +151,17 @@ def stepped(algorithm: str, mesh: str | None) -> Stepped:
         state, metrics, *rest = compiled(*args)
         after = shardings_of(state)
     host = jax.tree.map(np.asarray, (jax.tree.leaves(state), metrics, rest))
-    return Stepped(*host, compiled.as_text(), before, after)
+    leaves, metrics, rest = host
+    return Stepped(leaves, metrics, rest, compiled.as_text(), before, after)
 
 
 def shardings_of(state: Any) -> list[Any]:
-    """Of its arrays of numbers, in the order of its leaves."""
+    """Shardings of the state's arrays, in the order of its leaves. Scalars are left out."""
     return [leaf.sharding for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array) and leaf.ndim]
 
 
 def collectives(program: str) -> list[tuple[str, list[tuple[int, ...]], str]]:
-    """Of a compiled program (HLO text): each one's kind, the shapes that it makes, and what in the code it is of."""
+    """Collectives of a compiled program (HLO text): kind, result shapes, and the name of the operation in the code."""
     found = []
     kinds = "|".join((*KINDS, "collective-broadcast", "ragged-all-to-all"))
     for line in program.splitlines():
@@ -162,20 +174,23 @@ def collectives(program: str) -> list[tuple[str, list[tuple[int, ...]], str]]:
 
 
 def furthest(found: Any, expected: Any) -> float:
-    """The largest difference of two trees."""
+    """The largest absolute difference between two trees."""
     differences = jax.tree.map(lambda a, b: np.abs(np.float64(a) - np.float64(b)).max(initial=0), found, expected)
     return max(map(float, jax.tree.leaves(differences)))
 
 
 def main(cfg: Config) -> dict[str, float]:
-    """Prints the two tables; returns the largest differences."""
+    """Prints the table; returns the largest differences.
+
+    Raises UserError where there are not 8 simulated CPU devices.
+    """
     jax.config.update("jax_num_cpu_devices", 8)
     if len(jax.devices()) != 8:
         raise UserError(
-            f"this compares meshes of 8 simulated CPU devices; there are {len(jax.devices())} of another kind"
+            f"this needs 8 simulated CPU devices, and there are {len(jax.devices())}: run it with JAX_PLATFORMS=cpu"
         )
     lines = ["| step | mesh | loss | gradients | " + " | ".join(KINDS) + " |", "|---" * (4 + len(KINDS)) + "|"]
-    metrics = {}
+    metrics: dict[str, float] = {}
     for algorithm in ALGORITHMS:
         one = stepped(algorithm, None)
         for mesh in cfg.meshes:

@@ -7,20 +7,28 @@ one JSON line: median seconds over `repeats`, and the programs compiled by a run
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax
 import jax.numpy as jnp
 
 from experiments import ppo
+from experiments.bench.programs import score_and_shape
 from experiments.ppo import PPO
-from experiments.setting import world_setting
 from rlhf_jax.cli import run_main
 from rlhf_jax.log import count_compilations
 from rlhf_jax.models import Transformer, from_language_model
+from rlhf_jax.rewards.model import model_reward
+from rlhf_jax.tasks.simulated import World
 
 
 @dataclass(frozen=True)
@@ -45,17 +53,20 @@ def seconds(call: Callable[[], Any], repeats: int) -> float:
 
 def main(cfg: Config) -> dict[str, float]:
     """Times it; returns and prints the figures."""
-    setting = world_setting(cfg.seed)
-    key = jax.random.key(cfg.seed)
-    start = Transformer(setting.model).init(key, jnp.zeros((1, 8), jnp.int32))["params"]
-    reward_params = from_language_model(start, key, setting.model)
-    iteration = ppo.make_iteration(
-        cfg.ppo, setting.model, max_new_tokens=setting.max_new_tokens, eos_id=setting.eos_id, pad_id=setting.pad_id
-    )
-    state = ppo.init_state(cfg.ppo, setting.model, start, reward_params)
-    frozen = jax.device_put(ppo.Frozen(start, reward_params, setting.prompts, setting.demonstrations))
+    world, key = World(cfg.seed), jax.random.key(cfg.seed)
+    model = world.base.config
+    params = Transformer(model).init(key, jnp.zeros((1, 8), jnp.int32))["params"]
+    base = world.base._replace(params=params)
+    reward_params = from_language_model(params, key, model)
+    stage = ppo.with_defaults(cfg.ppo, base)
+    setup, state, frozen = ppo.prepare(
+        stage, base, world.prompts().train, [model_reward(model, reward_params, name="reward_model", weight=1.0)], key,
+        max_new_tokens=world.max_new_tokens, critic=(model, reward_params),
+        demonstrations=world.demonstrations().train,
+    )  # fmt: skip
 
-    rollout, score, update = (jax.jit(part) for part in (iteration.rollout, iteration.score, iteration.update))
+    parts = (ppo.rollout, score_and_shape, ppo.update, ppo.iterate)
+    rollout, score, update, iterate = (jax.jit(partial(part, stage, setup)) for part in parts)
     prompts, completions = rollout(state, frozen, key)
     experience, _ = score(state, frozen, prompts, completions)
     metrics = {
@@ -63,10 +74,9 @@ def main(cfg: Config) -> dict[str, float]:
         "scoring_seconds": seconds(lambda: score(state, frozen, prompts, completions), cfg.repeats),
         "update_seconds": seconds(lambda: update(state, frozen, experience, key), cfg.repeats),
     }
-    whole = jax.jit(iteration.whole)
     keys = jax.random.split(key, cfg.repeats + 1)
     with count_compilations() as compilations:
-        metrics["whole_seconds"] = seconds(lambda: whole(state, frozen, keys[0]), cfg.repeats)
+        metrics["whole_seconds"] = seconds(lambda: iterate(state, frozen, keys[0]), cfg.repeats)
         metrics["compilations"] = compilations()
     metrics["sampled_tokens"] = float(completions.mask.sum())
     print(json.dumps({name: round(value, 4) for name, value in metrics.items()}))

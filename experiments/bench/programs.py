@@ -1,34 +1,38 @@
-"""What the experiments run again and again, at published shapes: to compile from shapes, or to run on arrays.
+"""The steps that experiments repeat, at published shapes of models: to compile from shapes, or to run on arrays.
 
-`tpu/compile.py` compiles them for TPUs that are not there, `accelerator.py` times them where it runs.
+`tpu/compile.py` compiles them for TPUs without having any. `accelerator.py` times them on the device it runs on.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.training.train_state import TrainState
 
 from experiments import dpo, ppo, reward_model, sft
-from experiments.adapters import split
 from experiments.bench.shapes import MODELS, count, model_config
-from experiments.pairs import Batch
-from experiments.setting import PRECISIONS, PrecisionName
-from experiments.training import Training, make_optimizer
-from rlhf_jax.batches import Prompts, Rankings, Tokens
+from experiments.flags import PRECISIONS, PrecisionName
+from rlhf_jax.actor_critic import Frozen, Setup, State
+from rlhf_jax.batches import Completions, Experience, Prompts, Rankings, Tokens
+from rlhf_jax.data.pairs import AnswerBatch
+from rlhf_jax.data.tokens import join
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, from_language_model
+from rlhf_jax.preference import make_step as make_preference_step
+from rlhf_jax.rewards.model import model_reward
+from rlhf_jax.train import make_state
+from rlhf_jax.types import Metrics, Params
 
 Make = Callable[..., Any]
-"""make(function, *args): what the function returns, or with `jax.eval_shape` its shapes."""
+"""make(function, *args): the result of the function; with `jax.eval_shape` only its shapes."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is done, with which model, and how much of it at once."""
+    """The experiment, its model, and the sizes of a step."""
 
     experiment: Literal["sft", "reward_model", "dpo", "ppo"]
     model: str
@@ -36,45 +40,47 @@ class Case:
     rows: int | None = None
     """Sequences a step (PPO: responses an iteration); by default two (PPO: four) for each part of data × fsdp."""
     minibatches: int = 4
-    """Of a PPO iteration, in one epoch."""
+    """Minibatches of a PPO iteration, in one epoch."""
     prompt: int = 512
-    """Tokens."""
+    """Tokens of the prompt."""
     response: int = 512
+    """Tokens of the response."""
     lora_rank: int = 0
     """Adapters on a frozen trunk; in PPO one trunk for all four models."""
     frozen_dtype: Literal["float32", "bfloat16"] | None = "bfloat16"
-    """Of the frozen trunk."""
+    """The dtype of the frozen trunk."""
     precision: PrecisionName = "mixed"
     attention: Literal["auto", "reference"] = "auto"
-    """auto: by a kernel of the platform, where a sequence reads itself."""
+    """auto: the platform's kernel, where a sequence attends to itself."""
 
     def __post_init__(self) -> None:
+        """Raises UserError for numbers out of range and for a model without a published shape."""
         at_least(self, prompt=1, response=1, minibatches=1, lora_rank=0)
         if self.rows is not None:
             at_least(self, rows=1)
             if self.experiment in ("reward_model", "dpo") and self.rows % 2:
-                raise UserError(f"rows is {self.rows}, and answers go in pairs: give an even number")
+                raise UserError(f"rows is {self.rows}; answers come in pairs, so it must be even")
         if self.model not in MODELS:
-            raise UserError(f"no model {self.model!r}; there are {', '.join(MODELS)}")
+            raise UserError(f"model {self.model!r} is not one of {', '.join(MODELS)}")
 
 
 class Program(NamedTuple):
-    """A function and what it is called with; its floating-point operations by the equations."""
+    """A function and its arguments, with floating-point operations by the equations."""
 
     function: Any
     args: tuple[Any, ...]
     flops: float
-    """Of the model, without what is computed twice."""
+    """The model's floating-point operations, without recomputation."""
     decoded: float = 0.0
-    """Bytes of memory that all devices together read while sampling, the least that it takes."""
-    iteration: ppo.Iteration | None = None
-    """PPO's parts, of which the function is the whole."""
+    """The fewest bytes of memory that all devices together must read while sampling."""
+    flags_and_setup: tuple[ppo.PPO, Setup] | None = None
+    """The first two arguments of PPO's functions. The program's function is `ppo.iterate` with them."""
     update_flops: float = 0.0
-    """Those of PPO's update."""
+    """Floating-point operations of PPO's update."""
 
 
 def flops(config: ModelConfig, matrices: int, rows: int, length: int, read: int, *, times: int = 1) -> float:
-    """Two a weight and token, the head only at the `read` tokens of a row, and causal attention.
+    """Floating-point operations: two a weight and token, the head at `read` tokens of a row, and causal attention.
 
     `times`: 1 forward, 3 with the gradients of activations and of weights, 2 where weights are frozen. Attention has
     no weights, but both of its factors have gradients.
@@ -85,7 +91,7 @@ def flops(config: ModelConfig, matrices: int, rows: int, length: int, read: int,
 
 
 def tokens(config: ModelConfig, rows: int, prompt: int, response: int) -> Tokens:
-    """Random tokens, whole rows of them: what comes after the prompt is the response."""
+    """Full rows of random tokens. The mask is on the response, which follows the prompt."""
     shape = rows, prompt + response
     inputs = jax.random.randint(jax.random.key(1), shape, 2, config.vocab_size)
     positions = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
@@ -93,24 +99,38 @@ def tokens(config: ModelConfig, rows: int, prompt: int, response: int) -> Tokens
     return Tokens(inputs, jnp.roll(inputs, -1, 1), mask, positions, jnp.ones(shape, jnp.int32))
 
 
-def training(cfg: Training, model: Any, params: Any, make: Make) -> tuple[Any, Any, Any]:
-    """(frozen, own, state). The state's parameters are a copy of `own`, since a step may be given their memory."""
-    frozen, own = make(lambda p: split(cfg, jax.random.key(0), p), params)
-    optimizer = make_optimizer(cfg, 1000)
+def training(
+    cfg: sft.SFT | reward_model.RewardModel | dpo.DPO | ppo.PPO, model: Any, params: Params, make: Make
+) -> tuple[Any, Any, Any]:
+    """(frozen, trainable, state). The state's parameters are copies, because a step may donate their memory."""
+    frozen, trainable = make(lambda p: cfg.split(p, jax.random.key(0)), params)
+    return frozen, trainable, make(lambda p: make_state(model, p, cfg.make_optimizer(1000)), trainable)
 
-    def create(own: Any) -> TrainState:
-        return TrainState.create(apply_fn=model.apply, params=jax.tree.map(jnp.copy, own), tx=optimizer)
 
-    return frozen, own, make(create, own)
+def ppo_setup(config: ModelConfig, *, max_new_tokens: int, eos_id: int, pad_id: int) -> Setup:
+    """PPO with a critic and one reward model of the policy's shape, whose name is "reward_model"."""
+    reward = model_reward(config, None, name="reward_model", weight=1.0)
+    return Setup(Transformer(config), ScalarModel(config), (reward,), max_new_tokens, eos_id, pad_id)
+
+
+def score_and_shape(
+    cfg: ppo.PPO, setup: Setup, state: State, frozen: Frozen, prompts: Prompts, completions: Completions
+) -> tuple[Experience, Metrics]:
+    """The part of PPO's iteration between rollout and update."""
+    tokens = join(prompts, completions, pad_id=setup.pad_id)
+    scores, metrics = ppo.score(cfg, setup, frozen, tokens, completions, {})
+    experience, shaped = ppo.shape(cfg, setup, state, frozen, tokens, scores)
+    return experience, metrics | shaped
 
 
 def build(case: Case, make: Make, parts: int = 1) -> Program:
-    """The program, for a mesh whose axes data × fsdp have so many parts."""
+    """The program of a case. `parts` is the size of the mesh's axes data × fsdp together."""
     config = replace(model_config(case.model, PRECISIONS[case.precision]), attention=case.attention)
     model, scalar = Transformer(config), ScalarModel(config)
     params = make(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"])
     rows, length = case.rows or parts * (4 if case.experiment == "ppo" else 2), case.prompt + case.response
-    adapters = {"lora_rank": case.lora_rank, "frozen_dtype": case.frozen_dtype if case.lora_rank else None}
+    frozen_dtype = case.frozen_dtype if case.lora_rank else None
+    trained: dict[str, Any] = {"lora_rank": case.lora_rank, "frozen_dtype": frozen_dtype, "learning_rate": 1e-4}
     back = 2 if case.lora_rank else 3  # forward, and the gradients of activations and of weights
     matrices = count(params["layers"])
     once, learned = (flops(config, matrices, rows, length, case.response, times=times) for times in (1, back))
@@ -120,35 +140,36 @@ def build(case: Case, make: Make, parts: int = 1) -> Program:
         return tokens(config, rows, case.prompt, case.response)
 
     if case.experiment == "sft":
-        stage = sft.SFT(**adapters)
-        frozen, _, state = training(stage, model, params, make)
-        step = sft.make_step(stage, config, jax.random.key(0))
+        sft_cfg = sft.SFT(**trained)
+        frozen, _, state = training(sft_cfg, model, params, make)
+        step = sft.make_step(sft_cfg, config, jax.random.key(0))
         return Program(step, (state, make(batch), frozen, make(lambda: jnp.zeros((), jnp.int32))), learned)
     if case.experiment == "dpo":
-        stage = dpo.DPO(**adapters)
-        frozen, _, state = training(stage, model, params, make)
-        good = make(lambda: Batch(batch(), *(jnp.ones(rows, dtype) for dtype in (bool, jnp.int32, jnp.float32))))
-        return Program(dpo.make_step(stage, config), (state, good, frozen), learned)
+        dpo_cfg = dpo.DPO(**trained)
+        frozen, _, state = training(dpo_cfg, model, params, make)
+        good = make(lambda: AnswerBatch(batch(), jnp.ones(rows, bool), jnp.ones(rows, jnp.int32), jnp.ones(rows)))
+        step = make_preference_step(partial(dpo.loss, dpo_cfg), config, accumulate=1)
+        return Program(step, (state, good, frozen), learned)
     rewards = make(lambda p: from_language_model(p, jax.random.key(0), config), params)
     if case.experiment == "reward_model":
-        stage = reward_model.RewardModel(**adapters)
-        frozen, _, state = training(stage, scalar, rewards, make)
+        reward_cfg = reward_model.RewardModel(**trained)
+        frozen, _, state = training(reward_cfg, scalar, rewards, make)
         shape = rows // 2, 2
         pairs = make(lambda: Rankings(batch(), jnp.broadcast_to(jnp.arange(2), shape), jnp.ones(shape, bool)))
-        step = reward_model.make_step(stage, config, jax.random.key(0))
+        step = reward_model.make_step(reward_cfg, config, jax.random.key(0))
         return Program(step, (state, pairs, frozen, make(lambda: jnp.zeros((), jnp.int32))), valued)
 
-    stage = ppo.PPO(**adapters, responses=rows, minibatches=case.minibatches, epochs=1)
-    iteration = ppo.make_iteration(stage, config, max_new_tokens=case.response, eos_id=-1, pad_id=0)
-    trunk, _, policy = training(stage, model, params, make)
-    _, own, critic = training(stage, scalar, rewards, make)
+    ppo_cfg = ppo.PPO(**trained, responses=rows, minibatches=case.minibatches, epochs=1)
+    setup = ppo_setup(config, max_new_tokens=case.response, eos_id=-1, pad_id=0)
+    trunk, _, policy = training(ppo_cfg, model, params, make)
+    _, own, critic = training(ppo_cfg, scalar, rewards, make)
     prompts = make(
         lambda: Prompts(
             tokens(config, 1024, case.prompt, 0).inputs, jnp.ones((1024, case.prompt), bool), jnp.arange(1024)
         )
     )
-    state = ppo.State(policy, critic, make(lambda: jnp.zeros(())))
-    frozen = ppo.Frozen({} if case.lora_rank else params, own, prompts, None, trunk)
+    state = State(policy, critic, make(lambda: jnp.zeros(())))
+    frozen = Frozen({} if case.lora_rank else params, {"reward_model": own}, prompts, None, trunk)
     update = learned + valued
     width = np.dtype(config.precision.compute).itemsize
     cache = (
@@ -157,7 +178,7 @@ def build(case: Case, make: Make, parts: int = 1) -> Program:
     # Of an embedding that is not the head, too, only the words of that moment are looked up.
     read = count(params) - (count(params["embedding"]) if "head" in params else 0)
     decoded = case.response * (width * read * parts + cache)
-    whole = jax.jit(iteration.whole, donate_argnums=0)
+    iterate = jax.jit(partial(ppo.iterate, ppo_cfg, setup), donate_argnums=0)
     args = (state, frozen, make(lambda: jax.random.key(0)))
     # Sampling; the policy's and reference's log-probabilities, rewards and values; and the update.
-    return Program(whole, args, once + 2 * (once + scored) + update, decoded, iteration, update)
+    return Program(iterate, args, once + 2 * (once + scored) + update, decoded, (ppo_cfg, setup), update)

@@ -15,9 +15,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
+
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 
 TRAINING = ("sft", "reward_model", "dpo", "vocabulary")
 """Layers scanned and rematerialised: as fast on a CPU, where memory costs time, and half the memory."""
@@ -34,6 +38,7 @@ class Config:
     """Steps that count, after 3 that do not (PPO: a third as many, after 1)."""
 
     def __post_init__(self) -> None:
+        """Raises UserError for numbers out of range and for an unknown row."""
         from rlhf_jax.errors import UserError, at_least
 
         at_least(self, steps=1)
@@ -56,37 +61,38 @@ def build(row: str) -> Work:
     import jax.numpy as jnp
     import numpy as np
 
+    from experiments.bench.shapes import model_config
     from rlhf_jax.batches import Prompts, Tokens
     from rlhf_jax.losses import bradley_terry_loss, dpo_loss
-    from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, from_language_model
+    from rlhf_jax.models import FLOAT32, ScalarModel, Transformer, from_language_model
     from rlhf_jax.optimizers import adamw
     from rlhf_jax.sampling import generate
     from rlhf_jax.scoring import answer_logprobs, response_rewards, sft_objective
-    from rlhf_jax.train import make_state, make_train_step  # fmt: skip
+    from rlhf_jax.train import keep_freed_memory, make_state, make_train_step
 
     large = row == "vocabulary"
     remat: Any = row in TRAINING
     if row == "reward_model":  # without logits there is room for the products with weights
         remat = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    config = ModelConfig(
-        vocab_size=151936 if large else 32000, d_model=256 if large else 288, n_layers=2 if large else 6,
-        n_heads=4 if large else 6, n_kv_heads=4 if large else 6, head_dim=64 if large else 48, d_ff=768,
-        rope_theta=1e4, norm_eps=1e-6, tie_embeddings=True, max_length=1024,
-        scan_layers=row in TRAINING, remat=remat,
-    )  # fmt: skip
+    config = replace(model_config("stories-15m", FLOAT32), scan_layers=row in TRAINING, remat=remat)
+    if large:
+        config = replace(
+            config, vocab_size=151936, d_model=256, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=64
+        )  # fmt: skip
     model, scalar = Transformer(config), ScalarModel(config)
     key = jax.random.key(0)
     params = jax.jit(lambda: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])()
 
-    def ids(seed: int, rows: int, length: int) -> np.ndarray:
+    def ids(seed: int, rows: int, length: int) -> Any:
         return np.random.default_rng(seed).integers(2, config.vocab_size, (rows, length), np.int32)
 
-    def tokens(inputs: np.ndarray, prompt: int) -> Tokens:
+    def tokens(inputs: Any, prompt: int) -> Tokens:
         """Whole rows of `inputs`; all but `prompt` tokens are the response."""
         rows, length = inputs.shape
-        positions = np.broadcast_to(np.arange(length, dtype=np.int32), inputs.shape)
+        positions: Any = np.broadcast_to(np.arange(length, dtype=np.int32), inputs.shape)
         mask = (positions >= prompt - 1) & (positions < length - 1)
-        return Tokens(inputs, np.roll(inputs, -1, 1), mask, positions, np.ones((rows, length), np.int32))
+        segment_ids: Any = np.ones((rows, length), np.int32)
+        return Tokens(inputs, np.roll(inputs, -1, 1), mask, positions, segment_ids)
 
     def training(model: Any, params: Any, loss: Callable, batch: Callable[[int], Tokens]) -> Work:
         step = make_train_step(loss)
@@ -125,7 +131,7 @@ def build(row: str) -> Work:
 
         return training(model, params, preference_loss, pairs)
 
-    every = np.ones((32, 64), bool)
+    every: Any = np.ones((32, 64), bool)
     if row == "generate":
 
         def sample(state: Any, i: int) -> Any:
@@ -139,24 +145,26 @@ def build(row: str) -> Work:
         return Work(None, sample, 32 * 128)
 
     # Here, since it brings what reads text, and its memory, along.
-    from experiments.ppo import PPO, Frozen, init_state, make_iteration
-    from experiments.setting import keep_freed_memory
+    from experiments import ppo
+    from experiments.bench.programs import ppo_setup
+    from rlhf_jax.actor_critic import Frozen, init_state
 
     keep_freed_memory()  # as experiments/ppo.py does
 
-    cfg = PPO(responses=32, epochs=4, minibatches=4, beta=0.05, learning_rate=1e-4)
-    iteration = make_iteration(cfg, config, max_new_tokens=64, eos_id=-1, pad_id=0)
-    whole = jax.jit(iteration.whole, donate_argnums=0)
+    cfg = ppo.PPO(responses=32, epochs=4, minibatches=4, beta=0.05, learning_rate=1e-4)
+    setup = ppo_setup(config, max_new_tokens=64, eos_id=-1, pad_id=0)
+    iterate = jax.jit(partial(ppo.iterate, cfg, setup), donate_argnums=0)
     rewards = from_language_model(params, key, config)
     prompts = Prompts(jnp.asarray(ids(0, 32, 64)), jnp.asarray(every), jnp.arange(32))
-    frozen = Frozen(params, rewards, prompts, None)
+    frozen = Frozen(params, {"reward_model": rewards}, prompts, None)
 
-    def iterate(state: Any, i: int) -> Any:
-        state, metrics, _, _ = whole(state, frozen, jax.random.key(i))
+    def iterate_once(state: Any, i: int) -> Any:
+        state, metrics, _, _ = iterate(state, frozen, jax.random.key(i))
         float(metrics["loss"])
         return state
 
-    return Work(init_state(cfg, config, params, rewards), iterate, 32 * 64, few=True)
+    state = init_state(setup, params, rewards, cfg.make_optimizer(1000), cfg.beta)
+    return Work(state, iterate_once, 32 * 64, few=True)
 
 
 def measure(row: str, steps: int) -> dict[str, Any]:

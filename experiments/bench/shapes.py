@@ -57,13 +57,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3-27b": _of(
         GEMMA3, 5376, 62, 32, 21504, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=168
     ),
+    "stories-15m": _of(
+        LLAMA3, 288, 6, 6, 768, num_key_value_heads=6, head_dim=48, vocab_size=32000, rope_theta=10000.0,
+        max_position_embeddings=1024, tie_word_embeddings=True,
+    ),
 }  # fmt: skip
-"""As in the config.json of each. Papers, arXiv: Llama 3 2407.21783, Qwen2.5 2412.15115, Qwen3 2505.09388, Gemma 3
-2503.19786."""
+"""The fields of each model's config.json. Papers, arXiv: Llama 3 2407.21783, Qwen2.5 2412.15115, Qwen3 2505.09388,
+Gemma 3 2503.19786. The last has the shape of stories15M, https://huggingface.co/karpathy/tinyllamas."""
 
 
 class Chip(NamedTuple):
-    """What one chip has, from Google's pages on Cloud TPU (read in November 2026)."""
+    """One chip, by Google's pages on Cloud TPU (read in November 2026)."""
 
     flops: float
     """Multiplications and additions a second in bfloat16."""

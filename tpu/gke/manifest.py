@@ -1,4 +1,4 @@
-"""Fills jobset.yaml in from the environment and prints it: what run.sh hands to kubectl.
+"""Fills in jobset.yaml from the environment and prints it. run.sh hands it to kubectl.
 
 NAME=ppo IMAGE=... CLAIM=... ACCELERATOR=tpu-v6e-slice TOPOLOGY=4x4 python3 tpu/gke/manifest.py experiments/ppo.py
 """
@@ -22,7 +22,10 @@ NEEDED = {
 
 
 def manifest(environment: Mapping[str, str], command: Sequence[str]) -> str:
-    """The manifest that runs a script of the repository, with its arguments, on every host of the slice."""
+    """The manifest that runs a script of the repository, with its arguments, on every host of the slice.
+
+    Raises ValueError for a variable that is missing or wrong, and without a script.
+    """
     for name, meaning in NEEDED.items():
         if not environment.get(name):
             raise ValueError(f"set {name}: {meaning}")

@@ -1,6 +1,6 @@
 """Where the time of a row of `rows.py` goes, by part of the model and direction.
 
-    python experiments/bench/profile.py --row reward_model
+    python experiments/bench/time_by_part.py --row reward_model
 Prints core-seconds a step of what JAX's profiler sees in XLA's threads on a CPU: each operation is put where the
 compiled program says that it comes from. Weight gradients are products that XLA hands on to Eigen's threads, and
 waiting is nobody's: both are in the last line only, the difference to steps × cores.
@@ -8,12 +8,16 @@ waiting is nobody's: both are in the last line only, the difference to steps × 
 
 import os
 import re
+import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.bench import rows
 from rlhf_jax.cli import run_main
