@@ -237,7 +237,7 @@ class Adapters(Flags):
             at_least(self, lora_rank=0)
         super().__post_init__()
 
-    def split(self, params: Params, key: PRNGKeyArray) -> tuple[Params, Params]:
+    def split_trainable(self, params: Params, key: PRNGKeyArray) -> tuple[Params, Params]:
         """(frozen, trainable) parameters, as `split_trainable` does it with these flags."""
         return split_trainable(
             params, key, rank=self.lora_rank or 0, alpha=self.lora_alpha, targets=self.lora_targets,
@@ -529,7 +529,7 @@ def train_preference(
     return train_preferences(
         loss, implicit_reward, base, examples, None if comparisons is None else comparisons.heldout,
         filled.make_loop(run, stage, filled.steps, show=show, log_every=20), seed,
-        split=filled.split, optimizer=filled.make_optimizer(filled.steps), batch_size=filled.batch_size,
+        split=filled.split_trainable, optimizer=filled.make_optimizer(filled.steps), batch_size=filled.batch_size,
         accumulate=filled.accumulate, packed=comparisons is None or comparisons.packed,
         eval_batch_size=eval_batch_size, evaluations=filled.evaluations, reference=reference, mismatched=mismatched,
         measure=measure,

@@ -386,7 +386,7 @@ def prepare(
     """The models as training begins; `start_actor_critic` with these flags."""
     assert cfg.steps is not None
     return start_actor_critic(
-        base, prompts, rewards, key, split=cfg.split, adapters=bool(cfg.lora_rank),
+        base, prompts, rewards, key, split=cfg.split_trainable, adapters=bool(cfg.lora_rank),
         optimizer=cfg.make_optimizer(cfg.steps * cfg.epochs * cfg.minibatches), beta=cfg.beta,
         max_new_tokens=max_new_tokens, critic=critic, reference=reference, demonstrations=demonstrations,
     )  # fmt: skip

@@ -143,7 +143,7 @@ def train(
     cfg.check_parts(prompts_a_step, "prompts")
     steps_an_epoch = prompts // prompts_a_step
     steps = math.ceil((cfg.epochs or 0) * steps_an_epoch)
-    frozen, trainable = shard_params(cfg.split(params, jax.random.key(seed + 3)))
+    frozen, trainable = shard_params(cfg.split_trainable(params, jax.random.key(seed + 3)))
     state = make_state(model, trainable, cfg.make_optimizer(steps))
     train_step = make_step(cfg, base.config, jax.random.key(seed + 5))
     score = score_in_batches(partial(response_rewards, model), eval_batch_size)

@@ -159,7 +159,7 @@ def train(
     params = base.params
     if params is None:
         params = create(lambda: model.init(key, jnp.zeros((1, 8), jnp.int32))["params"])
-    frozen, trainable = shard_params(cfg.split(params, jax.random.fold_in(key, 1)))
+    frozen, trainable = shard_params(cfg.split_trainable(params, jax.random.fold_in(key, 1)))
     state = make_state(model, trainable, cfg.make_optimizer(steps))
     train_step = make_step(cfg, base.config, jax.random.fold_in(key, 2))
     validation_loss = mean_in_batches(lambda params, tokens: sft_objective(model, params, tokens)[0], eval_batch_size)

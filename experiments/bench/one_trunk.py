@@ -59,8 +59,8 @@ def abstract(cfg: Config, ppo_cfg: PPO, setup: Setup) -> tuple[State, Frozen]:
     def build(key: Any) -> tuple[State, Frozen]:
         params = setup.policy.init(key, jnp.zeros((1, 8), jnp.int32))["params"]
         scalar = from_language_model(params, key, setup.policy.config)
-        trunk, policy = ppo_cfg.split(params, key)
-        own = ppo_cfg.split(scalar, key)[1]
+        trunk, policy = ppo_cfg.split_trainable(params, key)
+        own = ppo_cfg.split_trainable(scalar, key)[1]
         frozen = Frozen({} if trunk else params, {"reward_model": own}, prompts, demonstrations, trunk)
         return init_state(setup, policy, own, ppo_cfg.make_optimizer(1000), ppo_cfg.beta), frozen
 

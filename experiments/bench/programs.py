@@ -103,7 +103,7 @@ def training(
     cfg: sft.SFT | reward_model.RewardModel | dpo.DPO | ppo.PPO, model: Any, params: Params, make: Make
 ) -> tuple[Any, Any, Any]:
     """(frozen, trainable, state). The state's parameters are copies, because a step may donate their memory."""
-    frozen, trainable = make(lambda p: cfg.split(p, jax.random.key(0)), params)
+    frozen, trainable = make(lambda p: cfg.split_trainable(p, jax.random.key(0)), params)
     return frozen, trainable, make(lambda p: make_state(model, p, cfg.make_optimizer(1000)), trainable)
 
 

@@ -19,6 +19,7 @@ from rlhf_jax.data.tokenizer import PreTrainedTokenizerBase
 from rlhf_jax.data.tokens import Ids
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, ScalarModel
+from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.rewards.reward import Columns, Completion, HostScores, Prompt, Reward, refuse_failures
 from rlhf_jax.scoring import response_rewards, score_documents
 from rlhf_jax.types import Params
@@ -68,7 +69,7 @@ def text_model_reward(
     batch's answers are.
     """
     score = jax.jit(partial(_model_scores, ScalarModel(config)))
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad_id = Pretrained(config, params, tokenizer).pad_id
 
     def on_texts(prompts: Sequence[Prompt], completions: Sequence[Completion], columns: Columns) -> HostScores:
         pairs: dict[int, tuple[Ids, Ids]] = {}

@@ -185,9 +185,9 @@ def lora_parts(*, merged):
         rng = np.random.default_rng(seed)
         return jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32), own)
 
-    _, own = cfg.split(rewards, jax.random.key(2))
+    _, own = cfg.split_trainable(rewards, jax.random.key(2))
     reward_own, critic_own = moved(own, 0), moved(own, 1)
-    policy = moved(cfg.split(params, jax.random.key(3))[1], 2)
+    policy = moved(cfg.split_trainable(params, jax.random.key(3))[1], 2)
     reward, critic = (with_lora({"trunk": params}, own) for own in (reward_own, critic_own))
     if merged:
         cfg = ppo.PPO(**NUMBERS, responses=8, epochs=1, minibatches=2, ptx_coef=1.0, lora_rank=0)

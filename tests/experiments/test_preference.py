@@ -215,7 +215,7 @@ def test_with_adapters_the_reference_is_the_trunk(tmp_path, frozen_dtype):
     # The very trunk, as it was rounded: the policy begins there, at a loss of log 2.
     np.testing.assert_allclose(rows[0]["loss"], np.log(2), atol=1e-6)
     np.testing.assert_allclose(rows[0]["chosen_change"], 0.0, atol=1e-6)
-    trunk, _ = dpo.DPO(**lora).split(params_of(0), jax.random.key(0))
+    trunk, _ = dpo.DPO(**lora).split_trainable(params_of(0), jax.random.key(0))
     kernel = params["layer_0"]["query"]
     assert kernel["kernel"].dtype == frozen_dtype
     np.testing.assert_array_equal(kernel["kernel"], trunk["layer_0"]["query"]["kernel"])
