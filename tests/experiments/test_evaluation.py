@@ -208,7 +208,7 @@ PANDALM = {"instruction": "a", "response1": "b", "response2": "c", "annotator1":
         (["--preferences", "FILE"], [ROW | {"chosen": "word " * 900}], "no pair fits: response too long"),
         (["--gsm8k", "FILE", "--max-new-tokens", "600"], [PROBLEM], "leaves no room for prompts"),
         (["--gsm8k", "FILE", "--model", "nowhere"], [PROBLEM], "there is no folder nowhere"),
-        (["--preferences", "FILE", "--reward-model", "MODEL"], [ROW], "2 labels, and a reward model has one"),
+        (["--preferences", "FILE", "--reward-model", "MODEL"], [ROW], "holds a LlamaForCausalLM"),
         (["--gsm8k", "FILE", "--limit", "0"], [PROBLEM], "limit is 0"),
         (["--gsm8k", "FILE", "--temperature", "-1"], [PROBLEM], "temperature is -1"),
     ],
