@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import signal
 from pathlib import Path
 
 import jax
@@ -11,6 +12,10 @@ import pytest
 # Before anything asks for a device: the number of devices is fixed from then on.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A shell starts what it runs in the background with Ctrl-C ignored, and so would be all that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The processes that a test starts import this checkout's files as the test does, whichever is installed.
 ROOT = Path(__file__).resolve().parents[1]
