@@ -29,8 +29,8 @@ from experiments.flags import (
     ReferenceFlags,
     RunFlags,
     SamplingFlags,
-    preference_stage,
 )
+from experiments.stages import preference_stage
 from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.data.pairs import AnswerBatch
 from rlhf_jax.errors import UserError, at_least

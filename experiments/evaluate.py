@@ -56,7 +56,7 @@ from rlhf_jax.scoring import document_logprobs, document_rewards, text_logprobs
 from rlhf_jax.simulation.world import draw_problems, is_exact, utilities
 from rlhf_jax.tasks.simulated import ANSWER_LENGTH
 
-Metrics = dict[str, float]
+Rates = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def score(cfg: Config, models: Models, name: str, pairs: Sequence[Comparison], r
     return scores
 
 
-def evaluate_preferences(cfg: Config, models: Models, name: str, found: suites.PreferenceSet, run: Run) -> Metrics:
+def evaluate_preferences(cfg: Config, models: Models, name: str, found: suites.PreferenceSet, run: Run) -> Rates:
     """Accuracy on all pairs and by subset, beside "pick the longer"; and the calibration of rewards."""
     scores = score(cfg, models, name, found.pairs, run)
     subsets = [found.subsets[number] for number in scores.kept]
@@ -207,10 +207,10 @@ def evaluate_preferences(cfg: Config, models: Models, name: str, found: suites.P
     return metrics
 
 
-def evaluate_win_rate(cfg: Config, models: Models, prompts: Sequence[str], run: Run) -> Metrics:
+def evaluate_win_rate(cfg: Config, models: Models, prompts: Sequence[str], run: Run) -> Rates:
     """The win rate of --model over --against on the same prompts, by the reward model and by the judge."""
     assert models.model and models.against
-    metrics: Metrics = {}
+    metrics: Rates = {}
     ours, theirs = (respond(cfg, model, prompts) for model in (models.model, models.against))
     columns: dict[str, list[Any]] = {"against": theirs.texts}
     if models.reward_model:
@@ -233,10 +233,10 @@ def evaluate_win_rate(cfg: Config, models: Models, prompts: Sequence[str], run: 
     return metrics
 
 
-def evaluate_world(cfg: Config, models: Models, run: Run) -> Metrics:
+def evaluate_world(cfg: Config, models: Models, run: Run) -> Rates:
     """True utility on new problems of the controlled world, and the win rate by it."""
     assert models.model
-    metrics: Metrics = {}
+    metrics: Rates = {}
     problems = draw_problems(np.random.default_rng([cfg.seed, 1]), cfg.world)
     prompts = [problem.prompt for problem in problems]
     both = [("world", models.model)] + ([("world_against", models.against)] if models.against else [])
@@ -253,14 +253,14 @@ def evaluate_world(cfg: Config, models: Models, run: Run) -> Metrics:
     return metrics
 
 
-def evaluate_ifeval(cfg: Config, model: Pretrained, rows: Sequence[suites.Instruction], run: Run) -> Metrics:
+def evaluate_ifeval(cfg: Config, model: Pretrained, rows: Sequence[suites.Instruction], run: Run) -> Rates:
     """The share of prompts whose instructions were all followed, and of instructions; strictly and loosely."""
     answers = respond(cfg, model, [row.prompt for row in rows])
     verdicts = [
         ifeval.follow(row.instructions, row.arguments, text) for row, text in zip(rows, answers.texts, strict=True)
     ]
     columns = {how: [list(getattr(verdict, how)) for verdict in verdicts] for how in ifeval.Followed._fields}
-    metrics: Metrics = {}
+    metrics: Rates = {}
     for how, prompts in columns.items():
         metrics |= share_metrics(f"ifeval_prompt_{how}", [all(prompt) for prompt in prompts])
         metrics |= share_metrics(f"ifeval_instruction_{how}", [single for prompt in prompts for single in prompt])
@@ -268,19 +268,19 @@ def evaluate_ifeval(cfg: Config, model: Pretrained, rows: Sequence[suites.Instru
     return metrics | share_metrics("ifeval_ended", answers.ended)
 
 
-def evaluate_gsm8k(cfg: Config, model: Pretrained, rows: Sequence[suites.MathProblem], run: Run) -> Metrics:
+def evaluate_gsm8k(cfg: Config, model: Pretrained, rows: Sequence[suites.MathProblem], run: Run) -> Rates:
     """The share of right numbers, strictly and leniently."""
     answers = respond(cfg, model, [row.question for row in rows])
     grades = [math.grade(text, row.answer) for row, text in zip(rows, answers.texts, strict=True)]
     columns = {how: [getattr(grade, how) for grade in grades] for how in math.Correct._fields}
     write_answers(run, "gsm8k", [row.question for row in rows], answers, columns)
-    metrics: Metrics = {}
+    metrics: Rates = {}
     for how, right in columns.items():
         metrics |= share_metrics(f"gsm8k_{how}", right)
     return metrics | share_metrics("gsm8k_ended", answers.ended)
 
 
-def evaluate_text(cfg: Config, model: Pretrained, texts: Sequence[str]) -> Metrics:
+def evaluate_text(cfg: Config, model: Pretrained, texts: Sequence[str]) -> Rates:
     """The perplexity of documents; n is the number of tokens.
 
     Raises UserError when no document has two tokens.
@@ -316,7 +316,7 @@ def main(cfg: Config) -> dict[str, float]:
     problems = suites.read_math_problems(cfg.gsm8k, cfg.limit) if cfg.gsm8k else None
     texts = suites.read_documents(cfg.text, cfg.limit) if cfg.text else None
     models = load_models(cfg)
-    metrics: Metrics = {}
+    metrics: Rates = {}
     with Run(cfg.run_dir, cfg, name="evaluate", resume=cfg.resume) as run:
         read = ("model", "against", "reward_model", "judge", "preferences", "prompts", "ifeval", "gsm8k", "text")
         run.inputs(**{name: getattr(cfg, name) for name in read})

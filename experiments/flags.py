@@ -3,39 +3,21 @@
 A Config names its own flags' class last, so that `--help` shows them first.
 """
 
-import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import optax
 from jaxtyping import PRNGKeyArray
 
-from experiments.panels import preference_report
 from rlhf_jax.adapters import FrozenDtype, split_trainable
-from rlhf_jax.cli import run_with_report
-from rlhf_jax.data.pairs import Examples, Pairs, paired, singly
+from rlhf_jax.data.pairs import Pairs
 from rlhf_jax.errors import UserError, at_least
-from rlhf_jax.export import export_policy
-from rlhf_jax.hosts import from_first
 from rlhf_jax.log import Run
 from rlhf_jax.loop import Loop, check_microbatches
 from rlhf_jax.models import BFLOAT16, FLOAT32, MIXED, Precision, with_dropout, with_lora
 from rlhf_jax.optimizers import adafactor, adamw, constant, cosine_decay, linear_decay, muon
-from rlhf_jax.preference import ImplicitReward, PreferenceLoss, Trained, train_preferences
-from rlhf_jax.pretrained import Pretrained, load_policy
-from rlhf_jax.rewards.python import Limits
-from rlhf_jax.sampling.sampler import make_sampler
-from rlhf_jax.tasks.measure import PolicySampler, compare_policies, make_policy_measure, make_token_scorer
-from rlhf_jax.tasks.rewards import Rewards, load_reference, load_rewards
-from rlhf_jax.tasks.simulated import World
-from rlhf_jax.tasks.task import Comparisons, Task
-from rlhf_jax.tasks.text import Source, TextTask
-from rlhf_jax.train import keep_freed_memory
+from rlhf_jax.tasks.text import Source
 from rlhf_jax.types import Params
 
 PrecisionName = Literal["float32", "mixed", "bfloat16"]
@@ -124,6 +106,10 @@ class DataFlags(Flags):
             at_least(self, limit=2)
         super().__post_init__()
 
+    def sources(self) -> dict[str, Source]:
+        """All files that the flags name, by their kind. Raises UserError for flags about files that are not given."""
+        return {}
+
 
 @dataclass(frozen=True)
 class DemonstrationFlags(DataFlags):
@@ -140,6 +126,17 @@ class DemonstrationFlags(DataFlags):
     streaming: bool = False
     """Read demonstrations as they are needed, for sets larger than memory; they are shuffled in a window."""
 
+    def sources(self) -> dict[str, Source]:
+        """All files that the flags name, by their kind. Raises UserError for flags about files that are not given."""
+        own = source(
+            "demonstrations",
+            self.demonstrations,
+            self.demonstrations_format,
+            self.demonstrations_columns,
+            self.demonstrations_weights,
+        )
+        return own | super().sources()
+
 
 @dataclass(frozen=True)
 class ComparisonFlags(DataFlags):
@@ -154,6 +151,17 @@ class ComparisonFlags(DataFlags):
     comparisons_weights: tuple[float, ...] = ()
     """Shares of the sources; as many comparisons are used as these allow without repeating one."""
 
+    def sources(self) -> dict[str, Source]:
+        """All files that the flags name, by their kind. Raises UserError for flags about files that are not given."""
+        own = source(
+            "comparisons",
+            self.comparisons,
+            self.comparisons_format,
+            self.comparisons_columns,
+            self.comparisons_weights,
+        )
+        return own | super().sources()
+
 
 @dataclass(frozen=True)
 class PromptFlags(DataFlags):
@@ -166,6 +174,11 @@ class PromptFlags(DataFlags):
     prompts_columns: tuple[str, ...] = ()
     """Names of the columns in the files, OURS=THEIRS."""
 
+    def sources(self) -> dict[str, Source]:
+        """All files that the flags name, by their kind. Raises UserError for flags about files that are not given."""
+        own = source("prompts", self.prompts, self.prompts_format, self.prompts_columns)
+        return own | super().sources()
+
 
 @dataclass(frozen=True)
 class UnpairedFlags(DataFlags):
@@ -175,6 +188,11 @@ class UnpairedFlags(DataFlags):
     """Files, folders or names on the Hub with columns prompt, completion, label; instead of comparisons."""
     unpaired_columns: tuple[str, ...] = ()
     """Names of the columns in the files, OURS=THEIRS."""
+
+    def sources(self) -> dict[str, Source]:
+        """All files that the flags name, by their kind. Raises UserError for flags about files that are not given."""
+        own = source("unpaired", self.unpaired, columns=self.unpaired_columns)
+        return own | super().sources()
 
 
 @dataclass(frozen=True)
@@ -363,212 +381,26 @@ class Preference(Adapters, Training, PreferenceFlags):
             self.check_parts(self.batch_size, "pairs")
 
 
-def or_default(cfg: Any, **numbers: Any) -> Any:
-    """The flags, with a number wherever they say None."""
-    return replace(cfg, **{name: number for name, number in numbers.items() if getattr(cfg, name) is None})
-
-
 def names(sources: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """One source, or several, or none."""
     return (sources,) if isinstance(sources, str) else tuple(sources or ())
 
 
-def pretrained_defaults(cfg: Any, base: Pretrained, *, slower: float = 1.0) -> dict[str, Any]:
-    """Numbers for a pretrained model where the flags say None: adapters or weights, learning rate, checkpoints.
+def source(
+    kind: str,
+    given: str | tuple[str, ...] | None,
+    file_format: str | None = None,
+    columns: tuple[str, ...] = (),
+    weights: tuple[float, ...] = (),
+) -> dict[str, Source]:
+    """{kind: its files}; {} where none are given.
 
-    The learning rate is 2e-5 for 8 billion weights and falls with the root of their number; adapters take ten times
-    that. Both are at most 1e-3. `slower` divides it.
+    Raises UserError for flags about files that are not given.
     """
-    size = sum(leaf.size for leaf in jax.tree.leaves(base.params))
-    rank = cfg.lora_rank if cfg.lora_rank is not None else (16 if size >= 50_000_000 else 0)
-    rate = min(1e-3, 2e-5 * (8e9 / size) ** 0.5 * (10 if rank else 1)) / slower
-    return {"lora_rank": rank, "learning_rate": float(f"{rate:.1e}"), "keep": 1}
-
-
-def say_defaults(run: Run, stage: str, given: Any, filled: Any, base: Pretrained) -> None:
-    """Prints the numbers that were chosen for a pretrained model, and why."""
-    if base.name is None:
-        return
-    size = sum(leaf.size for leaf in jax.tree.leaves(base.params))
-    chosen = [
-        f"--{flag.name.replace('_', '-')} {getattr(filled, flag.name):g}"
-        for flag in fields(filled)
-        if getattr(given, flag.name) is None and isinstance(getattr(filled, flag.name), int | float)
-    ]
-    if chosen:
-        run.say(f"{stage}: chosen for a pretrained model of {size / 1e6:.3g} million weights: {' '.join(chosen)}")
-
-
-def open_task(cfg: Any, run: Run, *, first: str | None = None) -> Task:
-    """The model and the data that the flags name; without any files the controlled world.
-
-    There a stage that needs a policy to start from has it made by the stage `first`. Raises UserError for a model
-    or files that cannot be used.
-    """
-    files = {name: source_of(cfg, name) for name in ("demonstrations", "comparisons", "prompts", "unpaired")}
-    run.inputs(
-        model=cfg.model, reference=getattr(cfg, "reference", None),
-        **{name: source.names for name, source in files.items() if source is not None},
-    )  # fmt: skip
-    precision = PRECISIONS[cfg.precision]
-    if not any(files.values()):
-        refuse_in_the_world(cfg)
-        folder = cfg.model or (made_first(cfg, run, first) / "policy" if first else None)
-        base = None if folder is None else load_policy(str(folder), precision)
-        keep_freed_memory()
-        world = World(cfg.seed, base=base, precision=precision)
-        world.eval_batch_size = getattr(cfg, "eval_batch_size", None) or world.eval_batch_size
-        return world
-    if cfg.model is None:
-        given = next(name for name, source in files.items() if source is not None)
-        raise UserError(f"--{given} needs --model: a Hugging Face folder or hub name to start from")
-    return TextTask(
-        load_policy(cfg.model, precision), run, {name: source for name, source in files.items() if source is not None},
-        seed=cfg.seed, max_length=cfg.max_length, max_new_tokens=cfg.max_new_tokens,
-        eval_batch_size=cfg.eval_batch_size or 16, limit=cfg.limit, heldout=cfg.heldout, on_bad_row=cfg.on_bad_row,
-        streaming=getattr(cfg, "streaming", False),
-    )  # fmt: skip
-
-
-def refuse_in_the_world(cfg: Any) -> None:
-    """Raises UserError for a flag that is about files, where there are none: nothing is passed over in silence."""
-    unused = {"max_length": None, "max_new_tokens": None, "limit": None, "streaming": False, "on_bad_row": "stop"}
-    for name, default in unused.items():
-        if getattr(cfg, name, default) != default:
-            raise UserError(f"--{name.replace('_', '-')} is about files, and without files nothing would use it")
-
-
-def source_of(cfg: Any, kind: str) -> Source | None:
-    """The files that the flags of one kind name; None where they name none."""
-    given = names(getattr(cfg, kind, None))
-    if not given:
-        return None
-    return Source(
-        kind, given, getattr(cfg, f"{kind}_format", None), getattr(cfg, f"{kind}_columns", ()),
-        getattr(cfg, f"{kind}_weights", ()),
-    )  # fmt: skip
-
-
-def made_first(cfg: Any, run: Run, name: str, **given: Any) -> Path:
-    """The folder of another stage inside of this run's. The stage is run now, if it has not been."""
-    folder = run.dir / name
-    begun, done = from_first(lambda: [(folder / file).exists() for file in ("config.json", "summary.json")])
-    if not done:
-        stage = importlib.import_module(f"experiments.{name}")
-        run.say(f"{name} comes first: {folder}")
-        shared = {flag: getattr(cfg, flag) for flag in ("seed", "precision", "mesh")}
-        run.keep_folder()
-        stage.main(stage.Config(run_dir=str(folder), resume=begun, **shared, **given))
-    return folder
-
-
-def policy_sampler(cfg: Any, task: Task) -> PolicySampler:
-    """Samples at temperature 1 for measuring."""
-    base = task.base
-    return make_sampler(
-        base.config, seed=cfg.seed, max_new_tokens=task.max_new_tokens, temperature=1.0, eos_id=base.eos_id,
-        pad_id=base.pad_id, batch_size=task.eval_batch_size,
-    )  # fmt: skip
-
-
-def open_reference(cfg: Any, task: Task) -> Params | None:
-    """The parameters of --reference; None where it is what training starts from."""
-    if cfg.reference is None:
-        return None
-    return load_reference(cfg.reference, task.base, PRECISIONS[cfg.precision])
-
-
-@contextmanager
-def open_rewards(cfg: Any, run: Run, task: Task) -> Iterator[Rewards]:
-    """The rewards that the flags name, while the `with` lasts; in the controlled world, by default, a reward model
-    that is made first. Raises UserError without any reward, and for what cannot be read."""
-    models, functions = names(cfg.reward_model), names(cfg.reward)
-    watched = names(cfg.watch)
-    files = [text.rpartition(":")[0] if ".py:" in text else text for text in (*functions, *watched)]
-    run.inputs(reward_model=models, reward=files[: len(functions)], watch=files[len(functions) :])
-    if not models and not functions and isinstance(task, World):
-        model = cfg.model or str(run.dir / "sft" / "policy")
-        models = (str(made_first(cfg, run, "reward_model", model=model) / "reward_model"),)
-    with load_rewards(
-        task, policy_sampler(cfg, task), models=models, functions=functions, weights=cfg.reward_weights,
-        watched=watched, precision=PRECISIONS[cfg.precision],
-        limits=Limits(seconds=cfg.reward_time_limit, jobs=cfg.reward_jobs), failed_score=cfg.no_end_score,
-        max_failed_share=cfg.reward_max_failed,
-    ) as rewards:  # fmt: skip
-        yield rewards
-
-
-def preference_defaults(cfg: Any, base: Pretrained, rows: int, learning_rate: float) -> Any:
-    """The flags of a preference loss, with numbers where none are given."""
-    if base.name is None:
-        return or_default(cfg, steps=200, batch_size=64, learning_rate=learning_rate, lora_rank=0)
-    size = min(rows, cfg.batch_size or 8)
-    return or_default(cfg, steps=max(1, rows // size), batch_size=8, **pretrained_defaults(cfg, base, slower=10.0))
-
-
-def train_preference(
-    cfg: Any,
-    loss: PreferenceLoss,
-    implicit_reward: ImplicitReward,
-    base: Pretrained,
-    examples: Examples,
-    comparisons: Comparisons | None,
-    run: Run,
-    seed: int,
-    *,
-    stage: str,
-    eval_batch_size: int,
-    reference: Params | None = None,
-    mismatched: bool = False,
-    measure: Callable[[Params, Params, int], dict[str, Any]] | None = None,
-) -> Trained:
-    """`train_preferences` with the numbers of the flags."""
-    filled = preference_defaults(cfg, base, len(examples.groups), 5e-4)
-    say_defaults(run, stage, cfg, filled, base)
-    show = ("loss", "val_accuracy", "kl_k1", "utility")
-    return train_preferences(
-        loss, implicit_reward, base, examples, None if comparisons is None else comparisons.heldout,
-        filled.make_loop(run, stage, filled.steps, show=show, log_every=20), seed,
-        split=filled.split_trainable, optimizer=filled.make_optimizer(filled.steps), batch_size=filled.batch_size,
-        accumulate=filled.accumulate, packed=comparisons is None or comparisons.packed,
-        eval_batch_size=eval_batch_size, evaluations=filled.evaluations, reference=reference, mismatched=mismatched,
-        measure=measure,
-    )  # fmt: skip
-
-
-def preference_stage(
-    cfg: Any, stage: str, who: str, loss: PreferenceLoss, implicit_reward: ImplicitReward, *, single: bool = False
-) -> dict[str, float]:
-    """A run of one preference loss: reads, trains, compares the policy with where it started, exports.
-
-    `single`: the loss takes answers one by one (KTO), from `--unpaired` or from comparisons taken apart.
-    """
-    with run_with_report(cfg, stage, preference_report(stage, who)) as run:
-        task = open_task(cfg, run, first="sft")
-        sampler = policy_sampler(cfg, task)
-        alone = single and cfg.unpaired
-        comparisons = None if alone else task.comparisons(partial(sampler, task.base.params))
-        if comparisons is None:
-            assert isinstance(task, TextTask)
-            examples = task.unpaired()
-        else:
-            examples = paired(comparisons.train, cfg.pairs)
-            examples = singly(examples) if single else examples
-        trained = train_preference(
-            cfg, loss, implicit_reward, task.base, examples, comparisons, run, cfg.seed, stage=stage,
-            eval_batch_size=task.eval_batch_size, reference=open_reference(cfg, task), mismatched=single,
-            measure=make_policy_measure(task, sampler, task.eval_batch_size),
-        )  # fmt: skip
-        metrics = {f"{stage}_{name}": value for name, value in trained.metrics.items()}
-        metrics |= task.facts | ({} if comparisons is None else comparisons.facts)
-        metrics |= compare_policies(
-            run,
-            task,
-            ("start", task.base.params),
-            (stage, trained.params),
-            sampler,
-            make_token_scorer(task, trained.reward),
-        )
-        run.summary(metrics)
-        export_policy(run, task.base, trained.params, algorithm=who, metrics=metrics)
-    return metrics
+    about = {"format": file_format, "columns": columns, "weights": weights}
+    if given:
+        return {kind: Source(kind, names(given), file_format, columns, weights)}
+    for name, value in about.items():
+        if value:
+            raise UserError(f"--{kind}-{name} is about the files of --{kind}, and there are none")
+    return {}

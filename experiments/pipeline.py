@@ -21,20 +21,12 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 import numpy as np
 
 from experiments import ppo, reward_model, sft
-from experiments.flags import (
-    ComparisonFlags,
-    DemonstrationFlags,
-    ModelFlags,
-    PromptFlags,
-    RunFlags,
-    SamplingFlags,
-    open_task,
-    policy_sampler,
-)
+from experiments.flags import ComparisonFlags, DemonstrationFlags, ModelFlags, PromptFlags, RunFlags, SamplingFlags
 from experiments.panels import PIPELINE_REPORT
 from experiments.ppo import PPO
 from experiments.reward_model import RewardModel
 from experiments.sft import SFT, Trained
+from experiments.stages import open_task, policy_sampler
 from rlhf_jax.batches import Prompts
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
 from rlhf_jax.data.tokens import join

@@ -41,6 +41,9 @@ from experiments.flags import (
     RunFlags,
     SamplingFlags,
     Training,
+)
+from experiments.panels import PPO_REPORT
+from experiments.stages import (
     open_reference,
     open_rewards,
     open_task,
@@ -49,7 +52,6 @@ from experiments.flags import (
     pretrained_defaults,
     say_defaults,
 )
-from experiments.panels import PPO_REPORT
 from rlhf_jax.actor_critic import Frozen, Setup, State, start_actor_critic
 from rlhf_jax.advantages import gae
 from rlhf_jax.batches import Completions, Experience, Prompts, Tokens

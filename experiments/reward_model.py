@@ -38,13 +38,9 @@ from experiments.flags import (
     RunFlags,
     SamplingFlags,
     Training,
-    open_task,
-    or_default,
-    policy_sampler,
-    pretrained_defaults,
-    say_defaults,
 )
 from experiments.panels import REWARD_MODEL_REPORT
+from experiments.stages import open_task, or_default, policy_sampler, pretrained_defaults, say_defaults
 from rlhf_jax.batches import PackedRankings, Rankings, Tokens
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
 from rlhf_jax.data.order import EpochOrder

@@ -31,13 +31,9 @@ from experiments.flags import (
     RunFlags,
     SamplingFlags,
     Training,
-    open_task,
-    or_default,
-    policy_sampler,
-    pretrained_defaults,
-    say_defaults,
 )
 from experiments.panels import SFT_REPORT
+from experiments.stages import open_task, or_default, policy_sampler, pretrained_defaults, say_defaults
 from rlhf_jax import checkpoint
 from rlhf_jax.adapters import merged_on_host
 from rlhf_jax.batches import Tokens

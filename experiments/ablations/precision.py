@@ -34,12 +34,11 @@ from experiments.flags import (
     PrecisionName,
     PromptFlags,
     SamplingFlags,
-    open_task,
-    policy_sampler,
 )
 from experiments.ppo import PPO
 from experiments.reward_model import RewardModel
 from experiments.sft import SFT
+from experiments.stages import open_task, policy_sampler
 from rlhf_jax.cli import run_main
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.log import Run

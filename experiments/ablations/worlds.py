@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from experiments import sft
-from experiments.flags import policy_sampler
 from experiments.pipeline import train_and_choose
+from experiments.stages import policy_sampler
 from rlhf_jax.log import Run
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.rewards.model import model_reward

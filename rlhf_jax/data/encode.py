@@ -78,12 +78,6 @@ def shortened(max_length: int) -> str:
     return f"prompt shortened by whole turns to fit {max_length} tokens"
 
 
-def encode_prompt(prompt: Conversation, tokenizer: PreTrainedTokenizerBase, *, tools: Tools = None) -> list[int]:
-    """Token ids up to where the assistant begins; BOS once, where the tokenizer has one."""
-    (prompt,), shielded = _shield([prompt], tokenizer)
-    return _prompt(tokenizer, shielded, tools, prompt).ids
-
-
 def encode_windows(
     text: str, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[tuple[list[int], list[int]]]:

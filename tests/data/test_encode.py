@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from rlhf_jax.data import encode as encoding
 from rlhf_jax.data.chat import render
-from rlhf_jax.data.encode import encode, encode_prompt, encode_rows, encode_windows
+from rlhf_jax.data.encode import encode, encode_rows, encode_windows
 from rlhf_jax.data.formats import Comparison, Demonstration, Prompt, Text, Unpaired
 from rlhf_jax.data.rejects import BadRow, Place, Rejects
 from rlhf_jax.data.rows import Read, read_rows
@@ -55,7 +55,7 @@ def test_ids_of_a_demonstration(tokenizer):
         assert text.replace("<s> ", "<s>") == (
             "<s>\n\nHuman: How?\n\nAssistant: So.\n\nHuman: Why?\n\nAssistant: Because. é</s>"
         )
-    assert encode_prompt(conversation, tokenizer) == prompt
+    assert encode(Prompt(conversation, PLACE), tokenizer, 200)[0] == prompt
 
 
 def test_every_answer_of_a_conversation_is_learned(tokenizer):
@@ -76,7 +76,7 @@ def test_every_answer_of_a_conversation_is_learned(tokenizer):
 def test_all_answers_share_the_prompts_ids_and_those_of_a_rollout(tokenizer):
     prompt = (*user("How?"), *said("So."), *user("Why"))
     ranking, _ = encode(pair(prompt, "?! no", "ever"), tokenizer, 200)
-    assert ranking.prompt == encode_prompt(prompt, tokenizer) == encode(Prompt(prompt, PLACE), tokenizer, 200)[0]
+    assert ranking.prompt == encode(Prompt(prompt, PLACE), tokenizer, 200)[0]
     assert [ids.count(tokenizer.eos_token_id) for ids in ranking.responses] == [1, 1] and ranking.ranks == (0, 1)
     unpaired, _ = encode(Unpaired(prompt, said("?! no"), True, PLACE), tokenizer, 200)
     assert (unpaired.prompt, unpaired.response, unpaired.good) == (ranking.prompt, ranking.responses[0], True)
@@ -183,7 +183,7 @@ def test_a_tools_result_stays_with_its_call(minimind):
     prompt = (*user("long ago " * 30), *said("so"), *user("how many? " * 5), call, result)
     whole = len(encode(Prompt(prompt, PLACE), minimind, 4000)[0])
     ids, dropped = encode(Prompt(prompt, PLACE), minimind, whole - 1)
-    assert dropped == 2 and ids == encode_prompt(prompt[2:], minimind)
+    assert dropped == 2 and ids == encode(Prompt(prompt[2:], PLACE), minimind, 4000)[0]
     with pytest.raises(BadRow, match="prompt too long"):
         encode(Prompt(prompt, PLACE), minimind, len(ids) - 1)
 
@@ -245,7 +245,7 @@ def test_every_template_on_one_tokenizer(minimind, shared_data):
         learned = [minimind.decode(ids) for ids in document[1::2]]
         assert "So." in learned[0] and "Because." in learned[1] and "Why" not in "".join(learned)
         ranking, _ = encode(pair(user("How?"), "So.", "Because."), minimind, 1000)
-        asked = encode_prompt(user("How?"), minimind)
+        asked = encode(Prompt(user("How?"), PLACE), minimind, 1000)[0]
         # A template that opens a thought where the answer begins, but writes none into answers, has two prompts.
         if "<think>" not in minimind.decode(ranking.responses[0] + asked):
             assert ranking.prompt == asked, template["name"]

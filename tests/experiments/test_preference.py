@@ -13,7 +13,7 @@ import oracles
 import pytest
 
 from experiments import dpo, ipo, kto, orpo, simpo
-from experiments.flags import train_preference
+from experiments.stages import train_preference
 from rlhf_jax import checkpoint, preference
 from rlhf_jax.batches import RankedAnswers
 from rlhf_jax.cli import run_main

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import ppo, reward_model, sft
-from experiments.flags import open_task
+from experiments.stages import open_task
 from rlhf_jax import checkpoint, loop
 from rlhf_jax.cli import run_main
 from rlhf_jax.log import Run

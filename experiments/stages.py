@@ -1,0 +1,227 @@
+"""What stages do with the flags that they share: open a task, a reference and rewards; fill in numbers.
+
+In the controlled world a stage that lacks a policy or a reward model runs the stage that makes it (`made_first`).
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.flags import PRECISIONS, names
+from experiments.panels import preference_report
+from rlhf_jax.cli import run_with_report
+from rlhf_jax.data.pairs import Examples, paired, singly
+from rlhf_jax.errors import UserError
+from rlhf_jax.export import export_policy
+from rlhf_jax.hosts import from_first
+from rlhf_jax.log import Run
+from rlhf_jax.preference import ImplicitReward, PreferenceLoss, Trained, train_preferences
+from rlhf_jax.pretrained import Pretrained, load_policy
+from rlhf_jax.rewards.python import Limits
+from rlhf_jax.sampling.sampler import make_sampler
+from rlhf_jax.tasks.measure import PolicySampler, compare_policies, make_policy_measure, make_token_scorer
+from rlhf_jax.tasks.rewards import Rewards, load_reference, load_rewards
+from rlhf_jax.tasks.simulated import World
+from rlhf_jax.tasks.task import Comparisons, Task
+from rlhf_jax.tasks.text import TextTask
+from rlhf_jax.train import keep_freed_memory
+from rlhf_jax.types import Params
+
+
+def or_default(cfg: Any, **numbers: Any) -> Any:
+    """The flags, with a number wherever they say None."""
+    return replace(cfg, **{name: number for name, number in numbers.items() if getattr(cfg, name) is None})
+
+
+def pretrained_defaults(cfg: Any, base: Pretrained, *, slower: float = 1.0) -> dict[str, Any]:
+    """Numbers for a pretrained model where the flags say None: adapters or weights, learning rate, checkpoints.
+
+    The learning rate is 2e-5 for 8 billion weights and falls with the root of their number; adapters take ten times
+    that. Both are at most 1e-3. `slower` divides it.
+    """
+    size = sum(leaf.size for leaf in jax.tree.leaves(base.params))
+    rank = cfg.lora_rank if cfg.lora_rank is not None else (16 if size >= 50_000_000 else 0)
+    rate = min(1e-3, 2e-5 * (8e9 / size) ** 0.5 * (10 if rank else 1)) / slower
+    return {"lora_rank": rank, "learning_rate": float(f"{rate:.1e}"), "keep": 1}
+
+
+def say_defaults(run: Run, stage: str, given: Any, filled: Any, base: Pretrained) -> None:
+    """Prints the numbers that were chosen for a pretrained model, and why."""
+    if base.name is None:
+        return
+    size = sum(leaf.size for leaf in jax.tree.leaves(base.params))
+    chosen = [
+        f"--{flag.name.replace('_', '-')} {getattr(filled, flag.name):g}"
+        for flag in fields(filled)
+        if getattr(given, flag.name) is None and isinstance(getattr(filled, flag.name), int | float)
+    ]
+    if chosen:
+        run.say(f"{stage}: chosen for a pretrained model of {size / 1e6:.3g} million weights: {' '.join(chosen)}")
+
+
+def open_task(cfg: Any, run: Run, *, first: str | None = None) -> Task:
+    """The model and the data that the flags name; without any files the controlled world.
+
+    There a stage that needs a policy to start from has it made by the stage `first`. Raises UserError for a model
+    or files that cannot be used.
+    """
+    files = cfg.sources()
+    run.inputs(
+        model=cfg.model, reference=getattr(cfg, "reference", None),
+        **{kind: source.names for kind, source in files.items()},
+    )  # fmt: skip
+    precision = PRECISIONS[cfg.precision]
+    if not files:
+        refuse_in_the_world(cfg)
+        folder = cfg.model or (made_first(cfg, run, first) / "policy" if first else None)
+        base = None if folder is None else load_policy(str(folder), precision)
+        keep_freed_memory()
+        world = World(cfg.seed, base=base, precision=precision)
+        world.eval_batch_size = getattr(cfg, "eval_batch_size", None) or world.eval_batch_size
+        return world
+    if cfg.model is None:
+        raise UserError(f"--{next(iter(files))} needs --model: a Hugging Face folder or hub name to start from")
+    return TextTask(
+        load_policy(cfg.model, precision), run, files, seed=cfg.seed, max_length=cfg.max_length,
+        max_new_tokens=cfg.max_new_tokens, eval_batch_size=cfg.eval_batch_size or 16, limit=cfg.limit,
+        heldout=cfg.heldout, on_bad_row=cfg.on_bad_row, streaming=getattr(cfg, "streaming", False),
+    )  # fmt: skip
+
+
+def refuse_in_the_world(cfg: Any) -> None:
+    """Raises UserError for a flag that is about files, where there are none: nothing is passed over in silence."""
+    unused = {"max_length": None, "max_new_tokens": None, "limit": None, "streaming": False, "on_bad_row": "stop"}
+    for name, default in unused.items():
+        if getattr(cfg, name, default) != default:
+            raise UserError(f"--{name.replace('_', '-')} is about files, and without files nothing would use it")
+
+
+def made_first(cfg: Any, run: Run, name: str, **given: Any) -> Path:
+    """The folder of another stage inside of this run's. The stage is run now, if it has not been."""
+    folder = run.dir / name
+    begun, done = from_first(lambda: [(folder / file).exists() for file in ("config.json", "summary.json")])
+    if not done:
+        stage = importlib.import_module(f"experiments.{name}")
+        run.say(f"{name} comes first: {folder}")
+        shared = {flag: getattr(cfg, flag) for flag in ("seed", "precision", "mesh")}
+        run.keep_folder()
+        stage.main(stage.Config(run_dir=str(folder), resume=begun, **shared, **given))
+    return folder
+
+
+def policy_sampler(cfg: Any, task: Task) -> PolicySampler:
+    """Samples at temperature 1 for measuring."""
+    base = task.base
+    return make_sampler(
+        base.config, seed=cfg.seed, max_new_tokens=task.max_new_tokens, temperature=1.0, eos_id=base.eos_id,
+        pad_id=base.pad_id, batch_size=task.eval_batch_size,
+    )  # fmt: skip
+
+
+def open_reference(cfg: Any, task: Task) -> Params | None:
+    """The parameters of --reference; None where it is what training starts from."""
+    if cfg.reference is None:
+        return None
+    return load_reference(cfg.reference, task.base, PRECISIONS[cfg.precision])
+
+
+@contextmanager
+def open_rewards(cfg: Any, run: Run, task: Task) -> Iterator[Rewards]:
+    """The rewards that the flags name, while the `with` lasts; in the controlled world, by default, a reward model
+    that is made first. Raises UserError without any reward, and for what cannot be read."""
+    models, functions = names(cfg.reward_model), names(cfg.reward)
+    watched = names(cfg.watch)
+    files = [text.rpartition(":")[0] if ".py:" in text else text for text in (*functions, *watched)]
+    run.inputs(reward_model=models, reward=files[: len(functions)], watch=files[len(functions) :])
+    if not models and not functions and isinstance(task, World):
+        model = cfg.model or str(run.dir / "sft" / "policy")
+        models = (str(made_first(cfg, run, "reward_model", model=model) / "reward_model"),)
+    with load_rewards(
+        task, policy_sampler(cfg, task), models=models, functions=functions, weights=cfg.reward_weights,
+        watched=watched, precision=PRECISIONS[cfg.precision],
+        limits=Limits(seconds=cfg.reward_time_limit, jobs=cfg.reward_jobs), failed_score=cfg.no_end_score,
+        max_failed_share=cfg.reward_max_failed,
+    ) as rewards:  # fmt: skip
+        yield rewards
+
+
+def preference_defaults(cfg: Any, base: Pretrained, rows: int, learning_rate: float) -> Any:
+    """The flags of a preference loss, with numbers where none are given."""
+    if base.name is None:
+        return or_default(cfg, steps=200, batch_size=64, learning_rate=learning_rate, lora_rank=0)
+    size = min(rows, cfg.batch_size or 8)
+    return or_default(cfg, steps=max(1, rows // size), batch_size=8, **pretrained_defaults(cfg, base, slower=10.0))
+
+
+def train_preference(
+    cfg: Any,
+    loss: PreferenceLoss,
+    implicit_reward: ImplicitReward,
+    base: Pretrained,
+    examples: Examples,
+    comparisons: Comparisons | None,
+    run: Run,
+    seed: int,
+    *,
+    stage: str,
+    eval_batch_size: int,
+    reference: Params | None = None,
+    mismatched: bool = False,
+    measure: Callable[[Params, Params, int], dict[str, Any]] | None = None,
+) -> Trained:
+    """`train_preferences` with the numbers of the flags."""
+    filled = preference_defaults(cfg, base, len(examples.groups), 5e-4)
+    say_defaults(run, stage, cfg, filled, base)
+    show = ("loss", "val_accuracy", "kl_k1", "utility")
+    return train_preferences(
+        loss, implicit_reward, base, examples, None if comparisons is None else comparisons.heldout,
+        filled.make_loop(run, stage, filled.steps, show=show, log_every=20), seed,
+        split=filled.split_trainable, optimizer=filled.make_optimizer(filled.steps), batch_size=filled.batch_size,
+        accumulate=filled.accumulate, packed=comparisons is None or comparisons.packed,
+        eval_batch_size=eval_batch_size, evaluations=filled.evaluations, reference=reference, mismatched=mismatched,
+        measure=measure,
+    )  # fmt: skip
+
+
+def preference_stage(
+    cfg: Any, stage: str, who: str, loss: PreferenceLoss, implicit_reward: ImplicitReward, *, single: bool = False
+) -> dict[str, float]:
+    """A run of one preference loss: reads, trains, compares the policy with where it started, exports.
+
+    `single`: the loss takes answers one by one (KTO), from `--unpaired` or from comparisons taken apart.
+    """
+    with run_with_report(cfg, stage, preference_report(stage, who)) as run:
+        task = open_task(cfg, run, first="sft")
+        sampler = policy_sampler(cfg, task)
+        alone = single and cfg.unpaired
+        comparisons = None if alone else task.comparisons(partial(sampler, task.base.params))
+        if comparisons is None:
+            assert isinstance(task, TextTask)
+            examples = task.unpaired()
+        else:
+            examples = paired(comparisons.train, cfg.pairs)
+            examples = singly(examples) if single else examples
+        trained = train_preference(
+            cfg, loss, implicit_reward, task.base, examples, comparisons, run, cfg.seed, stage=stage,
+            eval_batch_size=task.eval_batch_size, reference=open_reference(cfg, task), mismatched=single,
+            measure=make_policy_measure(task, sampler, task.eval_batch_size),
+        )  # fmt: skip
+        metrics = {f"{stage}_{name}": value for name, value in trained.metrics.items()}
+        metrics |= task.facts | ({} if comparisons is None else comparisons.facts)
+        metrics |= compare_policies(
+            run,
+            task,
+            ("start", task.base.params),
+            (stage, trained.params),
+            sampler,
+            make_token_scorer(task, trained.reward),
+        )
+        run.summary(metrics)
+        export_policy(run, task.base, trained.params, algorithm=who, metrics=metrics)
+    return metrics
