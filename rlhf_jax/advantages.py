@@ -1,10 +1,14 @@
-"""Advantages: generalised advantage estimation for PPO, group baselines for GRPO and RLOO."""
+"""Advantages: generalised advantage estimation for PPO, group baselines for GRPO and RLOO.
+
+Results are float32 whatever comes in. Each function raises ValueError for arrays of the wrong shape.
+"""
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from rlhf_jax.arrays import boolean, check_shapes, wide
 from rlhf_jax.types import ScalarLike
 
 
@@ -24,8 +28,9 @@ def gae(
     V = Â = 0. Not whitened; no gradient flows through.
     Reference: Schulman et al. 2015, eq. 11 and 16, https://arxiv.org/abs/1506.02438.
     """
-    rewards = jnp.where(mask, rewards, 0.0)
-    values = jnp.where(mask, values, 0.0)
+    check_shapes({"rewards": rewards, "values": values, "mask": mask}, rank=2)
+    mask = boolean(mask)
+    rewards, values = jnp.where(mask, wide(rewards), 0.0), jnp.where(mask, wide(values), 0.0)
 
     def step(carry: tuple[Array, Array], xs: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
         next_value, next_advantage = carry
@@ -46,7 +51,8 @@ def group_advantages(rewards: Float[Array, " B"], *, group_size: int, scale_by_s
     is not a multiple of group_size.
     Reference: Shao et al. 2024, §4.1.2, https://arxiv.org/abs/2402.03300; without the std Liu et al. 2025 (Dr. GRPO),
     https://arxiv.org/abs/2503.20783.
-    Deviation: the std, which the paper leaves open, is the population's, and 1e-4 is added to it.
+    Deviation: the std, which the paper leaves open, is the population's, and 1e-4 is added to it. TRL, OpenRLHF and
+    verl take the sample's, which divides by G − 1: their advantages are √((G−1)/G) of these.
     """
     groups = _groups(rewards, group_size)
     # From the first of each group, where equal rewards are 0: the mean's rounding would not be small over the std.
@@ -71,6 +77,7 @@ def leave_one_out_advantages(rewards: Float[Array, " B"], *, group_size: int) ->
 
 
 def _groups(rewards: Array, group_size: int) -> Array:
+    check_shapes({"rewards": rewards}, rank=1)
     if rewards.shape[0] % group_size:
         raise ValueError(f"{rewards.shape[0]} rewards are not a whole number of groups of {group_size}")
-    return rewards.reshape(-1, group_size)
+    return wide(rewards).reshape(-1, group_size)

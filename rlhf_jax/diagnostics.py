@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from numpy.typing import ArrayLike
 
+from rlhf_jax.arrays import check_shapes
 from rlhf_jax.batches import Completions
 from rlhf_jax.masking import masked_mean
 
@@ -17,8 +18,9 @@ def explained_variance(
 ) -> Float[Array, ""]:
     """1 − Var(returns − values) / Var(returns) over the mask: 1 is perfect, 0 no better than a constant.
 
-    Traceable. 0 where the returns do not vary.
+    Traceable. 0 where the returns do not vary. Raises ValueError for arrays whose shapes differ.
     """
+    check_shapes({"values": values, "returns": returns, "mask": mask})
 
     def variance(x: Array) -> Array:
         return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)

@@ -9,13 +9,18 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from rlhf_jax.arrays import check_leading, check_shapes
 from rlhf_jax.axes import constrain, parts
 from rlhf_jax.masking import masked_sum
 from rlhf_jax.types import ScalarLike
 
 
 def token_logprobs(logits: Float[Array, "*shape V"], targets: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """log π(target): float32 log-softmax of the logits, at the target."""
+    """log π(target): float32 log-softmax of the logits, at the target.
+
+    Raises ValueError unless there is one target for each distribution.
+    """
+    check_leading({"targets": targets}, {"logits": logits}, axes=-1)
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
@@ -57,8 +62,9 @@ def chunked_logprobs(
     [B, T, V] array exists in either. Chunks run along T, so that rows may stay sharded. With a mask, each row's
     masked entries are 0 and not computed (as many as in the row that has fewest). The logits go through `soft_cap`,
     then are divided by the temperature, which gets no gradient; jax.grad and vjp work, jvp and jacfwd do not. Raises
-    ValueError if chunk_size is not positive.
+    ValueError if chunk_size is not positive, or for targets or a mask of another shape.
     """
+    _check(hidden, targets, mask)
     kernel = _spread(head_kernel, len(targets))
     return _chunked(_logprobs, chunk_size, softcap, hidden, kernel, targets, mask, temperature)[0]
 
@@ -74,6 +80,7 @@ def chunked_logprobs_and_entropy(
     temperature: ScalarLike = 1.0,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability of each target, as `chunked_logprobs` has it, and the entropy of each distribution."""
+    _check(hidden, targets, mask)
     kernel = _spread(head_kernel, len(targets))
     scores = _chunked(_logprobs_and_entropy, chunk_size, softcap, hidden, kernel, targets, mask, temperature)
     return scores[0], scores[1]
@@ -94,7 +101,14 @@ def chunked_weighted_logprobs(
     The gradient is then known up to a factor as soon as a chunk's logits are, so that they are computed once: three
     matrix products instead of four. Without differentiation only the sum is computed.
     """
+    _check(hidden, targets, mask)
+    check_shapes({"targets": targets, "weights": weights})
     return _weighted(chunk_size, softcap, hidden, _spread(head_kernel, len(targets)), targets, weights, mask)
+
+
+def _check(hidden: Array, targets: Array, mask: Array | None) -> None:
+    check_shapes({"targets": targets} if mask is None else {"targets": targets, "mask": mask}, rank=2)
+    check_leading({"targets": targets}, {"hidden": hidden}, axes=-1)
 
 
 def _logprobs(logits: Array, targets: Array) -> tuple[Array, ...]:

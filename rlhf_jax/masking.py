@@ -1,4 +1,7 @@
-"""Sums, means and whitening over the True entries of a mask. Whatever stands elsewhere, NaN included, is ignored."""
+"""Sums, means and whitening over the True entries of a mask. Whatever stands elsewhere, NaN included, is ignored.
+
+Results are float32 whatever comes in. Each function raises ValueError for a mask of another shape, or of floats.
+"""
 
 from collections.abc import Sequence
 
@@ -6,18 +9,21 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from rlhf_jax.arrays import boolean, check_shapes, wide
+
 Axis = int | Sequence[int] | None
 
 
 def masked_sum(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], axis: Axis = None) -> Float[Array, "*rest"]:
     """Sum of `x` where `mask`; 0 where nothing is unmasked."""
-    return jnp.where(mask, x, 0.0).sum(axis=axis)
+    check_shapes({"x": x, "mask": mask})
+    return jnp.where(boolean(mask), wide(x), 0.0).sum(axis=axis)
 
 
 def masked_mean(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], axis: Axis = None) -> Float[Array, "*rest"]:
     """Mean of `x` where `mask`; 0 where nothing is unmasked."""
     total = masked_sum(x, mask, axis)
-    return total / jnp.maximum(mask.sum(axis=axis), 1).astype(total.dtype)
+    return total / jnp.maximum(boolean(mask).sum(axis=axis), 1).astype(total.dtype)
 
 
 def masked_whiten(
@@ -30,7 +36,7 @@ def masked_whiten(
     The variance is the population's: divided by the count, not by one less.
     Reference: `whiten` in the code of Ziegler et al. 2019, https://github.com/openai/lm-human-preferences.
     """
-    mean = masked_mean(x, mask)
+    mean, mask = masked_mean(x, mask), boolean(mask)
     centred = jnp.where(mask, x - mean, 0.0)
     whitened = centred / jnp.sqrt(masked_mean(centred**2, mask) + 1e-8)
     return whitened if shift_mean else jnp.where(mask, whitened + mean, 0.0)

@@ -12,7 +12,7 @@ import rlhf_jax
 
 ROOT = Path(rlhf_jax.__file__).parent
 LEVELS = (
-    {"types", "masking", "axes"},
+    {"types", "arrays", "masking", "axes"},
     {"logprobs", "kl", "advantages"},
     {"losses"},
     {"hosts", "sharding"},
@@ -46,7 +46,7 @@ LEVELS = (
     {"cli"},
 )
 BASES = {"jax", "jaxtyping", "rlhf_jax"} | sys.stdlib_module_names
-EQUATIONS = {"types", "axes", "masking", "logprobs", "kl", "advantages", "losses"}
+EQUATIONS = {"types", "arrays", "axes", "masking", "logprobs", "kl", "advantages", "losses"}
 MEASURE = """
 import json, sys, time
 import jax

@@ -1,10 +1,14 @@
-"""Preference losses without a reward model: DPO and its kin. Log-probabilities are of whole responses, summed."""
+"""Preference losses without a reward model: DPO and its kin. Log-probabilities are of whole responses, summed.
+
+Results are float32 whatever comes in. Each loss raises ValueError for arrays that are not all [B].
+"""
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Num
 
+from rlhf_jax.arrays import check_number_or_row, check_shapes, wide
 from rlhf_jax.types import Metrics, ScalarLike
 
 stop = jax.lax.stop_gradient
@@ -17,20 +21,18 @@ def dpo_loss(
     ref_rejected_logprobs: Float[Array, " B"],
     *,
     beta: ScalarLike,
-    label_smoothing: ScalarLike = 0.0,
+    label_smoothing: ScalarLike | Float[Array, " B"] = 0.0,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Direct preference optimisation.
 
         L = −E[(1−ε) log σ(βΔ) + ε log σ(−βΔ)],   Δ = log(π/π_ref)(y_w) − log(π/π_ref)(y_l)
 
-    ε = `label_smoothing` is the chance that a label is flipped (conservative DPO).
+    ε = `label_smoothing` is the chance that a label is wrong (conservative DPO): a number, or one a pair [B].
     Reference: Rafailov et al. 2023, eq. 7, https://arxiv.org/abs/2305.18290; Mitchell 2023, eq. 3,
     https://ericmitchell.ai/cdpo.pdf.
     """
-    chosen, rejected = (
-        chosen_logprobs - stop(ref_chosen_logprobs),
-        rejected_logprobs - stop(ref_rejected_logprobs),
-    )
+    check_number_or_row({"label_smoothing": label_smoothing}, {"chosen_logprobs": chosen_logprobs})
+    chosen, rejected = _log_ratios(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
     logits = beta * (chosen - rejected)
     losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(-logits)
     return losses.mean(), _metrics(beta * chosen, beta * rejected)
@@ -49,12 +51,10 @@ def ipo_loss(
         L = E[(Δ − 1/(2β))²],   Δ = log(π/π_ref)(y_w) − log(π/π_ref)(y_l)
 
     Reference: Azar et al. 2023, eq. 17, https://arxiv.org/abs/2310.12036.
-    Deviation: none; libraries that average log-probabilities over tokens optimise another objective.
+    Deviation: log π is summed over a response, as the equation has it. Libraries (TRL) average it over tokens, and so,
+    say the authors, did the experiments of the paper: a τ from there does not transfer.
     """
-    chosen, rejected = (
-        chosen_logprobs - stop(ref_chosen_logprobs),
-        rejected_logprobs - stop(ref_rejected_logprobs),
-    )
+    chosen, rejected = _log_ratios(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
     return jnp.square(chosen - rejected - 1.0 / (2.0 * beta)).mean(), _metrics(beta * chosen, beta * rejected)
 
 
@@ -74,8 +74,8 @@ def simpo_loss(
     Lengths are in tokens; a length of 0 counts as 1.
     Reference: Meng et al. 2024, eq. 6, https://arxiv.org/abs/2405.14734.
     """
-    chosen = beta * _average(chosen_logprobs, chosen_lengths)
-    rejected = beta * _average(rejected_logprobs, rejected_lengths)
+    chosen, rejected = _averages(chosen_logprobs, rejected_logprobs, chosen_lengths, rejected_lengths)
+    chosen, rejected = beta * chosen, beta * rejected
     return -jax.nn.log_sigmoid(chosen - rejected - gamma).mean(), _metrics(chosen, rejected)
 
 
@@ -94,8 +94,7 @@ def orpo_loss(
     Reference: Hong et al. 2024, eq. 6 and 7, https://arxiv.org/abs/2403.07691.
     Deviation: p is kept below 1 − 1e-6, where its odds would be infinite.
     """
-    chosen = _average(chosen_logprobs, chosen_lengths)
-    rejected = _average(rejected_logprobs, rejected_lengths)
+    chosen, rejected = _averages(chosen_logprobs, rejected_logprobs, chosen_lengths, rejected_lengths)
 
     def log_odds(logp: Array) -> Array:
         logp = jnp.minimum(logp, -1e-6)
@@ -127,8 +126,10 @@ def kto_loss(
     responses); no gradient flows through it. The mean is over the whole batch.
     Reference: Ethayarajh et al. 2024, eq. 8, https://arxiv.org/abs/2402.01306.
     """
-    rewards = logprobs - stop(ref_logprobs)
-    baseline = stop(jnp.maximum(kl, 0.0))
+    check_shapes({"logprobs": logprobs, "ref_logprobs": ref_logprobs, "desirable": desirable}, rank=1)
+    check_shapes({"kl": kl}, rank=0)
+    rewards = wide(logprobs) - stop(wide(ref_logprobs))
+    baseline = stop(jnp.maximum(wide(kl), 0.0))
     margin = jnp.where(desirable, rewards - baseline, baseline - rewards)
     weight = jnp.where(desirable, desirable_weight, undesirable_weight)
     # 1 - σ(x) = σ(-x), which does not cancel.
@@ -136,8 +137,22 @@ def kto_loss(
     return loss, {"kl": baseline, "reward": (beta * rewards).mean()}
 
 
-def _average(logprobs: Array, lengths: Array) -> Array:
-    return logprobs / jnp.maximum(lengths.astype(logprobs.dtype), 1.0)
+def _log_ratios(chosen: Array, rejected: Array, ref_chosen: Array, ref_rejected: Array) -> tuple[Array, Array]:
+    """log π/π_ref of the chosen and of the rejected responses."""
+    given = {"chosen_logprobs": chosen, "rejected_logprobs": rejected}
+    check_shapes(given | {"ref_chosen_logprobs": ref_chosen, "ref_rejected_logprobs": ref_rejected}, rank=1)
+    return wide(chosen) - stop(wide(ref_chosen)), wide(rejected) - stop(wide(ref_rejected))
+
+
+def _averages(chosen: Array, rejected: Array, chosen_lengths: Array, rejected_lengths: Array) -> tuple[Array, Array]:
+    """Log-probabilities a token."""
+    given = {"chosen_logprobs": chosen, "rejected_logprobs": rejected}
+    check_shapes(given | {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}, rank=1)
+    chosen, rejected = wide(chosen), wide(rejected)
+    return (
+        chosen / jnp.maximum(chosen_lengths.astype(chosen.dtype), 1.0),
+        rejected / jnp.maximum(rejected_lengths.astype(rejected.dtype), 1.0),
+    )
 
 
 def _metrics(chosen: Array, rejected: Array) -> Metrics:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from rlhf_jax.arrays import boolean, check_shapes, ratio, ratio_minus_one, wide
 from rlhf_jax.masking import masked_mean
 from rlhf_jax.types import Metrics, ScalarLike
 
@@ -24,19 +25,23 @@ def ppo_clip_loss(
     "approx_kl" is Schulman's k₃ of KL(π_old‖π), "clip_fraction" the share of tokens with ρ outside 1 ± ε, whichever
     of the two terms is the larger.
     Reference: Schulman et al. 2017, eq. 7, https://arxiv.org/abs/1707.06347.
-    Deviation: E_t is the mean over unmasked tokens of the whole batch.
+    Deviation: E_t is the mean over unmasked tokens of the whole batch. Beyond log ρ = 20 the exponential is continued
+    by its tangent (`rlhf_jax.arrays.ratio`), so that neither loss nor gradient overflows.
+    Raises ValueError for arrays whose shapes differ.
     """
-    advantages = jax.lax.stop_gradient(jnp.where(mask, advantages, 0.0))
+    check_shapes({"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages, "mask": mask}, rank=2)
+    mask = boolean(mask)
+    advantages = jax.lax.stop_gradient(jnp.where(mask, wide(advantages), 0.0))
     # Mask before exp: padding may overflow, and 0 * inf is nan in the backward pass.
-    log_ratio = jnp.where(mask, logprobs - jax.lax.stop_gradient(old_logprobs), 0.0)
-    ratio = jnp.exp(log_ratio)
-    clipped_ratio = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
-    loss = masked_mean(jnp.maximum(-advantages * ratio, -advantages * clipped_ratio), mask)
+    log_ratio = jnp.where(mask, wide(logprobs) - jax.lax.stop_gradient(wide(old_logprobs)), 0.0)
+    rho = ratio(log_ratio)
+    clipped_rho = jnp.clip(rho, 1.0 - clip_eps, 1.0 + clip_eps)
+    loss = masked_mean(jnp.maximum(-advantages * rho, -advantages * clipped_rho), mask)
     return loss, {
-        "approx_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
-        "clip_fraction": masked_mean((jnp.abs(ratio - 1.0) > clip_eps).astype(jnp.float32), mask),
-        "ratio": masked_mean(ratio, mask),
-        "ratio_max": jnp.where(mask, ratio, 0.0).max(initial=0.0),
+        "approx_kl": masked_mean(ratio_minus_one(log_ratio) - log_ratio, mask),
+        "clip_fraction": masked_mean((jnp.abs(rho - 1.0) > clip_eps).astype(jnp.float32), mask),
+        "ratio": masked_mean(rho, mask),
+        "ratio_max": jnp.where(mask, rho, 0.0).max(initial=0.0),
     }
 
 
@@ -54,10 +59,13 @@ def value_clip_loss(
 
     Reference: the code of Schulman et al. 2017, as described in Huang et al. 2022, "The 37 implementation details of
     PPO", detail 9, https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/.
+    Raises ValueError for arrays whose shapes differ.
     """
-    values = jnp.where(mask, values, 0.0)
-    old_values = jax.lax.stop_gradient(jnp.where(mask, old_values, 0.0))
-    returns = jax.lax.stop_gradient(jnp.where(mask, returns, 0.0))
+    check_shapes({"values": values, "old_values": old_values, "returns": returns, "mask": mask}, rank=2)
+    mask = boolean(mask)
+    values = jnp.where(mask, wide(values), 0.0)
+    old_values = jax.lax.stop_gradient(jnp.where(mask, wide(old_values), 0.0))
+    returns = jax.lax.stop_gradient(jnp.where(mask, wide(returns), 0.0))
     clipped = old_values + jnp.clip(values - old_values, -clip_eps, clip_eps)
     squares, clipped_squares = jnp.square(values - returns), jnp.square(clipped - returns)
     loss = 0.5 * masked_mean(jnp.maximum(squares, clipped_squares), mask)

@@ -1,10 +1,14 @@
-"""Reward models from human comparisons: pairs and rankings."""
+"""Reward models from human comparisons: pairs and rankings.
+
+Results are float32 whatever comes in. Each loss raises ValueError for arrays whose shapes differ.
+"""
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from rlhf_jax.arrays import boolean, check_number_or_row, check_shapes, wide
 from rlhf_jax.masking import masked_mean, masked_sum
 from rlhf_jax.types import Metrics, ScalarLike
 
@@ -13,18 +17,24 @@ def bradley_terry_loss(
     chosen_rewards: Float[Array, " B"],
     rejected_rewards: Float[Array, " B"],
     *,
-    margin: ScalarLike | Array = 0.0,
+    margin: ScalarLike | Float[Array, " B"] = 0.0,
+    label_smoothing: ScalarLike | Float[Array, " B"] = 0.0,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Negative log-likelihood of the preferences under Bradley-Terry.
 
-        L = −E[log σ(r(x, y_w) − r(x, y_l) − m)]
+        L = −E[(1−ε) log σ(Δ − m) + ε log σ(−Δ − m)],   Δ = r(x, y_w) − r(x, y_l)
 
-    `margin` m is a number or one a pair [B]. A tie counts half in the accuracy.
+    `margin` m is a number or one a pair [B]. ε = `label_smoothing` is the chance that a label is wrong, a number or
+    one a pair [B]: then the other response is the better one, by the same margin. A tie counts half in the accuracy.
     Reference: Ouyang et al. 2022, eq. 1 with K = 2, https://arxiv.org/abs/2203.02155; the margin is that of Touvron
-    et al. 2023 (Llama 2), eq. 2, https://arxiv.org/abs/2307.09288.
+    et al. 2023 (Llama 2), eq. 2, https://arxiv.org/abs/2307.09288; ε as in Mitchell 2023, eq. 3,
+    https://ericmitchell.ai/cdpo.pdf.
     """
-    difference = chosen_rewards - rejected_rewards
-    loss = -jax.nn.log_sigmoid(difference - margin).mean()
+    check_shapes({"chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}, rank=1)
+    check_number_or_row({"margin": margin, "label_smoothing": label_smoothing}, {"chosen_rewards": chosen_rewards})
+    difference = wide(chosen_rewards) - wide(rejected_rewards)
+    right, wrong = jax.nn.log_sigmoid(difference - margin), jax.nn.log_sigmoid(-difference - margin)
+    loss = -((1.0 - label_smoothing) * right + label_smoothing * wrong).mean()
     return loss, {"accuracy": _correct(difference).mean(), "reward_difference": difference.mean()}
 
 
@@ -38,7 +48,9 @@ def ranking_loss(
     Rank 0 is best; equal ranks form no pair. The mean is over a prompt's pairs, then over prompts that have any.
     Reference: Ouyang et al. 2022, eq. 1, https://arxiv.org/abs/2203.02155.
     """
-    rewards = jnp.where(mask, rewards, 0.0)
+    check_shapes({"rewards": rewards, "ranks": ranks, "mask": mask}, rank=2)
+    mask = boolean(mask)
+    rewards = jnp.where(mask, wide(rewards), 0.0)
     difference = rewards[:, :, None] - rewards[:, None, :]
     pairs = _pairs(ranks, mask)
     has_pairs = pairs.any(axis=(1, 2))
@@ -52,7 +64,7 @@ def ranking_loss(
 
 def ranking_counts(ranks: Int[Array, "B K"], mask: Bool[Array, "B K"]) -> dict[str, Int[Array, ""]]:
     """How many prompts `ranking_loss` is the mean over, and how many pairs its "reward_difference"."""
-    pairs = _pairs(ranks, mask)
+    pairs = _pairs(ranks, boolean(mask))
     return {"loss": pairs.any(axis=(1, 2)).sum(), "reward_difference": pairs.sum()}
 
 
@@ -68,7 +80,9 @@ def plackett_luce_loss(
     Reference: Plackett 1975; as a loss for reward models Rafailov et al. 2023, eq. 18 (appendix A.3),
     https://arxiv.org/abs/2305.18290.
     """
-    rewards = jnp.where(mask, rewards, 0.0)
+    check_shapes({"rewards": rewards, "ranks": ranks, "mask": mask}, rank=2)
+    mask = boolean(mask)
+    rewards = jnp.where(mask, wide(rewards), 0.0)
     below = (ranks[:, :, None] < ranks[:, None, :]) | jnp.eye(rewards.shape[1], dtype=bool)[None]
     below = below & mask[:, None, :]
     # A masked row of `below` may be empty; 0 keeps its log-sum-exp, and so its gradient, finite.

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from rlhf_jax.arrays import boolean, check_shapes
 from rlhf_jax.logprobs import chunked_weighted_logprobs
 from rlhf_jax.masking import masked_mean
 from rlhf_jax.types import Metrics
@@ -16,9 +17,11 @@ def sft_loss(logprobs: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> tuple[F
 
     Reference: Ouyang et al. 2022, §3.5, https://arxiv.org/abs/2203.02155.
     Deviation: E_t is the mean over unmasked tokens of the whole batch, not a mean of sequences' means.
+    Raises ValueError for arrays whose shapes differ.
     """
+    check_shapes({"logprobs": logprobs, "mask": mask}, rank=2)
     loss = -masked_mean(logprobs, mask)
-    return loss, {"tokens": mask.sum()}
+    return loss, {"tokens": boolean(mask).sum()}
 
 
 def chunked_sft_loss(
@@ -33,7 +36,10 @@ def chunked_sft_loss(
     """`sft_loss` straight from hidden states: each token's weight is known, so its gradient is had with its logits.
 
     The logits of only `chunk_size` columns exist at once, and they are computed once; the head reads no prompts.
+    Raises ValueError for targets and a mask whose shapes differ.
     """
+    check_shapes({"targets": targets, "mask": mask}, rank=2)
+    mask = boolean(mask)
     tokens = mask.sum()
     weights = mask.astype(jnp.float32) / jnp.maximum(tokens, 1).astype(jnp.float32)
     loss = -chunked_weighted_logprobs(

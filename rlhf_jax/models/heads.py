@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
+from rlhf_jax.arrays import check_shapes
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import Transformer
 
@@ -60,10 +61,17 @@ def from_language_model(params: Any, key: PRNGKeyArray, config: ModelConfig) -> 
 def last_token_rewards(values: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, " B"]:
     """The value at each response's last token, 0 for an empty response.
 
-    mask[t] says that targets[t] = inputs[t + 1] is part of the response: the last one is an input at (last True) + 1,
-    which exists since batches end in a padding column.
+    mask[t] says that targets[t] = inputs[t + 1] is part of the response: the last one is an input at (last True) + 1.
+    A True in the last column has no such input. It raises ValueError where the mask is known, and makes the row NaN
+    where it is traced.
     """
+    check_shapes({"values": values, "mask": mask}, rank=2)
+    if not isinstance(mask, jax.core.Tracer) and bool(jnp.any(mask[:, -1:])):
+        raise ValueError(
+            "the mask is True in the last column, whose target is no input: a batch needs a padding column at its end"
+        )
     remaining = jnp.flip(jnp.cumsum(jnp.flip(mask, axis=1), axis=1), axis=1)
     is_last = mask & (remaining == 1)
     at_last = jnp.pad(is_last[:, :-1], ((0, 0), (1, 0)))
-    return jnp.where(at_last, values, 0.0).sum(axis=1)
+    found = jnp.where(at_last, values, 0.0).sum(axis=1)
+    return jnp.where(mask[:, -1], jnp.nan, found)

@@ -48,6 +48,13 @@ def test_an_empty_response_has_reward_0_and_padding_is_not_read():
     assert_array_equal(gradient, [[0, 0, 0], [0, 1, 0]])
 
 
+def test_a_response_in_the_last_column_is_refused_or_nan():
+    values, mask = jnp.ones((2, 3)), jnp.asarray([[False, True, False], [False, False, True]])
+    with pytest.raises(ValueError, match="True in the last column"):
+        last_token_rewards(values, mask)
+    assert_array_equal(jax.jit(last_token_rewards)(values, mask), [1, jnp.nan])
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_rewards_equal_those_of_a_loop(seed):
     rng = np.random.default_rng(seed)
