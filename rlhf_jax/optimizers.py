@@ -65,19 +65,19 @@ def muon(
 
 
 def cosine_decay(learning_rate: float, steps: int, *, warmup: float) -> optax.Schedule:
-    """Linear warm-up over the share `warmup` of `steps`, then a cosine to zero."""
+    """Linear warm-up to the whole rate over the share `warmup` of `steps`, then a cosine to zero."""
     warm = _warm_steps(steps, warmup)
     return _warmed(learning_rate, warm, optax.cosine_decay_schedule(learning_rate, max(1, steps - warm)))
 
 
 def linear_decay(learning_rate: float, steps: int, *, warmup: float) -> optax.Schedule:
-    """Linear warm-up over the share `warmup` of `steps`, then a line to zero."""
+    """Linear warm-up to the whole rate over the share `warmup` of `steps`, then a line to zero."""
     warm = _warm_steps(steps, warmup)
     return _warmed(learning_rate, warm, optax.linear_schedule(learning_rate, 0.0, max(1, steps - warm)))
 
 
 def constant(learning_rate: float, steps: int, *, warmup: float) -> optax.Schedule:
-    """Linear warm-up over the share `warmup` of `steps`, then always the same."""
+    """Linear warm-up to the whole rate over the share `warmup` of `steps`, then always the same."""
     return _warmed(learning_rate, _warm_steps(steps, warmup), optax.constant_schedule(learning_rate))
 
 
@@ -123,6 +123,7 @@ def _warm_steps(steps: int, warmup: float) -> int:
 
 
 def _warmed(learning_rate: float, warm: int, schedule: optax.Schedule) -> optax.Schedule:
+    """The schedule after `warm` steps of rates (step + 1) / warm: no step is lost on a rate of 0."""
     if not warm:
         return schedule
-    return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warm), schedule], [warm])
+    return optax.join_schedules([lambda step: learning_rate * (step + 1) / warm, schedule], [warm])

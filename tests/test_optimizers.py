@@ -130,16 +130,16 @@ def test_bfloat16_parameters_have_float32_states_and_are_not_left_where_they_are
 
 
 def test_schedules_warm_up_and_end():
-    at = (0, 5, 10, 55, 100)
+    at = (0, 4, 9, 10, 55, 100)
     for schedule, expected in [
-        (cosine_decay, [0.0, 1.0, 2.0, 1.0, 0.0]),
-        (linear_decay, [0.0, 1.0, 2.0, 1.0, 0.0]),
-        (constant, [0.0, 1.0, 2.0, 2.0, 2.0]),
+        (cosine_decay, [0.2, 1.0, 2.0, 2.0, 1.0, 0.0]),
+        (linear_decay, [0.2, 1.0, 2.0, 2.0, 1.0, 0.0]),
+        (constant, [0.2, 1.0, 2.0, 2.0, 2.0, 2.0]),
     ]:
         values = schedule(2.0, 100, warmup=0.1)
         assert_allclose([values(i) for i in at], expected, atol=1e-6)
         assert_allclose(schedule(2.0, 100, warmup=0.0)(0), 2.0)
-        assert_allclose(schedule(2.0, 1, warmup=0.5)(0), 0.0)
+        assert_allclose(schedule(2.0, 1, warmup=0.5)(0), 2.0)
     a_quarter = 2.0 * 0.5 * (1 + np.cos(np.pi / 4))
     assert_allclose(cosine_decay(2.0, 100, warmup=0.0)(25), a_quarter, rtol=1e-6)
     assert_allclose(linear_decay(2.0, 100, warmup=0.0)(25), 1.5, rtol=1e-6)

@@ -20,7 +20,8 @@ def truncate(logits: Float[Array, "B V"], *, top_k: int | None, top_p: Array | N
     if top_p is not None:
         ordered = -jnp.sort(-logits, axis=-1)
         probs = jax.nn.softmax(ordered, axis=-1)
-        kept = jnp.cumsum(probs, axis=-1) - probs < top_p
+        # Rounding may bring the sum to 1 before the last entries: with top_p 1 they stay in all the same.
+        kept = (jnp.cumsum(probs, axis=-1) - probs < top_p) | (top_p >= 1.0)
         least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     return logits
