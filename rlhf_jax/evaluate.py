@@ -1,5 +1,6 @@
 """How good a reward model or a policy is, each rate with an interval. Host code on numpy arrays."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,12 +21,13 @@ class Rate(NamedTuple):
     high: float
 
 
-def wilson_interval(successes: float | int, trials: int) -> Rate:
+def wilson_interval(successes: float, trials: float) -> Rate:
     """The 95% score interval of a binomial proportion, with z = 1.96:
 
         (p̂ + z²/2n ± z √(p̂(1−p̂)/n + z²/4n²)) / (1 + z²/n)
 
-    It stays inside [0, 1] and has a width also at p̂ = 0 and 1. Halves are allowed (a tie is half a success).
+    It stays inside [0, 1] and has a width also at p̂ = 0 and 1. Trials are independent and succeed or fail: for ties
+    there is `trinomial_interval`, for several trials of one prompt `clustered_rate`.
     Raises ValueError without trials.
     Reference: Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953.
     """
@@ -38,14 +40,75 @@ def wilson_interval(successes: float | int, trials: int) -> Rate:
     return Rate(float(p), min(p, max(0.0, float(centre - half))), max(p, min(1.0, float(centre + half))))
 
 
+def trinomial_interval(wins: int, ties: int, losses: int) -> Rate:
+    """Rate of wins, a tie being half of one, with its 95% score interval.
+
+    The difference δ = P(win) − P(loss) is in the interval as long as it is not rejected:
+
+        |w − l − nδ| / √(n (P(win) + P(loss) − δ²)) <= 1.96,   P the most likely ones with that δ
+
+    A tie has less variance than half a win: Wilson's interval, which it is without ties, would be too wide.
+    Raises ValueError without trials.
+    Reference: Tango 1998, https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<891::AID-SIM780>3.0.CO;2-B.
+    """
+    n = wins + ties + losses
+    if n <= 0:
+        raise ValueError("a rate needs at least one trial")
+
+    def rejected(delta: float) -> bool:
+        b = -wins - losses + (2 * n - wins + losses) * delta
+        root = math.sqrt(max(0.0, b * b + 8 * n * losses * delta * (1 - delta)))
+        variance = 2 * (root - b) / (4 * n) + delta * (1 - delta)
+        return (wins - losses - n * delta) ** 2 > Z95**2 * n * max(variance, 0.0)
+
+    found = (wins - losses) / n
+
+    def edge(end: float) -> float:
+        inside, outside = found, end
+        for _ in range(60):
+            middle = (inside + outside) / 2
+            inside, outside = (inside, middle) if rejected(middle) else (middle, outside)
+        return inside
+
+    return Rate((1 + found) / 2, (1 + edge(-1.0)) / 2, (1 + edge(1.0)) / 2)
+
+
+def clustered_rate(hits: ArrayLike, counts: ArrayLike) -> Rate:
+    """Σ hits / Σ counts of N clusters of trials, [N] both, with a 95% interval: those of one cluster may be alike.
+
+    It is Wilson's interval for as many independent trials as would have the variance of a ratio,
+    s² = N/(N−1) Σ_d (h_d − p c_d)² / (Σ c)², at most Σ c of them, corrected for the N − 1 degrees of freedom of s.
+    Where all succeed or all fail, a cluster counts as one trial. Raises ValueError without trials.
+    Reference: Korn & Graubard 1998, "Confidence intervals for proportions with small expected number of positive
+    counts estimated from survey data", Survey Methodology 24; Dean & Pagano 2015,
+    https://doi.org/10.1093/jssam/smv024, find it to cover well.
+    """
+    found, sizes = np.asarray(hits, np.float64), np.asarray(counts, np.float64)
+    found, sizes = found[sizes > 0], sizes[sizes > 0]
+    total, clusters = sizes.sum(), len(sizes)
+    if not clusters:
+        raise ValueError("a rate needs at least one trial")
+    p = found.sum() / total
+    if (sizes == 1).all() and np.isin(found, (0, 1)).all():
+        return wilson_interval(found.sum(), clusters)
+    trials = float(clusters)
+    if clusters > 1 and 0 < p < 1:
+        from scipy.special import stdtrit
+
+        variance = clusters / (clusters - 1) * np.sum((found - p * sizes) ** 2) / total**2
+        trials = total if variance == 0 else min(total, p * (1 - p) / variance)
+        trials *= (Z95 / stdtrit(clusters - 1, 0.975)) ** 2
+    return wilson_interval(p * trials, trials)
+
+
 def win_rate(a: ArrayLike, b: ArrayLike) -> Rate:
-    """Share of rows where a > b, ties counting half, with its Wilson interval. Raises ValueError on NaN."""
+    """Share of rows where a > b, ties counting half, with its `trinomial_interval`. Raises ValueError on NaN."""
     ours, theirs = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if ours.shape != theirs.shape:
         raise ValueError(f"the two sides have shapes {ours.shape} and {theirs.shape}")
     if np.isnan(ours).any() or np.isnan(theirs).any():
         raise ValueError("NaN is neither a win nor a loss")
-    return wilson_interval(float(np.sum(ours > theirs) + 0.5 * np.sum(ours == theirs)), ours.size)
+    return trinomial_interval(int(np.sum(ours > theirs)), int(np.sum(ours == theirs)), int(np.sum(ours < theirs)))
 
 
 def preference_accuracy(chosen_rewards: ArrayLike, rejected_rewards: ArrayLike) -> Rate:
@@ -81,9 +144,9 @@ def judged_win_rate(shown_first: ArrayLike, shown_second: ArrayLike) -> JudgedWi
     same = ahead == ahead_second
     for_first = (2 + ahead - ahead_second) / 4
     return JudgedWinRate(
-        win=wilson_interval(float(np.sum(np.where(same, (1 + ahead) / 2, 0.5))), first.size),
+        win=win_rate(np.where(same, ahead, 0.0), np.zeros_like(ahead)),
         consistent=wilson_interval(int(same.sum()), first.size),
-        first_shown=wilson_interval(float(for_first.sum()), first.size),
+        first_shown=clustered_rate(2 * for_first, np.full(first.size, 2)),
     )
 
 
@@ -130,6 +193,8 @@ class Calibration(NamedTuple):
     counts: Float[np.ndarray, " N"]
     error: float
     """Σ (count / total) · |observed − predicted|."""
+    floor: float
+    """The error to expect at these counts if every prediction were right: it falls with the root of the counts."""
 
 
 def calibration(margins: ArrayLike, outcomes: ArrayLike, *, bins: int) -> Calibration:
@@ -138,7 +203,10 @@ def calibration(margins: ArrayLike, outcomes: ArrayLike, *, bins: int) -> Calibr
     `margins` are reward differences of the first response over the second, `outcomes` whether it won.
     If margins are always taken as chosen − rejected, every outcome is true and the table says nothing: turn a
     half of the pairs round. Raises ValueError without pairs.
-    Reference: Guo et al. 2017, eq. 3, https://arxiv.org/abs/1706.04599.
+    The error is above 0 also for right predictions, for each bin sees few outcomes. `floor` says how far: the mean
+    absolute deviation of a binomial share in each bin, weighted as the error.
+    Reference: Guo et al. 2017, eq. 3, https://arxiv.org/abs/1706.04599; the deviation is de Moivre's, in Diaconis &
+    Zabell 1991, https://doi.org/10.1214/ss/1177011699.
     """
     logits, came_true = np.asarray(margins, np.float64), np.asarray(outcomes, np.float64)
     if not logits.size:
@@ -150,7 +218,17 @@ def calibration(margins: ArrayLike, outcomes: ArrayLike, *, bins: int) -> Calibr
     mean_predicted = np.bincount(index, predicted, bins)[used] / counts[used]
     mean_observed = np.bincount(index, came_true, bins)[used] / counts[used]
     error = np.sum(counts[used] / logits.size * np.abs(mean_observed - mean_predicted))
-    return Calibration(mean_predicted, mean_observed, counts[used], float(error))
+    floor = sum(_mean_deviation(int(n), p) for n, p in zip(counts[used], mean_predicted, strict=True)) / logits.size
+    return Calibration(mean_predicted, mean_observed, counts[used], float(error), floor)
+
+
+def _mean_deviation(n: int, p: float) -> float:
+    """E|X − np| of a binomial X: 2 k C(n, k) pᵏ (1 − p)ⁿ⁻ᵏ⁺¹ with k = ⌊np⌋ + 1."""
+    if not 0 < p < 1:
+        return 0.0
+    k = min(n, math.floor(n * p) + 1)
+    choose = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return 2 * k * math.exp(choose + k * math.log(p) + (n - k + 1) * math.log1p(-p))
 
 
 def margin_calibration(margins: ArrayLike, *, bins: int) -> Calibration:
@@ -165,7 +243,7 @@ def margin_calibration(margins: ArrayLike, *, bins: int) -> Calibration:
 def agreement(scores: Float[np.ndarray, " N"], heldout: Rankings) -> dict[str, Any]:
     """How well scores of all held-out answers, row by row, predict which of two answers people prefer.
 
-    The rate with its interval, "pick the longer" beside it, and the calibration error.
+    The rate with its interval, "pick the longer" beside it, and the calibration error with its floor.
     """
     scores = scores.reshape(heldout.ranks.shape)
     lengths = np.asarray(heldout.responses.mask).sum(axis=1).reshape(heldout.ranks.shape)
@@ -173,12 +251,14 @@ def agreement(scores: Float[np.ndarray, " N"], heldout: Rankings) -> dict[str, A
     best, worst = heldout.ranks.argmin(axis=1), heldout.ranks.argmax(axis=1)
     accuracy, low, high = preference_accuracy(scores[rows, best], scores[rows, worst])
     margins = scores[rows, best] - scores[rows, worst]
+    calibrated = margin_calibration(margins, bins=10)
     return {
         "val_accuracy": accuracy,
         "val_accuracy_low": low,
         "val_accuracy_high": high,
         "length_baseline": length_baseline(lengths[rows, best], lengths[rows, worst])[0],
-        "calibration_error": margin_calibration(margins, bins=10).error,
+        "calibration_error": calibrated.error,
+        "calibration_floor": calibrated.floor,
     }
 
 

@@ -1,13 +1,17 @@
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+from scipy.optimize import minimize_scalar
 
 from rlhf_jax.evaluate import (
+    Z95,
     calibration,
+    clustered_rate,
     judged_win_rate,
     length_baseline,
     perplexity,
     preference_accuracy,
+    trinomial_interval,
     wilson_interval,
     win_rate,
 )
@@ -32,6 +36,70 @@ def test_wilson_holds_its_95_percent():
         intervals = [wilson_interval(k, 60) for k in rng.binomial(60, p, 4000).tolist()]
         inside = [low <= p <= high for _, low, high in intervals]
         assert 0.93 < np.mean(inside) < 0.975
+
+
+def test_without_ties_the_trinomial_interval_is_wilsons():
+    for wins, losses in ((8, 2), (0, 5), (5, 0), (30, 31)):
+        assert_allclose(trinomial_interval(wins, 0, losses), wilson_interval(wins, wins + losses), atol=1e-9)
+
+
+@pytest.mark.parametrize("counts", [(8, 10, 2), (3, 1, 0), (0, 5, 4), (40, 5, 60)])
+def test_the_edges_of_the_trinomial_interval_are_where_the_score_test_rejects(counts):
+    wins, ties, losses = counts
+    n = sum(counts)
+
+    def statistic(delta):
+        """The score test at δ, the most likely P(loss) with it found by search."""
+
+        def surprise(loss):
+            win = loss + delta
+            parts = [(wins, win), (ties, 1 - win - loss), (losses, loss)]
+            return -sum(count * np.log(max(p, 1e-300)) for count, p in parts if count)
+
+        bounds = max(0.0, -delta), (1 - delta) / 2
+        loss = minimize_scalar(surprise, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x
+        return abs(wins - losses - n * delta) / np.sqrt(n * (2 * loss + delta - delta**2))
+
+    rate, low, high = trinomial_interval(*counts)
+    assert rate == pytest.approx((wins + ties / 2) / n)
+    for edge in (low, high):
+        if 0 < edge < 1:
+            assert statistic(2 * edge - 1) == pytest.approx(Z95, abs=1e-3)
+    assert low < rate < high
+
+
+@pytest.mark.parametrize("chances", [(0.3, 0.6, 0.1), (0.1, 0.8, 0.1), (0.45, 0.4, 0.15)])
+def test_with_ties_the_interval_holds_its_95_percent_and_wilsons_more(chances):
+    rng = np.random.default_rng(4)
+    truth, drawn = chances[0] + chances[1] / 2, rng.multinomial(60, chances, 2000)
+    inside = np.mean([low <= truth <= high for _, low, high in (trinomial_interval(*map(int, d)) for d in drawn)])
+    halves = [wilson_interval(wins + ties / 2, 60) for wins, ties, _ in drawn.tolist()]
+    assert 0.93 < inside < 0.975 < np.mean([low <= truth <= high for _, low, high in halves])
+
+
+def test_a_clustered_rate_by_hand_and_where_nothing_varies():
+    # p = 5/8; residuals 3 − 2.5, 2 − 2.5; s² = 2 · 0.5 / 64, so 0.234375 / 0.015625 = 15 trials, which are at most 8,
+    # and t with one degree of freedom is 12.7062.
+    trials = 8 * (Z95 / 12.706205) ** 2
+    assert_allclose(clustered_rate([3, 2], [4, 4]), wilson_interval(5 / 8 * trials, trials), rtol=1e-6)
+    assert clustered_rate([1, 0, 1], [1, 1, 1]) == wilson_interval(2, 3)
+    assert clustered_rate([4, 4], [4, 4]) == wilson_interval(2, 2)
+    assert clustered_rate([1, 0, 0], [1, 1, 0]) == wilson_interval(1, 2)
+    with pytest.raises(ValueError, match="at least one trial"):
+        clustered_rate([0.0], [0])
+
+
+def test_clusters_hold_their_95_percent_where_independent_trials_do_not():
+    rng = np.random.default_rng(5)
+    inside, independent = [], []
+    for _ in range(1500):
+        counts = rng.integers(1, 6, 40)
+        hits = rng.binomial(counts, rng.beta(0.5 * 0.7, 0.5 * 0.3, 40))
+        _, low, high = clustered_rate(hits, counts)
+        inside.append(low <= 0.7 <= high)
+        _, low, high = wilson_interval(hits.sum(), counts.sum())
+        independent.append(low <= 0.7 <= high)
+    assert np.mean(independent) < 0.9 < 0.925 < np.mean(inside) < 0.985
 
 
 def test_ties_count_half():
@@ -75,6 +143,17 @@ def test_outcomes_drawn_from_the_model_are_calibrated_and_a_doubled_margin_is_no
     assert calibration(2 * margins, outcomes, bins=10).error > 0.05
 
 
+@pytest.mark.parametrize("size", [20, 131, 2000])
+def test_the_floor_is_the_error_of_right_predictions(size):
+    rng = np.random.default_rng(6)
+    margins = rng.normal(0, 1.5, size)
+    chances = 1 / (1 + np.exp(-margins))
+    errors = [calibration(margins, rng.random(size) < chances, bins=10).error for _ in range(400)]
+    floor = calibration(margins, np.ones(size), bins=10).floor
+    assert floor == pytest.approx(np.mean(errors), rel=0.1)
+    assert floor > 0.05 or size == 2000
+
+
 def test_extreme_margins_stay_in_the_table():
     table = calibration([1e9, -1e9, np.inf], [1, 0, 1], bins=10)
     assert table.error == 0.0 and table.counts.sum() == 3
@@ -85,10 +164,10 @@ def test_extreme_margins_stay_in_the_table():
 def test_judged_win_rate_by_hand():
     # Both orders: win, loss, tie, torn between, torn between, and a tie beside a win.
     rates = judged_win_rate([0.9, 0.0, 0.5, 1.0, 0.4, 0.5], [0.6, 0.3, 0.5, 0.0, 0.7, 1.0])
-    assert rates.win == wilson_interval(1 + 0 + 4 * 0.5, 6)
+    assert rates.win == trinomial_interval(1, 4, 1)
     assert rates.consistent == wilson_interval(3, 6)
     # For the first shown: 1 and 0 (its rival), 0 and 1, ½ and ½, 1 and 1, 0 and 0, ½ and 0.
-    assert rates.first_shown == wilson_interval(0.5 + 0.5 + 0.5 + 1 + 0 + 0.25, 6)
+    assert rates.first_shown == clustered_rate([1, 1, 1, 2, 0, 0.5], [2] * 6)
 
 
 def test_judged_win_rate_of_the_sides_turned_round():
