@@ -9,6 +9,14 @@ from pathlib import Path
 import jax
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
+
+# Workers and the processes that they start share compiled programs, and so does the next run.
+COMPILED = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "xla"))
+SLOW = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+jax.config.update("jax_compilation_cache_dir", COMPILED)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", float(SLOW))
+
 # Before anything asks for a device: the number of devices is fixed from then on.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -18,7 +26,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The processes that a test starts import this checkout's files as the test does, whichever is installed.
-ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
@@ -35,12 +42,12 @@ def shared_data() -> Path:
 
 
 KEPT = 1.2e9
-"""Bytes that a test process may hold when it goes from one file to the next."""
+"""Bytes that a test process may hold when it goes from one test to the next."""
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def bounded_memory():
-    """Gives compiled programs back between files: a process that keeps all of them grows to 3 GB and more."""
+    """Gives compiled programs back: a process that keeps all of them grows to 3 GB and more. They stay on the disk."""
     yield
     pages = Path("/proc/self/statm")
     if pages.exists() and int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > KEPT:
