@@ -34,9 +34,10 @@ from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.data import suites
 from rlhf_jax.data.formats import Comparison
 from rlhf_jax.data.rejects import Place
-from rlhf_jax.data.tokens import Document
+from rlhf_jax.data.tokens import Document, size
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.evaluate import (
+    clustered_rate,
     judged_win_rate,
     margin_calibration,
     pair_metrics,
@@ -91,6 +92,8 @@ class EvaluationFlags(Flags):
     """The most tokens of a sampled answer."""
     temperature: float = 0.0
     """The temperature of sampling; 0 is greedy."""
+    no_end_score: float = -3.0
+    """The reward model's score of an answer that does not end, as in ppo.py."""
     beta: float = 0.1
     """β of the implicit reward; only calibration depends on it."""
     batch_size: int = 32
@@ -170,10 +173,16 @@ def context(cfg: Config, model: Pretrained) -> int:
     return min(cfg.max_length, model.config.max_length)
 
 
-def respond(cfg: Config, model: Pretrained, prompts: Sequence[str], most: int | None = None) -> TextAnswers:
-    """The model's answer to each prompt, of at most `most` tokens: by default --max-new-tokens."""
+def respond(
+    cfg: Config, model: Pretrained, prompts: Sequence[str], side: int = 0, most: int | None = None
+) -> TextAnswers:
+    """The model's answer to each prompt, of at most `most` tokens: by default --max-new-tokens.
+
+    Each `side` of a comparison samples with a key of its own.
+    """
+    key = jax.random.fold_in(jax.random.key(cfg.seed), side)
     return answer_texts(
-        model, prompts, jax.random.key(cfg.seed), max_length=context(cfg, model), temperature=cfg.temperature,
+        model, prompts, key, max_length=context(cfg, model), temperature=cfg.temperature,
         max_new_tokens=most or cfg.max_new_tokens, batch_size=cfg.batch_size,
     )  # fmt: skip
 
@@ -204,23 +213,53 @@ def evaluate_preferences(cfg: Config, models: Models, name: str, found: suites.P
     if models.reward_model or models.against:
         calibration = margin_calibration(scores.chosen - scores.rejected, bins=10)
         metrics[f"{name}_calibration_error"] = calibration.error
+        metrics[f"{name}_calibration_floor"] = calibration.floor
     return metrics
+
+
+def score_answers(
+    cfg: Config, models: Models, prompts: Sequence[str], ours: TextAnswers, theirs: TextAnswers, run: Run
+) -> tuple[np.ndarray, np.ndarray]:
+    """The reward model's scores of both sides' answers, `no_end_score` where an answer does not end.
+
+    It reads the ids that were sampled, or the texts where its tokenizer or its length is another. Then pairs that do
+    not fit are left out.
+    """
+    scorer, rows = models.reward_model, np.arange(len(prompts))
+    assert scorer and models.model and models.against
+    sides = (models.model, ours), (models.against, theirs)
+    if all(reads_ids_of(scorer, model, answers) for model, answers in sides):
+        found = [document_rewards(scorer, answers.documents, batch_size=cfg.batch_size) for _, answers in sides]
+    else:
+        pairs = [
+            suites.pair(Place("answers", line), prompt, a, b)
+            for line, (prompt, a, b) in enumerate(zip(prompts, ours.texts, theirs.texts, strict=True), 1)
+        ]
+        scores = score(cfg, models, str(cfg.prompts), pairs, run)
+        found, rows = [scores.chosen, scores.rejected], np.array(scores.kept)
+    a, b = (
+        np.where(answers.ended[rows], some, cfg.no_end_score)
+        for some, answers in zip(found, (ours, theirs), strict=True)
+    )
+    return a, b
+
+
+def reads_ids_of(scorer: Pretrained, model: Pretrained, answers: TextAnswers) -> bool:
+    """Whether the reward model can read the ids that the model was given and sampled."""
+    same = scorer.tokenizer.get_vocab() == model.tokenizer.get_vocab()
+    same = same and scorer.tokenizer.chat_template == model.tokenizer.chat_template
+    return same and max(map(size, answers.documents)) < scorer.config.max_length
 
 
 def evaluate_win_rate(cfg: Config, models: Models, prompts: Sequence[str], run: Run) -> Rates:
     """The win rate of --model over --against on the same prompts, by the reward model and by the judge."""
     assert models.model and models.against
     metrics: Rates = {}
-    ours, theirs = (respond(cfg, model, prompts) for model in (models.model, models.against))
+    ours, theirs = (respond(cfg, model, prompts, side) for side, model in enumerate((models.model, models.against)))
     columns: dict[str, list[Any]] = {"against": theirs.texts}
     if models.reward_model:
-        pairs = [
-            suites.pair(Place("answers", line), prompt, a, b)
-            for line, (prompt, a, b) in enumerate(zip(prompts, ours.texts, theirs.texts, strict=True), 1)
-        ]
-        scores = score(cfg, models, str(cfg.prompts), pairs, run)
-        rate = win_rate(scores.chosen, scores.rejected)
-        metrics |= rate_metrics("win_rate_reward_model", rate, len(scores.kept))
+        scores = score_answers(cfg, models, prompts, ours, theirs, run)
+        metrics |= rate_metrics("win_rate_reward_model", win_rate(*scores), len(scores[0]))
     if models.judge:
         judge = letter_judge(models.judge, batch_size=cfg.batch_size, max_length=context(cfg, models.judge))
         verdicts = both_orders(judge, prompts, ours.texts, theirs.texts)
@@ -240,7 +279,7 @@ def evaluate_world(cfg: Config, models: Models, run: Run) -> Rates:
     problems = draw_problems(np.random.default_rng([cfg.seed, 1]), cfg.world)
     prompts = [problem.prompt for problem in problems]
     both = [("world", models.model)] + ([("world_against", models.against)] if models.against else [])
-    answers = [respond(cfg, model, prompts, ANSWER_LENGTH) for _, model in both]
+    answers = [respond(cfg, model, prompts, side, ANSWER_LENGTH) for side, (_, model) in enumerate(both)]
     found = [utilities(problems, some.texts, some.ended.tolist()) for some in answers]
     for (name, _), some, utility in zip(both, answers, found, strict=True):
         exact = [is_exact(*pair) for pair in zip(problems, some.texts, strict=True)]
@@ -263,7 +302,8 @@ def evaluate_ifeval(cfg: Config, model: Pretrained, rows: Sequence[suites.Instru
     metrics: Rates = {}
     for how, prompts in columns.items():
         metrics |= share_metrics(f"ifeval_prompt_{how}", [all(prompt) for prompt in prompts])
-        metrics |= share_metrics(f"ifeval_instruction_{how}", [single for prompt in prompts for single in prompt])
+        rate = clustered_rate([sum(prompt) for prompt in prompts], [len(prompt) for prompt in prompts])
+        metrics |= rate_metrics(f"ifeval_instruction_{how}", rate, sum(map(len, prompts)))
     write_answers(run, "ifeval", [row.prompt for row in rows], answers, columns)
     return metrics | share_metrics("ifeval_ended", answers.ended)
 

@@ -288,7 +288,9 @@ def agreement_numbers(stage: str, who: str) -> dict[str, str]:
         f"{stage}_annotator_agreement": "How often two sampled annotators agree.",
         f"{stage}_ceiling": "What the best predictor of one annotator could reach: their noise sets it.",
         f"{stage}_share_of_ceiling": f"The {who}'s accuracy over that ceiling.",
+        f"{stage}_share_above_chance": "The same above chance: (accuracy − ½) / (ceiling − ½).",
         f"{stage}_calibration_error": "Mean gap between predicted probability and observed share.",
+        f"{stage}_calibration_floor": "That gap, if every prediction were right, at so many comparisons.",
     }
 
 

@@ -37,7 +37,7 @@ from rlhf_jax.models import ScalarModel, Transformer
 from rlhf_jax.rewards.model import model_reward
 from rlhf_jax.scoring import mean_in_batches, response_rewards, score_in_batches, sft_objective
 from rlhf_jax.tasks.measure import PolicySampler, compare_policies, make_reward_scorer, make_utility_measure
-from rlhf_jax.tasks.task import Task
+from rlhf_jax.tasks.task import PromptSets, Task, with_choice
 from rlhf_jax.types import Params
 
 
@@ -75,10 +75,11 @@ def choose_epoch(
 
 
 def train_and_choose(
-    cfg: Any, task: Task, run: Run, seed: int, sampler: PolicySampler
+    cfg: Any, task: Task, sets: PromptSets, run: Run, seed: int, sampler: PolicySampler
 ) -> tuple[Params, Params, Params, dict[str, float]]:
     """Runs SFT and the reward model. Returns SFT's last weights, PPO's first ones, the reward model, and metrics.
 
+    PPO's first weights are chosen on the prompts of `sets` that are for this.
     Without demonstrations SFT is left out; raises UserError unless its steps are 0.
     """
     base, size, demonstrations = task.base, task.eval_batch_size, None
@@ -115,7 +116,7 @@ def train_and_choose(
 
     epoch = choose_epoch(
         trained.epochs, trained.load, score, lambda params: loss(params, demonstrations.validation),
-        task.prompts().heldout, run,
+        sets.choice or sets.heldout, run,
     )  # fmt: skip
     return trained.params, trained.load(epoch), rewards, metrics
 
@@ -125,17 +126,19 @@ def main(cfg: Config) -> dict[str, float]:
     """Runs all stages. Returns the final metrics, which are also in the run's summary.json."""
     with run_with_report(cfg, "pipeline", PIPELINE_REPORT) as run, count_compilations() as compilations:
         task = open_task(cfg, run)
-        sampler = policy_sampler(cfg, task)
-        last, start, rewards, metrics = train_and_choose(cfg, task, run, cfg.seed, sampler)
+        sampler, sets = policy_sampler(cfg, task), task.prompts()
+        if task.has_demonstrations and not cfg.ppo.lora_rank:  # SFT's epochs are kept, and one is chosen
+            sets = with_choice(sets)
+        last, start, rewards, metrics = train_and_choose(cfg, task, sets, run, cfg.seed, sampler)
         reward = [model_reward(task.base.config, rewards, name="reward_model", weight=1.0)]
         policy, ppo_metrics = ppo.train(
-            cfg.ppo, task.base._replace(params=start), task.prompts(), reward, run, cfg.seed,
+            cfg.ppo, task.base._replace(params=start), sets, reward, run, cfg.seed,
             max_new_tokens=task.max_new_tokens, critic=(task.base.config, rewards), judge=task.judge,
             demonstrations=task.demonstrations().train if cfg.ppo.ptx_coef else None,
         )  # fmt: skip
         metrics |= task.facts | ppo_metrics
         scorer = make_reward_scorer(task, reward, cfg.ppo.no_end_score)
-        metrics |= compare_policies(run, task, ("sft", start), ("ppo", policy), sampler, scorer)
+        metrics |= compare_policies(run, task, ("sft", start), ("ppo", policy), sampler, scorer, sets)
         metrics["compilations"] = compilations()
         run.summary(metrics)
         export(run, task, last, policy, rewards, metrics)

@@ -170,6 +170,7 @@ def train(
         found["demonstrations_score"] = score(params, zero).mean()
     if "ceiling" in found:
         found["share_of_ceiling"] = found["val_accuracy"] / found["ceiling"]
+        found["share_above_chance"] = (found["val_accuracy"] - 0.5) / (found["ceiling"] - 0.5)
     return params, {f"{stage}_{name}": float(value) for name, value in found.items()}
 
 

@@ -57,6 +57,7 @@ SEED_COLUMNS = (
     Column("± s.e.", "sft_utility_se", 3), Column("two annotators agree", "reward_model_annotator_agreement", 3),
     Column("reward model agrees", "reward_model_val_accuracy", 3), Column("ceiling", "reward_model_ceiling", 3),
     Column("share of it", "reward_model_share_of_ceiling", 3),
+    Column("the same above chance", "reward_model_share_above_chance", 3),
     Column("pick the longer", "reward_model_length_baseline", 3), Column("least β: peak", "peak", 3),
     Column("least β: end", "end", 3), Column("σ of SFT answers", "sft_utility_std", 3),
     Column("Gao α", "gao_alpha", 3), Column("Gao β", "gao_beta", 3), Column("R²", "gao_r2", 3),

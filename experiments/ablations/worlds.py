@@ -56,7 +56,7 @@ def after_sft(cfg: Any, seed: int, run: Run) -> AfterSFT:
 def after_reward_model(cfg: Any, seed: int, run: Run) -> AfterRewardModel:
     """SFT and a reward model, with `cfg.sft` and `cfg.reward_model`; PPO starts where `pipeline.py` has it start."""
     task, sampler = open_world(cfg, seed)
-    _, start, rewards, facts = train_and_choose(cfg, task, run, seed, sampler)
+    _, start, rewards, facts = train_and_choose(cfg, task, task.prompts(), run, seed, sampler)
     reward = [model_reward(task.base.config, rewards, name="reward_model", weight=1.0)]
     scorer = make_reward_scorer(task, reward, cfg.ppo.no_end_score)
     return AfterRewardModel(task, sampler, task.base._replace(params=start), rewards, scorer, task.facts | facts)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, PRNGKeyArray
 from rlhf_jax.data.encode import encode
 from rlhf_jax.data.formats import Prompt
 from rlhf_jax.data.rejects import BadRow, Place
-from rlhf_jax.data.tokens import pad_prompts
+from rlhf_jax.data.tokens import Document, pad_prompts
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Transformer
 from rlhf_jax.pretrained import Pretrained
@@ -23,6 +23,8 @@ class TextAnswers(NamedTuple):
     """Without special tokens."""
     ended: Bool[np.ndarray, " N"]
     """Whether each ended by itself."""
+    documents: list[Document]
+    """(prompt, answer) in the ids that were sampled; an answer that did not end has no EOS."""
 
 
 def answer_texts(
@@ -54,4 +56,5 @@ def answer_texts(
         pad_prompts(ids, length=max(map(len, ids)), pad_id=model.pad_id), key, max_new_tokens=max_new_tokens,
         temperature=temperature, eos_id=model.eos_id, pad_id=model.pad_id, batch_size=batch_size,
     )  # fmt: skip
-    return TextAnswers(model.read_answers(completions), model.ended(completions))
+    sampled = [row[real].tolist() for row, real in zip(completions.tokens, completions.mask, strict=True)]
+    return TextAnswers(model.read_answers(completions), model.ended(completions), list(zip(ids, sampled, strict=True)))

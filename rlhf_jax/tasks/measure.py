@@ -28,7 +28,7 @@ from rlhf_jax.rewards.reward import (
     weights_of,
 )
 from rlhf_jax.scoring import answer_logprobs, score_in_batches
-from rlhf_jax.tasks.task import PromptRow, Task
+from rlhf_jax.tasks.task import PromptRow, PromptSets, Task
 from rlhf_jax.types import Params
 
 SHOWN = 24
@@ -148,19 +148,23 @@ def compare_policies(
     after: tuple[str, Params],
     sampler: PolicySampler,
     scorer: AnswerScorer,
+    sets: PromptSets | None = None,
 ) -> dict[str, float]:
-    """Compares two named policies on held-out prompts, one sample each. Writes the first answers to examples.jsonl.
+    """Compares two named policies on held-out prompts, by default the task's, one sample each.
+
+    Writes the first answers to examples.jsonl.
 
     Metrics begin with the policy's name (sft_score, ppo_utility, …), and with "shifted_" on prompts of another
     distribution. `win_rate` says how often `after` beats `before` by true utility, `score_win_rate` by the scorer.
     """
     names, policies = zip(before, after, strict=True)
-    sets = task.prompts()
+    sets = task.prompts() if sets is None else sets
     metrics: dict[str, Any] = {}
     for prefix, prompts in [("", sets.heldout), ("shifted_", sets.shifted)]:
         if prompts is None:
             continue
-        samples = [sampler(params, prompts, 100) for params in policies]
+        # Each policy samples with keys of its own: the same keys make answers alike, and win rates too high.
+        samples = [sampler(params, prompts, 100 + side) for side, params in enumerate(policies)]
         for name, completions in zip(names, samples, strict=True):
             metrics[f"{prefix}{name}_length"] = completions.mask.sum(axis=1).mean()
             metrics[f"{prefix}{name}_ended"] = task.base.ended(completions).mean()

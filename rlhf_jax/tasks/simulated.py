@@ -80,12 +80,14 @@ class World:
         counts = [sizes.compared, sizes.heldout_pairs, sizes.prompts, sizes.heldout]
         self._problems = draw_problems(rng, sum(counts))
         self._problems += draw_problems(rng, sizes.heldout, shifted=True)
+        self._problems += draw_problems(np.random.default_rng([seed, 3]), sizes.heldout)
+        counts.append(sizes.heldout)
         everything = self._encode(self._problems)
         rows = np.split(np.arange(len(self._problems)), np.cumsum(counts))
         parts = [take(everything, some) for some in rows]
-        self._compared, self._compared_heldout, train, heldout, shifted = parts
+        self._compared, self._compared_heldout, train, heldout, shifted, choice = parts
         texts = [PromptRow(problem.prompt, {}) for problem in self._problems]
-        self._prompts = PromptSets(train, heldout, shifted, texts, texts)
+        self._prompts = PromptSets(train, heldout, shifted, texts, texts, choice)
 
     def demonstrations(self) -> Demonstrations:
         """The demonstrators' answers."""

@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from rlhf_jax.batches import Completions, PackedRankings, Prompts, Rankings, Tokens
 from rlhf_jax.data.encode import RankedAnswers
+from rlhf_jax.data.tokens import take
 from rlhf_jax.pretrained import Pretrained
 
 if TYPE_CHECKING:
@@ -55,6 +56,18 @@ class PromptSets(NamedTuple):
     rows: Sequence["PromptRow"] = ()
     """The rows that `train.row` numbers, for rewards that read text."""
     heldout_rows: Sequence["PromptRow"] = ()
+    choice: Prompts | None = None
+    """Prompts on which one of several policies is chosen; None where a task has none beside those held out."""
+
+
+def with_choice(sets: PromptSets) -> PromptSets:
+    """The same with prompts for a choice, which the last evaluation does not see: where there are none, every second
+    held-out prompt, of at least two."""
+    count = len(sets.heldout.row)
+    if sets.choice is not None or count < 2:
+        return sets
+    rows = np.arange(count)
+    return sets._replace(choice=take(sets.heldout, rows[1::2]), heldout=take(sets.heldout, rows[::2]))
 
 
 class PromptRow(NamedTuple):

@@ -1,0 +1,65 @@
+"""How policies are compared: which prompts, which keys."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.batches import Prompts
+from rlhf_jax.sampling.sampler import numpy_completions
+from rlhf_jax.tasks.measure import compare_policies
+from rlhf_jax.tasks.simulated import Sizes, World
+from rlhf_jax.tasks.task import PromptSets, with_choice
+
+SIZES = Sizes(demonstrations=12, validation=6, compared=8, heldout_pairs=6, prompts=10, heldout=6, ranked=2, layers=1)
+
+
+class Folder:
+    """A run that only has a folder."""
+
+    first = True
+
+    def __init__(self, folder):
+        self.dir = folder
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World(0, sizes=SIZES)
+
+
+def test_an_epoch_is_chosen_on_prompts_that_nothing_else_sees(world):
+    sets = with_choice(world.prompts())
+    rows = [set(part.row.tolist()) for part in (sets.train, sets.heldout, sets.shifted, sets.choice)]
+    assert all(not a & b for number, a in enumerate(rows) for b in rows[:number])
+    assert len(rows[3]) == len(rows[1]) == 6
+
+
+def test_where_there_are_no_prompts_for_a_choice_held_out_ones_are_shared():
+    def some(*rows):
+        return Prompts(jnp.zeros((len(rows), 1), int), jnp.ones((len(rows), 1), bool), jnp.asarray(rows))
+
+    sets = with_choice(PromptSets(some(0), some(4, 5, 6)))
+    assert (sets.heldout.row.tolist(), sets.choice.row.tolist()) == ([4, 6], [5])
+    assert with_choice(PromptSets(some(0), some(4))).choice is None
+
+
+def test_each_policy_samples_with_keys_of_its_own_on_the_prompts_it_is_given(world, tmp_path):
+    asked = []
+
+    def sampler(params, prompts, number):
+        asked.append((params, prompts.row.tolist(), number))
+        tokens = np.full((len(prompts.row), 4), world.base.eos_id)
+        return numpy_completions(tokens, np.arange(4)[None] < np.ones((len(tokens), 1)), np.zeros(tokens.shape))
+
+    sets = world.prompts()._replace(heldout=world.prompts().choice, shifted=None)
+    found = compare_policies(
+        Folder(tmp_path), world, ("sft", "A"), ("ppo", "B"), sampler, lambda prompts, answers: np.ones(6), sets
+    )
+    numbers = [number for _, _, number in asked]
+    assert [params for params, _, _ in asked] == ["A", "B"] and len(set(numbers)) == 2
+    assert all(rows == sets.heldout.row.tolist() for _, rows, _ in asked)
+    assert found["win_rate"] == 0.5 and found["sft_ended"] == 1.0
+    assert len((tmp_path / "examples.jsonl").read_text().splitlines()) == 6
+    assert json.loads((tmp_path / "examples.jsonl").read_text().splitlines()[0])["sft"] == ""
