@@ -9,6 +9,7 @@ Schulman et al. 2017 (https://arxiv.org/abs/1707.06347). This file has the algor
 It takes about 4 minutes on 2 CPU cores. In the controlled world it runs SFT and the reward model first. Its answers
 then beat SFT's by true utility on 19 of 20 held-out prompts, at a KL of 7 nats. It writes policy/ to the run's folder.
 
+PPO-ptx (`ptx_coef`) mixes demonstrations in, where Ouyang et al. mix pretraining text.
 An answer that reaches the length limit without EOS scores `no_end_score`, whatever its reward is. Its tokens are
 trained on like any others.
 """
@@ -117,7 +118,8 @@ class PPOFlags(Flags):
     entropy_coef: float = 0.0
     """Weight of an entropy bonus, a token."""
     ptx_coef: float = 0.0
-    """Weight of the SFT loss mixed into the policy's (PPO-ptx)."""
+    """Weight of the SFT loss of demonstrations in the policy's (PPO-ptx). Ouyang et al. mix pretraining text: give
+    rows with a column text as demonstrations for that."""
     no_end_score: float = -3.0
     """Score of an answer that does not end."""
 

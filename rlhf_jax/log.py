@@ -67,7 +67,8 @@ class Run:
         self._refuse(changes)
         self._writer = checkpoint.Writer(self.dir)
         self._saved: tuple[str, int] | None = None
-        self._empty = not resume
+        self._touched = False
+        self._before = read_json(self.dir / "status.json").get("status", "failed")
         self._metrics = MetricsFile(self.dir / "metrics.jsonl" if self.first else Path(os.devnull))
         self._facts = self._begin(name)
         config = {"experiment": name, "version": rlhf_jax.__version__, **flags}
@@ -104,10 +105,11 @@ class Run:
             status = "failed"
         if self._wandb is not None:
             self._wandb.close(status)
+        refused = self.resumed and not self._touched and isinstance(error, UserError) and self._before != "running"
         try:
             self._facts["sessions"][-1] = provenance.end_session(self._facts["sessions"][-1], status)
             self._write("run.json", self._facts)
-            self._write("status.json", {"status": status})
+            self._write("status.json", {"status": self._before if refused else status})
         except OSError as failure:
             failures.append(failure)
         if failures and hidden:
@@ -119,6 +121,8 @@ class Run:
             if self.first:
                 remove_folder(self.dir, made=self._made)
             self.say(f"failed before anything was logged or saved: nothing is left in {self.dir}")
+        elif refused:
+            self.say(f"nothing was done, the run stays {self._before}: {self.dir}")
         else:
             self.say(f"{status}: the run is in {self.dir}")
         self._signals.close()
@@ -133,11 +137,11 @@ class Run:
     @property
     def empty(self) -> bool:
         """Whether this session began the run, and has logged and saved nothing so far."""
-        return self._empty
+        return not (self.resumed or self._touched)
 
     def keep_folder(self) -> None:
         """The folder stays although nothing is logged so far: it holds the run of another stage, too."""
-        self._empty = False
+        self._touched = True
 
     def inputs(self, **given: provenance.Source | Sequence[provenance.Source] | None) -> None:
         """Writes to run.json what the run learns from: names on the hub, and fingerprints of files and folders.
@@ -173,7 +177,7 @@ class Run:
         """Writes a checkpoint as `checkpoint.save` does, while the run goes on; after the step's `log`."""
         self._writer.wait()
         with self._signals.undisturbed():
-            self._empty = False
+            self._touched = True
             self._writer.save(stage, step, state, keep=keep, metric=metric, data_state=data_state)
             self._saved = stage, step
 
@@ -205,7 +209,7 @@ class Run:
         line = {"stage": stage, "step": int(step), "time": round(time.time(), 3), **_finite(scalars)}
         self._screen.measured(stage, scalars)
         with self._signals.undisturbed():
-            self._empty = False
+            self._touched = True
             if not self._metrics.add(line):
                 return
             for told in (self._events, self._wandb):
@@ -215,7 +219,7 @@ class Run:
     def summary(self, metrics: Mapping[str, Any]) -> None:
         """Writes summary.json, the final numbers."""
         scalars = {name: _scalar(name, value) for name, value in metrics.items()}
-        self._empty = False
+        self._touched = True
         self._write("summary.json", _finite(scalars))
         if self._wandb is not None:
             with self._signals.undisturbed():

@@ -1,6 +1,7 @@
 """A run writes what it did, where it came from and how it ended."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -232,6 +233,18 @@ def test_a_run_that_did_something_keeps_its_folder(tmp_path, done):
         assert not run.empty
         raise UserError("wrong")
     assert strict((tmp_path / "run" / "status.json").read_text()) == {"status": "failed"}
+
+
+def test_a_resume_that_is_refused_leaves_a_finished_run_finished(tmp_path):
+    (tmp_path / "data.jsonl").write_text("a")
+    for text, error in (("a", None), ("b", UserError)):
+        (tmp_path / "data.jsonl").write_text(text)
+        with pytest.raises(error) if error else nullcontext():
+            with Run(tmp_path / "run", Config(), name="x", resume=bool(error)) as run:
+                run.inputs(demonstrations=str(tmp_path / "data.jsonl"))
+                run.log("sft", 1, {"loss": 1.0})
+    assert strict((tmp_path / "run" / "status.json").read_text()) == {"status": "finished"}
+    assert [one["status"] for one in run_json(tmp_path / "run")["sessions"]] == ["finished", "failed"]
 
 
 def test_a_resumed_run_that_did_nothing_keeps_its_folder(tmp_path):

@@ -129,6 +129,13 @@ def test_the_nucleus_is_the_smallest_set_of_at_least_top_p():
     assert kept(0.8) == [True, True, True, True]  # the tie stays in
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_nucleus_of_everything_keeps_everything(seed):
+    # The running sum of 700 float32 probabilities is 1 before its end.
+    logits = jnp.asarray(logits_of(700, seed))[None]
+    assert jnp.isfinite(truncate(logits, top_k=None, top_p=jnp.asarray(1.0))).all()
+
+
 def test_ties_at_the_edge_of_top_k_stay_in():
     logits = jnp.asarray([[1.0, 3.0, 2.0, 2.0, 0.0]])
     kept = truncate(logits, top_k=2, top_p=None)
