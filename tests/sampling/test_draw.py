@@ -132,7 +132,7 @@ def test_the_nucleus_is_the_smallest_set_of_at_least_top_p():
 @pytest.mark.parametrize("seed", range(3))
 def test_a_nucleus_of_everything_keeps_everything(seed):
     # The running sum of 700 float32 probabilities is 1 before its end.
-    logits = jnp.asarray(logits_of(700, seed))[None]
+    logits = jnp.asarray(logits_of(700, seed, std=4.0))[None]
     assert jnp.isfinite(truncate(logits, top_k=None, top_p=jnp.asarray(1.0))).all()
 
 
