@@ -76,6 +76,21 @@ def leave_one_out_advantages(rewards: Float[Array, " B"], *, group_size: int) ->
     return jax.lax.stop_gradient((groups - others).reshape(-1))
 
 
+def running_mean_advantages(
+    rewards: Float[Array, " B"], baseline: ScalarLike, *, decay: ScalarLike
+) -> tuple[Float[Array, " B"], Float[Array, ""]]:
+    """REINFORCE with a baseline that follows the mean reward: (r − b, the next b).
+
+        b ← decay · b + (1 − decay) · mean(r)
+
+    The baseline is that of before these rewards, so the estimate stays unbiased. It needs one answer a prompt.
+    Reference: Williams 1992, https://doi.org/10.1007/BF00992696.
+    """
+    check_shapes({"rewards": rewards}, rank=1)
+    rewards = jax.lax.stop_gradient(wide(rewards))
+    return rewards - baseline, decay * baseline + (1.0 - decay) * rewards.mean()
+
+
 def _groups(rewards: Array, group_size: int) -> Array:
     check_shapes({"rewards": rewards}, rank=1)
     if rewards.shape[0] % group_size:

@@ -150,6 +150,55 @@ def judged_win_rate(shown_first: ArrayLike, shown_second: ArrayLike) -> JudgedWi
     )
 
 
+def pass_at_k(right: ArrayLike, samples: int, k: int) -> Float[np.ndarray, " P"]:
+    """The chance that one of k samples is right, for each of P problems of which `right` [P] of `samples` were.
+
+        1 − C(n − c, k) / C(n, k)
+
+    Unbiased, where 1 − (1 − c/n)ᵏ is too low. Raises ValueError when there are fewer than k samples, or more right
+    ones than samples.
+    Reference: Chen et al. 2021, eq. 1, https://arxiv.org/abs/2107.03374.
+    """
+    found = np.asarray(right, np.float64)
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} cannot be told from {samples} samples")
+    if ((found < 0) | (found > samples)).any():
+        raise ValueError(f"there are more right samples than {samples}, or fewer than none")
+    # Π over the k draws: the share of wrong ones among those that are left.
+    drawn = np.arange(k)
+    return 1.0 - np.prod(np.maximum(samples - found[:, None] - drawn, 0.0) / (samples - drawn), axis=1)
+
+
+def best_of_n_kl(n: ArrayLike) -> Float[np.ndarray, "*S"]:
+    """An upper bound of KL(best of n ‖ policy) in nats a response: log n − (n − 1)/n. It is exact without ties.
+
+    Reference: Stiennon et al. 2020, appendix G.3, https://arxiv.org/abs/2009.01325; that it is a bound, Beirami et al.
+    2024, https://arxiv.org/abs/2401.01879.
+    """
+    count = np.asarray(n, np.float64)
+    return np.log(count) - (count - 1) / count
+
+
+def best_of_n_mean(scores: ArrayLike, n: int) -> Float[np.ndarray, " P"]:
+    """The mean score of the best of n, for each of P prompts, from a pool of N samples of each: scores [P, N].
+
+        Σ_i C(i − 1, n − 1) / C(N, n) · r_(i),   r_(i) the i-th smallest
+
+    It is the mean over all C(N, n) subsets of the pool, so unbiased. Raises ValueError when the pool has fewer than n.
+    Reference: Nakano et al. 2021 (WebGPT), appendix I, https://arxiv.org/abs/2112.09332.
+    """
+    ordered = np.sort(np.asarray(scores, np.float64), axis=-1)
+    pool = ordered.shape[-1]
+    if not 1 <= n <= pool:
+        raise ValueError(f"the best of {n} cannot be told from {pool} samples")
+    # From the largest down: C(i − 1, n − 1) / C(N, n) is n/N for the largest, then falls by (i − n + 1)/i … each step.
+    weights = np.zeros(pool)
+    weights[-1] = n / pool
+    for i in range(pool - 1, n - 1, -1):  # the i-th smallest, from the one above it
+        weights[i - 1] = weights[i] * (i - n + 1) / i
+    return ordered @ weights
+
+
 class Perplexity(NamedTuple):
     """exp of the mean negative log-likelihood a token, and a 95% interval over documents."""
 

@@ -10,6 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from rlhf_jax.arrays import boolean, check_shapes, wide
+from rlhf_jax.types import ScalarLike
 
 Axis = int | Sequence[int] | None
 
@@ -24,6 +25,25 @@ def masked_mean(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], axis: Ax
     """Mean of `x` where `mask`; 0 where nothing is unmasked."""
     total = masked_sum(x, mask, axis)
     return total / jnp.maximum(boolean(mask).sum(axis=axis), 1).astype(total.dtype)
+
+
+def sequence_mean(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """Mean over rows of each row's masked mean. Rows with no token do not count; 0 where nothing is unmasked.
+
+    Every response counts alike, and a token less the longer its response is: GRPO's average.
+    Reference: Shao et al. 2024, eq. 3, https://arxiv.org/abs/2402.03300.
+    """
+    return masked_mean(masked_mean(x, mask, axis=-1), boolean(mask).any(axis=-1))
+
+
+def constant_mean(x: Float[Array, "B T"], mask: Bool[Array, "B T"], *, length: ScalarLike) -> Float[Array, ""]:
+    """Sum over (rows × length): every token counts alike, however many there are. Dr. GRPO's average.
+
+    `length` is the longest answer that may be sampled. Rows are all of the batch, also those with no token.
+    Reference: Liu et al. 2025, §3.2, https://arxiv.org/abs/2503.20783.
+    """
+    check_shapes({"x": x, "mask": mask}, rank=2)
+    return masked_sum(x, mask) / (x.shape[0] * length)
 
 
 def masked_whiten(

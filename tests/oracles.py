@@ -125,13 +125,54 @@ def value_clip_loss(values, old_values, returns, mask, *, clip_eps):
     return mean(losses)
 
 
-def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_eps_low, clip_eps_high, beta):
-    losses = []
+def averaged(terms, mask, reduce):
+    """The average that a reduction names, of {(b, t): number}."""
+    name = "masked_mean" if reduce is None else getattr(reduce, "func", reduce).__name__
+    if name == "masked_mean":
+        return mean(terms.values())
+    if name == "sequence_mean":
+        rows = [[x for (b, _), x in terms.items() if b == row] for row in range(len(mask))]
+        return mean(mean(row) for row in rows if row)
+    return math.fsum(terms.values()) / (len(mask) * reduce.keywords["length"])
+
+
+def grpo_loss(
+    logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_eps_low, clip_eps_high, beta, reduce=None,
+    weights=None,
+):  # fmt: skip
+    terms = {}
     for b, t in unmasked(mask):
         log_r = ref_logprobs[b, t] - logprobs[b, t]
         surrogate = clipped_surrogate(logprobs[b, t], old_logprobs[b, t], advantages[b], clip_eps_low, clip_eps_high)
-        losses.append(surrogate + beta * (math.exp(log_r) - 1 - log_r))
+        weight = 1.0 if weights is None else weights[b, t]
+        terms[b, t] = weight * surrogate + beta * (math.exp(log_r) - 1 - log_r)
+    return averaged(terms, mask, reduce)
+
+
+def gspo_loss(logprobs, old_logprobs, advantages, mask, *, clip_eps_low, clip_eps_high):
+    losses = []
+    for b in range(len(mask)):
+        tokens = [t for t in range(mask.shape[1]) if mask[b, t]]
+        if tokens:
+            log_s = mean(logprobs[b, t] - old_logprobs[b, t] for t in tokens)
+            losses.append(clipped_surrogate(log_s, 0.0, advantages[b], clip_eps_low, clip_eps_high))
     return mean(losses)
+
+
+def cispo_loss(logprobs, old_logprobs, advantages, mask, *, clip_eps_low, clip_eps_high, reduce=None):
+    terms = {}
+    for b, t in unmasked(mask):
+        rho = min(max(math.exp(logprobs[b, t] - old_logprobs[b, t]), 1 - clip_eps_low), 1 + clip_eps_high)
+        terms[b, t] = -rho * advantages[b] * logprobs[b, t]
+    return averaged(terms, mask, reduce)
+
+
+def reinforce_loss(logprobs, advantages, mask, *, reduce=None, weights=None):
+    terms = {
+        (b, t): -(1.0 if weights is None else weights[b, t]) * advantages[b] * logprobs[b, t]
+        for b, t in unmasked(mask)
+    }
+    return averaged(terms, mask, reduce)
 
 
 def bradley_terry_loss(chosen_rewards, rejected_rewards, *, margin=0.0):

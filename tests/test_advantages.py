@@ -7,7 +7,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax.advantages import gae, group_advantages, leave_one_out_advantages
+from rlhf_jax.advantages import gae, group_advantages, leave_one_out_advantages, running_mean_advantages
 
 RNG = np.random.default_rng(0)
 B, T = 8, 6
@@ -116,3 +116,14 @@ def test_wrong_groups_are_errors():
         leave_one_out_advantages(jnp.zeros(5), group_size=2)
     with pytest.raises(ValueError, match="at least 2, not 1"):
         leave_one_out_advantages(jnp.zeros(5), group_size=1)
+
+
+def test_a_running_mean_by_hand():
+    advantages, baseline = running_mean_advantages(jnp.asarray([1.0, 3.0]), 1.0, decay=0.75)
+    assert_allclose(advantages, [0, 2])
+    assert_allclose(baseline, 0.75 * 1 + 0.25 * 2)
+    # It reaches the mean of what it sees, and no gradient flows.
+    for _ in range(60):
+        _, baseline = running_mean_advantages(jnp.asarray([1.0, 3.0]), baseline, decay=0.75)
+    assert_allclose(baseline, 2.0, rtol=1e-6)
+    assert not np.any(jax.grad(lambda r: running_mean_advantages(r, 0.0, decay=0.5)[0].sum())(jnp.ones(2)))

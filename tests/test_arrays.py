@@ -23,6 +23,7 @@ x, mask, row = jnp.zeros((B, T)), jnp.zeros((B, T), bool), jnp.zeros(B)
 ranks, logits, targets = jnp.zeros((B, T), int), jnp.zeros((B, T, V)), jnp.zeros((B, T), int)
 beta = {"beta": 1.0}
 clip, clips = {"clip_eps": 0.2}, {"clip_eps_low": 0.2, "clip_eps_high": 0.2, "beta": 0.1}
+eps = {"clip_eps_low": 0.2, "clip_eps_high": 0.2}
 kto = {"beta": 1.0, "desirable_weight": 1.0, "undesirable_weight": 1.0}
 CALLS = [
     (masking.masked_sum, (x, mask), {}), (masking.masked_mean, (x, mask), {}), (masking.masked_whiten, (x, mask), {}),
@@ -34,6 +35,9 @@ CALLS = [
     (losses.ranking_loss, (x, ranks, mask), {}), (losses.plackett_luce_loss, (x, ranks, mask), {}),
     (losses.ppo_clip_loss, (x, x, x, mask), clip), (losses.value_clip_loss, (x, x, x, mask), clip),
     (losses.grpo_loss, (x, x, x, row, mask), clips), (losses.dpo_loss, (row,) * 4, beta),
+    (losses.gspo_loss, (x, x, row, mask), eps), (losses.cispo_loss, (x, x, row, mask), eps),
+    (losses.reinforce_loss, (x, row, mask), {}), (losses.truncated_importance_weights, (x, x, mask), {"cap": 2.0}),
+    (masking.sequence_mean, (x, mask), {}), (masking.constant_mean, (x, mask), {"length": 3}),
     (losses.ipo_loss, (row,) * 4, beta), (losses.simpo_loss, (row,) * 4, beta | {"gamma": 0.5}),
     (losses.orpo_loss, (row,) * 4, beta), (losses.kto_loss, (row, row, row > 0, jnp.zeros(())), kto),
     (diagnostics.explained_variance, (x, x, mask), {}), (last_token_rewards, (x, mask), {}),
@@ -77,7 +81,7 @@ def test_arrays_of_another_shape_are_refused_in_every_equation():
     # In a process of its own, for here the type checker would refuse them first.
     run = subprocess.run([sys.executable, "-c", WRONG_SHAPES], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.strip() == "28"
+    assert run.stdout.strip() == "34"
 
 
 def test_a_mask_of_weights_is_refused():

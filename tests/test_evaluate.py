@@ -1,3 +1,5 @@
+from itertools import combinations
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
@@ -5,10 +7,13 @@ from scipy.optimize import minimize_scalar
 
 from rlhf_jax.evaluate import (
     Z95,
+    best_of_n_kl,
+    best_of_n_mean,
     calibration,
     clustered_rate,
     judged_win_rate,
     length_baseline,
+    pass_at_k,
     perplexity,
     preference_accuracy,
     trinomial_interval,
@@ -207,3 +212,32 @@ def test_perplexity_holds_its_95_percent():
 def test_what_has_no_perplexity_is_refused(sums, counts):
     with pytest.raises(ValueError):
         perplexity(sums, counts)
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
+    for samples, right, k in ((4, 1, 1), (6, 2, 3), (6, 0, 2), (5, 4, 2), (6, 6, 6), (7, 1, 7)):
+        labels = [i < right for i in range(samples)]
+        expected = np.mean([any(some) for some in combinations(labels, k)])
+        assert_allclose(pass_at_k([right], samples, k), expected, atol=1e-12)
+    assert_allclose(pass_at_k([0, 1000], 10_000, 1), [0.0, 0.1])
+    for right, samples, k in (([1], 2, 3), ([3], 2, 1), ([-1], 2, 1), ([1], 2, 0)):
+        with pytest.raises(ValueError):
+            pass_at_k(right, samples, k)
+
+
+def test_the_best_of_n_is_the_mean_over_subsets():
+    scores = np.random.default_rng(7).normal(size=(3, 7))
+    for n in range(1, 8):
+        expected = [np.mean([max(some) for some in combinations(row, n)]) for row in scores]
+        assert_allclose(best_of_n_mean(scores, n), expected)
+    with pytest.raises(ValueError, match="best of 8 cannot be told from 7"):
+        best_of_n_mean(scores, 8)
+
+
+def test_the_kl_of_best_of_n_is_that_of_a_policy_with_many_answers():
+    # The best of n of m equally likely answers: P(best is the i-th) = (iⁿ − (i−1)ⁿ)/mⁿ.
+    for n in (1, 2, 4, 16):
+        steps = np.arange(20_001, dtype=float) / 20_000
+        p = np.diff(steps**n)
+        exact = np.sum(p[p > 0] * np.log(p[p > 0] * 20_000))
+        assert best_of_n_kl(n) == pytest.approx(exact, abs=1e-3) and best_of_n_kl(n) >= exact - 1e-9

@@ -6,7 +6,7 @@ import pytest
 from jax.test_util import check_grads
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax.masking import masked_mean, masked_sum, masked_whiten
+from rlhf_jax.masking import constant_mean, masked_mean, masked_sum, masked_whiten, sequence_mean
 
 RNG = np.random.default_rng(0)
 MASK = RNG.random((3, 5)) < 0.6
@@ -67,3 +67,12 @@ def test_gradients():
     with jax.enable_x64(True):
         for f in (masked_mean, masked_whiten):
             check_grads(lambda x, f=f: f(jnp.asarray(x), jnp.asarray(MASK)), (X.astype(float),), 1, ["rev"])
+
+
+def test_averages_of_sequences_by_hand():
+    x = jnp.asarray([[1.0, 3.0, jnp.nan], [5.0, jnp.nan, jnp.nan], [jnp.nan] * 3])
+    mask = jnp.asarray([[True, True, False], [True, False, False], [False] * 3])
+    assert masked_mean(x, mask) == 3.0
+    assert sequence_mean(x, mask) == (2.0 + 5.0) / 2  # the empty row does not count
+    assert constant_mean(x, mask, length=4) == 9.0 / (3 * 4)  # here it does
+    assert sequence_mean(x, ~mask & False) == constant_mean(x, ~mask & False, length=4) == 0.0

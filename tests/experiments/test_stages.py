@@ -215,6 +215,8 @@ def test_a_stage_can_run_twice_in_one_run_under_two_names(small_world, tmp_path)
         (ppo, ["--model", "MODEL", "--prompts", "PROMPTS", "--reward", "no.py:f"], "no.py: No such file"),
         (ppo, ["--model", "MODEL", "--prompts", "PROMPTS", "--reward", "length"], "FILE.py:NAME"),
         (ppo, ["--reward-weights", "1", "2"], "2 reward-weights for 0 rewards"),
+        (ppo, ["--prompts-columns", "prompt=question"], "--prompts-columns is about the files of --prompts"),
+        (sft, ["--demonstrations-format", "alpaca"], "--demonstrations-format is about the files of --demonstrations"),
         (ppo, ["--model", "MODEL", "--prompts", "PROMPTS", "--reward-model", "MODEL"], "MODEL"),
     ],
 )

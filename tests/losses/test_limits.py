@@ -1,6 +1,7 @@
 """Where one loss becomes another."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from numpy.testing import assert_allclose
 
 from rlhf_jax import losses
 from rlhf_jax.logprobs import token_logprobs
+from rlhf_jax.masking import constant_mean, masked_mean, sequence_mean
 
 RNG = np.random.default_rng(1)
 B, T = 4, 6
@@ -153,3 +155,72 @@ def test_kto_at_the_reference_is_half_the_mean_weight():
         logprobs, logprobs, desirable, jnp.float32(0.0), beta=0.7, desirable_weight=1.0, undesirable_weight=3.0
     )
     assert_allclose(loss, 0.75, rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduce", [masked_mean, sequence_mean, partial(constant_mean, length=9)])
+def test_at_the_old_policy_every_objective_has_the_gradient_of_reinforce(reduce):
+    logprobs, ref, advantages = normal(B, T), normal(B, T), normal(B)
+    clips = {"clip_eps_low": 0.2, "clip_eps_high": 0.2}
+
+    def grpo(x):
+        return losses.grpo_loss(x, logprobs, ref, advantages, MASK, beta=0.0, reduce=reduce, **clips)[0]
+
+    def cispo(x):
+        return losses.cispo_loss(x, logprobs, advantages, MASK, reduce=reduce, **clips)[0]
+
+    expected = jax.grad(lambda x: losses.reinforce_loss(x, advantages, MASK, reduce=reduce)[0])(logprobs)
+    assert_allclose(jax.grad(grpo)(logprobs), expected, rtol=1e-5, atol=1e-7)
+    assert_allclose(jax.grad(cispo)(logprobs), expected, rtol=1e-5, atol=1e-7)
+    if reduce is sequence_mean:  # the average of a ratio that is of a whole response
+        gspo = jax.grad(lambda x: losses.gspo_loss(x, logprobs, advantages, MASK, **clips)[0])(logprobs)
+        assert_allclose(gspo, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_of_one_length_dr_grpo_is_grpo_and_of_one_token_gspo_is():
+    logprobs, old, ref, advantages = normal(B, T), normal(B, T), normal(B, T), normal(B)
+    full, clips = jnp.ones((B, T), bool), {"clip_eps_low": 0.2, "clip_eps_high": 0.3}
+
+    def grpo(mask, reduce):
+        return losses.grpo_loss(logprobs, old, ref, advantages, mask, beta=0.0, reduce=reduce, **clips)[0]
+
+    assert_allclose(grpo(full, partial(constant_mean, length=T)), grpo(full, sequence_mean), rtol=1e-6)
+    assert_allclose(grpo(full, masked_mean), grpo(full, sequence_mean), rtol=1e-6)
+    one = jnp.arange(T)[None] == jnp.arange(B)[:, None]
+    gspo = losses.gspo_loss(logprobs, old, advantages, one, **clips)[0]
+    assert_allclose(gspo, grpo(one, sequence_mean), rtol=1e-6)
+
+
+def test_importance_weights_are_bounded_and_one_where_sampler_and_trainer_agree():
+    logprobs = jnp.asarray([[-1.0, -1.0, -1.0, -1.0, jnp.nan]])
+    sampler = jnp.asarray([[-1.0, -1.0 - jnp.log(3.0), -1.0 + jnp.log(4.0), -200.0, 0.0]])
+    mask = jnp.asarray([[True, True, True, True, False]])
+    weights = losses.truncated_importance_weights(logprobs, sampler, mask, cap=2.0)
+    assert_allclose(weights, [[1, 2, 0.25, 2, 0]], rtol=1e-6)
+    dropped = losses.truncated_importance_weights(logprobs, sampler, mask, cap=5.0, floor=0.5, drop=True)
+    assert_allclose(dropped, [[1, 3, 0, 0, 0]], rtol=1e-6)
+    assert_allclose(losses.truncated_importance_weights(logprobs, sampler, mask, cap=2.0, floor=0.5)[0, 2], 0.5)
+    total = lambda x: losses.truncated_importance_weights(x, sampler, mask, cap=9.0).sum()  # noqa: E731
+    assert not np.any(jax.grad(total)(logprobs))
+
+
+def test_the_weights_of_a_sampler_make_the_gradient_that_of_the_trainer():
+    """E over the sampler of w ∇log π is E over the policy of ∇log π: all of three tokens, by their chances."""
+    scores, sampler = jnp.asarray([0.3, -0.5, 0.1]), jax.nn.log_softmax(jnp.asarray([0.0, 0.4, -0.2]))
+    rewards = jnp.asarray([1.0, 0.0, -2.0])
+
+    def loss(scores, chances, weighted):
+        logprobs = jax.nn.log_softmax(scores)[:, None]
+        mask = jnp.ones((3, 1), bool)
+        weights = losses.truncated_importance_weights(logprobs, sampler[:, None], mask, cap=1e9)
+        return losses.reinforce_loss(
+            logprobs,
+            rewards,
+            mask,
+            reduce=lambda x, _: (x[:, 0] * chances).sum(),
+            weights=weights if weighted else None,
+        )[0]
+
+    policy = jax.nn.softmax(scores)
+    assert_allclose(
+        jax.grad(loss)(scores, jnp.exp(sampler), True), jax.grad(loss)(scores, policy, False), rtol=1e-5, atol=1e-7
+    )
