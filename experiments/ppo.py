@@ -78,7 +78,7 @@ from rlhf_jax.rewards.reward import (
     weights_of,
 )
 from rlhf_jax.rewards.watch import answer_statistics
-from rlhf_jax.sampling import generate
+from rlhf_jax.sampling import ended, generate
 from rlhf_jax.scoring import response_logprobs, sft_objective, token_scores, token_values
 from rlhf_jax.sharding import check_rows, shard_batch, to_host
 from rlhf_jax.tasks.measure import as_texts, compare_policies, make_reward_scorer
@@ -212,9 +212,9 @@ def score(
     models = {name: frozen.over_trunk(own) for name, own in frozen.rewards.items()}
     each = score_tokens(setup.rewards, models, tokens) | dict(host_scores)
     total = weighted_sum(each, weights_of(setup.rewards))
-    ended = ((completions.tokens == setup.eos_id) & completions.mask).any(axis=1)
-    scores = jnp.where(ended, total, cfg.no_end_score)
-    share = ended.mean(dtype=jnp.float32)
+    whole = ended(completions, setup.eos_id)
+    scores = jnp.where(whole, total, cfg.no_end_score)
+    share = whole.mean(dtype=jnp.float32)
     return scores, {"score": scores.mean(), "ended": share, "no_end": 1.0 - share, **score_metrics(each)}
 
 

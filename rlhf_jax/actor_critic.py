@@ -17,6 +17,7 @@ from rlhf_jax.batches import Prompts, Tokens
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, from_language_model, merge_lora, split_lora
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.rewards.reward import Reward, check_rewards, params_of
+from rlhf_jax.sampling.ends import EosId
 from rlhf_jax.sharding import shard_params
 from rlhf_jax.train import make_state
 from rlhf_jax.types import Params, ScalarLike
@@ -63,7 +64,8 @@ class Setup(NamedTuple):
     critic: ScalarModel
     rewards: tuple[Reward, ...]
     max_new_tokens: int
-    eos_id: int
+    eos_id: EosId
+    """The token that ends an answer, or several that each do."""
     pad_id: int
 
 

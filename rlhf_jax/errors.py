@@ -13,3 +13,9 @@ def at_least(cfg: Any, **bounds: float | int) -> None:
         value = getattr(cfg, name)
         if not value >= bound:
             raise UserError(f"{name.replace('_', '-')} is {value}; it must be at least {bound}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -8,9 +8,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from rlhf_jax.batches import Completions, Prompts
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, first_line
 from rlhf_jax.models import FLOAT32, ModelConfig, Precision, load_hf, load_hf_config, load_hf_reward_model
+from rlhf_jax.models.files import checkpoint_folder, read_json
+from rlhf_jax.models.tokenizer import check_vocabulary, read_tokenizer
 from rlhf_jax.models.weights import param_shapes
+from rlhf_jax.sampling.ends import ended, is_end
 from rlhf_jax.sharding import current_mesh, parameter_sharding
 from rlhf_jax.types import Params
 
@@ -27,16 +30,21 @@ class Pretrained(NamedTuple):
     tokenizer: "PreTrainedTokenizerBase"
     name: str | None = None
     """The folder, or the name on the Hub, that the model was read from."""
+    ends: tuple[int, ...] = ()
+    """The tokens that end an answer by generation_config.json, or else by config.json."""
+    notes: tuple[str, ...] = ()
+    """What the folder says and is not used, a line each: for whoever loads the model to say."""
 
     @property
-    def eos_id(self) -> int:
-        """The token that ends an answer."""
-        return self.tokenizer.eos_token_id
+    def eos_id(self) -> tuple[int, ...]:
+        """The tokens that each end an answer; the tokenizer's EOS, in which texts to learn from end, is among them."""
+        return tuple(dict.fromkeys((*self.ends, self.tokenizer.eos_token_id)))
 
     @property
     def pad_id(self) -> int:
         """The padding token; the EOS token where the tokenizer has none. Masks come from lengths, never from it."""
-        return self.eos_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        tokenizer = self.tokenizer
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def read_prompts(self, prompts: Prompts) -> list[str]:
         """Prompts as text, special tokens included."""
@@ -44,13 +52,15 @@ class Pretrained(NamedTuple):
         return self.tokenizer.batch_decode([ids[mask].tolist() for ids, mask in rows])
 
     def read_answers(self, completions: Completions) -> list[str]:
-        """Answers as text without special tokens."""
-        rows = zip(np.asarray(completions.tokens), np.asarray(completions.mask), strict=True)
+        """Answers as text, without special tokens and without the token that ended each."""
+        tokens = np.asarray(completions.tokens)
+        said = np.asarray(completions.mask) & ~is_end(tokens, self.eos_id)
+        rows = zip(tokens, said, strict=True)
         return self.tokenizer.batch_decode([ids[real].tolist() for ids, real in rows], skip_special_tokens=True)
 
     def ended(self, completions: Completions) -> np.ndarray:
         """Whether each answer ended by itself: [B], bool."""
-        return ((np.asarray(completions.tokens) == self.eos_id) & np.asarray(completions.mask)).any(axis=1)
+        return np.asarray(ended(completions, self.eos_id))
 
 
 def load_policy(path_or_name: str, precision: Precision = FLOAT32) -> Pretrained:
@@ -65,15 +75,35 @@ def load_reward_model(path_or_name: str, precision: Precision = FLOAT32) -> Pret
 
 def load_tokenizer(path_or_name: str) -> "PreTrainedTokenizerBase":
     """Reads a tokenizer. Raises UserError when it cannot be read, or has no EOS token."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_name, local_files_only=Path(path_or_name).is_dir())
+        return read_tokenizer(checkpoint_folder(path_or_name))
     except (ValueError, OSError) as error:
-        raise UserError(f"{path_or_name}: {str(error).splitlines()[0]}") from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{path_or_name}: the tokenizer has no EOS token, and every answer must end in one")
-    return tokenizer
+        raise UserError(first_line(error)) from None
+
+
+def end_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end an answer: those of generation_config.json, or else of config.json, if they name any.
+
+    Raises ValueError for ids that are none, and for those that a model of `vocab_size` tokens does not have: in
+    either file, for the tokens of beginning and padding too. −1 says that there is none.
+    """
+    found: tuple[int, ...] = ()
+    for name in ("config.json", "generation_config.json"):
+        path = folder / name
+        values = read_json(path) if path.exists() else {}
+        for key in ("bos_token_id", "pad_token_id", "eos_token_id"):
+            value = values.get(key)
+            ids = [token for token in (value if isinstance(value, list) else [value]) if token not in (None, -1)]
+            for token in ids:
+                if isinstance(token, bool) or not isinstance(token, int):
+                    raise ValueError(f"{path}: {key} {value!r} is no token's number")
+                if not 0 <= token < vocab_size:
+                    raise ValueError(
+                        f"{path}: {key} is {token}, and the model has {vocab_size} tokens, 0 to {vocab_size - 1}:"
+                        " name one of those"
+                    )
+        found = tuple(ids) or found
+    return found
 
 
 def hf_shardings(path_or_name: str | Path) -> Callable[[str], NamedSharding] | None:
@@ -89,8 +119,14 @@ def hf_shardings(path_or_name: str | Path) -> Callable[[str], NamedSharding] | N
 
 
 def _load(path_or_name: str, read: Callable[..., tuple[ModelConfig, Any]], precision: Precision) -> Pretrained:
+    """All that is cheap to check is checked before the first tensor is read."""
     try:
-        config, params = read(path_or_name, shardings=hf_shardings(path_or_name), precision=precision)
+        folder = checkpoint_folder(path_or_name)
+        config = load_hf_config(folder)
+        tokenizer = read_tokenizer(folder)
+        check_vocabulary(tokenizer, config.vocab_size, folder)
+        ends = end_ids(folder, config.vocab_size)
+        config, params = read(folder, shardings=hf_shardings(folder), precision=precision)
     except (ValueError, OSError) as error:
-        raise UserError(str(error).splitlines()[0]) from None
-    return Pretrained(config, params, load_tokenizer(path_or_name), path_or_name)
+        raise UserError(first_line(error)) from None
+    return Pretrained(config, params, tokenizer, path_or_name, ends)

@@ -14,14 +14,13 @@ from safetensors.numpy import save_file
 from rlhf_jax.models.card import ModelCard, card_text
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.families import FAMILIES, Cut, Family
+from rlhf_jax.models.files import checkpoint_folder, read_json, write_text
 from rlhf_jax.models.precision import FLOAT32, NORMS_AND_BIASES, Precision
 from rlhf_jax.models.weights import find_tensors, flat, join, layers_apart, match, nested, param_shapes, read_params
 
 SCORE = "score.weight"
 BIAS = "reward_bias"
 """The name in config.json of a reward model's bias: a number that others pass over, and that shifts all rewards."""
-FILES = ["*.json", "model*.safetensors", "*.model", "merges.txt", "*.jinja"]
-"""The files that are read from the hub: weights, configs, and the tokenizer's files."""
 
 
 def load_hf(
@@ -42,7 +41,7 @@ def load_hf(
     Raises FileNotFoundError or ValueError, in one line that names the file and the tensor, for what is missing,
     broken, misshapen or of an architecture that is not in `families.FAMILIES`.
     """
-    folder = _folder(path_or_name)
+    folder = checkpoint_folder(path_or_name)
     hf, family, config = _read_config(folder, precision)
     if kinds := [kind for kind in hf.get("architectures") or [] if kind.endswith("ForSequenceClassification")]:
         raise ValueError(f"{folder} holds a {kinds[0]}: load_hf_reward_model reads it")
@@ -51,7 +50,7 @@ def load_hf(
 
 def load_hf_config(path_or_name: str | Path, *, precision: Precision = FLOAT32) -> ModelConfig:
     """Only the config of what `load_hf` reads. Raises as it does."""
-    return _read_config(_folder(path_or_name), precision)[2]
+    return _read_config(checkpoint_folder(path_or_name), precision)[2]
 
 
 def load_hf_reward_model(
@@ -66,7 +65,7 @@ def load_hf_reward_model(
     which `save_hf_reward_model` wrote into config.json, else 0. Raises ValueError for another number of labels, and
     for a bias that is no number.
     """
-    folder = _folder(path_or_name)
+    folder = checkpoint_folder(path_or_name)
     hf, family, config = _read_config(folder, precision)
     kinds = hf.get("architectures") or []
     if kinds and not any(kind.endswith("ForSequenceClassification") for kind in kinds):
@@ -211,25 +210,6 @@ def family_of(config: ModelConfig) -> Family:
     return FAMILIES[config.family]
 
 
-def _folder(path_or_name: str | Path) -> Path:
-    folder = Path(path_or_name)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ValueError(f"{folder} is a file; a checkpoint is a folder with config.json and model.safetensors")
-    name = str(path_or_name)
-    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise FileNotFoundError(f"there is no folder {folder} (and names on the hub are owner/model)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{name} is no folder here, and could not be had from the hub: {reason}") from None
-
-
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():  # before the index, as transformers has it
@@ -255,23 +235,3 @@ def _read_config(folder: Path, precision: Precision) -> tuple[dict[str, Any], Fa
         return hf, family, replace(family.read(hf), precision=precision)
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file's object. Raises FileNotFoundError or ValueError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path.parent} has no {path.name}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -1,5 +1,6 @@
 """The rollout engine."""
 
+from rlhf_jax.sampling.ends import ended
 from rlhf_jax.sampling.generate import generate
 
-__all__ = ["generate"]
+__all__ = ["ended", "generate"]

@@ -13,6 +13,7 @@ from rlhf_jax.axes import constrain
 from rlhf_jax.batches import Completions
 from rlhf_jax.models import Transformer, init_cache
 from rlhf_jax.sampling.draw import draw, truncate
+from rlhf_jax.sampling.ends import EosId, eos_ids, is_end
 from rlhf_jax.types import ScalarLike
 
 
@@ -29,7 +30,7 @@ def _generate(
     max_new_tokens: int,
     greedy: bool,
     top_k: int | None,
-    eos_id: int | None,
+    eos_id: tuple[int, ...],
     pad_id: int,
 ) -> tuple[Completions, Array]:
     """Completions, and how many decoding steps were run."""
@@ -62,9 +63,7 @@ def _generate(
             jax.lax.dynamic_update_slice(completions.mask, ~ended[:, None], column),
             jax.lax.dynamic_update_slice(completions.logprobs, jnp.where(ended, 0.0, logprob)[:, None], column),
         )
-        if eos_id is not None:
-            ended = ended | (token == eos_id)
-        return step + 1, ended, completions, token, cache
+        return step + 1, ended | is_end(token, eos_id), completions, token, cache
 
     def decode_step(state: tuple) -> tuple:
         step, _, _, token, cache = state
@@ -99,27 +98,30 @@ def generate(
     temperature: ScalarLike,
     top_k: int | None = None,
     top_p: ScalarLike | None = None,
-    eos_id: int | None,
+    eos_id: EosId,
     pad_id: int,
 ) -> Completions:
     """Samples completions [B, max_new_tokens] of left-padded prompts; 0 is greedy.
 
-    Ends as soon as every row has emitted `eos_id`, which is part of its row; then `pad_id`, masked. Log-probabilities
-    are of the distribution sampled from: at `temperature` (at 1 when greedy), after top_k and top_p. `temperature`
-    and `top_p` may change without recompilation. Raises ValueError for prompts that are empty or not left-padded,
-    where their values are known, and for options that mean nothing.
+    A row ends with `eos_id`, or with any of several, which is part of the row; then comes `pad_id`, masked. Decoding
+    ends with the last row. Log-probabilities are of the distribution sampled from: at `temperature` (at 1 when
+    greedy), after top_k and top_p. `temperature` and `top_p` may change without recompilation. Raises ValueError for
+    prompts that are empty or not left-padded, or hold ids outside of the vocabulary, where their values are known;
+    and for options that mean nothing.
     """
-    _check(prompt_mask, max_new_tokens, temperature, top_k, top_p)
+    _check(max_new_tokens, temperature, top_k, top_p)
+    _check_ids(model.config.vocab_size, eos_ids(eos_id), pad_id)
+    _check_prompts(prompts, prompt_mask, model.config.vocab_size)
     greedy = not isinstance(temperature, jax.core.Tracer) and float(temperature) == 0.0
     completions, _ = _generate(
         model, params, prompts, prompt_mask, key, jnp.asarray(temperature, jnp.float32),
         None if top_p is None else jnp.asarray(top_p, jnp.float32),
-        max_new_tokens=max_new_tokens, greedy=greedy, top_k=top_k, eos_id=eos_id, pad_id=pad_id,
+        max_new_tokens=max_new_tokens, greedy=greedy, top_k=top_k, eos_id=eos_ids(eos_id), pad_id=pad_id,
     )  # fmt: skip
     return completions
 
 
-def _check(prompt_mask: Any, max_new_tokens: int, temperature: Any, top_k: int | None, top_p: Any) -> None:
+def _check(max_new_tokens: int, temperature: Any, top_k: int | None, top_p: Any) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     if top_k is not None and top_k < 1:
@@ -131,9 +133,25 @@ def _check(prompt_mask: Any, max_new_tokens: int, temperature: Any, top_k: int |
         known = value is not None and not isinstance(value, jax.core.Tracer)
         if known and not least <= float(value) <= most:
             raise ValueError(f"{name} must lie between {least:g} and {most:g}, not {float(value):g}")
+
+
+def _check_ids(vocab_size: int, ends: tuple[int, ...], pad_id: int) -> None:
+    """An id that the model cannot write never ends an answer; −1 says so."""
+    for name, token in [*(("eos_id", end) for end in ends if end != -1), ("pad_id", pad_id)]:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"{name} {token} is not among the model's {vocab_size} tokens")
+
+
+def _check_prompts(prompts: Any, prompt_mask: Any, vocab_size: int) -> None:
     # Of an array that lies on several hosts a part is not here.
-    if not isinstance(prompt_mask, jax.core.Tracer) and getattr(prompt_mask, "is_fully_addressable", True):
-        mask = np.asarray(prompt_mask, bool)
-        bad = np.flatnonzero(~mask[:, -1:].any(axis=1) | (mask[:, :-1] & ~mask[:, 1:]).any(axis=1))
-        if len(bad):
-            raise ValueError(f"prompt {bad[0]} is empty or not left-padded: its mask must end in True")
+    for array in (prompts, prompt_mask):
+        if isinstance(array, jax.core.Tracer) or not getattr(array, "is_fully_addressable", True):
+            return
+    tokens, mask = np.asarray(prompts), np.asarray(prompt_mask, bool)
+    bad = np.flatnonzero(~mask[:, -1:].any(axis=1) | (mask[:, :-1] & ~mask[:, 1:]).any(axis=1))
+    if len(bad):
+        raise ValueError(f"prompt {bad[0]} is empty or not left-padded: its mask must end in True")
+    outside = np.argwhere(mask & ((tokens < 0) | (tokens >= vocab_size)))
+    if len(outside):
+        row, column = outside[0]
+        raise ValueError(f"prompt {row} has the id {tokens[row, column]}, and the model has {vocab_size} tokens")

@@ -11,6 +11,7 @@ from jaxtyping import PRNGKeyArray
 from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.data.tokens import take
 from rlhf_jax.models import ModelConfig, Transformer
+from rlhf_jax.sampling.ends import EosId
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.sharding import shard_batch, to_host
 from rlhf_jax.types import Params
@@ -28,7 +29,7 @@ def sample_answers(
     answers: int = 1,
     max_new_tokens: int,
     temperature: float,
-    eos_id: int,
+    eos_id: EosId,
     pad_id: int,
     batch_size: int,
 ) -> Completions:
@@ -70,7 +71,7 @@ def make_sampler(
     seed: int,
     max_new_tokens: int,
     temperature: float,
-    eos_id: int,
+    eos_id: EosId,
     pad_id: int,
     batch_size: int,
 ) -> Callable[[Params, Prompts, int], Completions]:

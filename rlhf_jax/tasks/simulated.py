@@ -156,9 +156,10 @@ class World:
         """(prompt, answer) in ids, and the true utility of each answer."""
         prompts, people = self._encode(problems), Demonstrators()
         texts = [people.write(self._rng, p) for p in problems]
-        answers = self.base.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        tokenizer = self.base.tokenizer
+        answers = tokenizer(texts, add_special_tokens=False)["input_ids"]
         pairs = [
-            (ids[mask].tolist(), [*answer, self.base.eos_id])
+            (ids[mask].tolist(), [*answer, tokenizer.eos_token_id])
             for ids, mask, answer in zip(prompts.tokens, prompts.mask, answers, strict=True)
         ]
         return pairs, utilities(problems, texts, [True] * len(texts))
