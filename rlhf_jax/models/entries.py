@@ -1,7 +1,7 @@
 """The lines that tables of config.json are made of: each reads some fields of ModelConfig, and writes them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from rlhf_jax.models.config import ModelConfig
@@ -13,6 +13,8 @@ Json = dict[str, Any]
 class Entry(NamedTuple):
     """A line of a config's table: some fields of ModelConfig from config.json, and back."""
 
+    rows: tuple[str, ...]
+    """The rows of config.json that `read` looks at."""
     read: Callable[[Json], Json]
     write: Callable[[ModelConfig], Json] = lambda config: {}
 
@@ -26,34 +28,47 @@ def size(ours: str, theirs: str, default: Callable[[Json], int] | None = None) -
             value = default(hf)
         if value is None:
             raise ValueError(f"{theirs} is missing")
-        if not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{theirs} must be a whole number of at least 1, not {value!r}")
         return {ours: value}
 
-    return Entry(read, lambda config: {theirs: getattr(config, ours)})
+    return Entry((theirs,), read, lambda config: {theirs: getattr(config, ours)})
 
 
 def number(ours: str, theirs: str, default: float | None) -> Entry:
-    """A float, or None where that is the default."""
+    """A float, or None where that has a meaning: not for an epsilon. Raises ValueError for what is no number."""
 
     def read(hf: Json) -> Json:
         value = hf.get(theirs, default)
-        return {ours: None if value is None else float(value)}
+        if value is None and not theirs.endswith(("_eps", "_epsilon")):
+            return {ours: None}
+        return {ours: real(theirs, value)}
 
-    return Entry(read, lambda config: {theirs: getattr(config, ours)})
+    return Entry((theirs,), read, lambda config: {theirs: getattr(config, ours)})
+
+
+def real(name: str, value: Any) -> float:
+    """A row's number. Raises ValueError for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, not {value!r}")
+    return float(value)
 
 
 def flag(theirs: str, default: bool, *ours: str) -> Entry:
-    """A truth value, which is that of each field in `ours`."""
-    return Entry(
-        lambda hf: dict.fromkeys(ours, bool(hf.get(theirs, default))),
-        lambda config: {theirs: getattr(config, ours[0])},
-    )
+    """A truth value, which is that of each field in `ours`. Its `read` raises ValueError for what is none."""
+
+    def read(hf: Json) -> Json:
+        value = hf.get(theirs, default)
+        if not isinstance(value, bool):
+            raise ValueError(f"{theirs} must be true or false, not {value!r}")
+        return dict.fromkeys(ours, value)
+
+    return Entry((theirs,), read, lambda config: {theirs: getattr(config, ours[0])})
 
 
 def fixed(**values: Any) -> Entry:
     """Fields that have one value in all models of a family, and that no config.json names."""
-    return Entry(lambda hf: values)
+    return Entry((), lambda hf: values)
 
 
 def only(theirs: str, value: Any) -> Entry:
@@ -64,7 +79,7 @@ def only(theirs: str, value: Any) -> Entry:
             raise ValueError(f"{theirs} {hf[theirs]!r} is not supported, only {value!r}")
         return {}
 
-    return Entry(read, lambda config: {theirs: value})
+    return Entry((theirs,), read, lambda config: {theirs: value})
 
 
 ACTIVATIONS = {
@@ -90,20 +105,21 @@ def activation(theirs: str, default: str) -> Entry:
         names = [default, "silu", "gelu", "gelu_pytorch_tanh"]
         return {theirs: next(name for name in names if ACTIVATIONS[name] == config.activation)}
 
-    return Entry(read, write)
+    return Entry((theirs,), read, write)
 
 
 def query_scale() -> Entry:
     """The factor of q·k, which Gemma gives as the width that it is 1/√ of."""
     return Entry(
-        lambda hf: {"attention_scale": hf.get("query_pre_attn_scalar", 256) ** -0.5},
+        ("query_pre_attn_scalar",),
+        lambda hf: {"attention_scale": real("query_pre_attn_scalar", hf.get("query_pre_attn_scalar", 256)) ** -0.5},
         lambda config: {"query_pre_attn_scalar": round((config.attention_scale or config.head_dim**-0.5) ** -2)},
     )
 
 
 def embedding_scale() -> Entry:
     """Embeddings times √d_model, as in Gemma."""
-    return Entry(lambda hf: {"embedding_scale": math.sqrt(hf["hidden_size"])})
+    return Entry(("hidden_size",), lambda hf: {"embedding_scale": math.sqrt(hf["hidden_size"])})
 
 
 def read_scaling(rope: Json, hf: Json) -> RopeScaling | None:
@@ -118,10 +134,10 @@ def read_scaling(rope: Json, hf: Json) -> RopeScaling | None:
         if kind == "default":
             return None
         if kind == "linear":
-            return LinearScaling(float(rope["factor"]))
+            return LinearScaling(real("factor", rope["factor"]))
         if kind == "llama3":
-            low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-            return Llama3Scaling(float(rope["factor"]), low, high, original)
+            factor, low, high = (real(n, rope[n]) for n in ("factor", "low_freq_factor", "high_freq_factor"))
+            return Llama3Scaling(factor, low, high, original)
         if kind == "longrope":
             factor = rope.get("factor") or hf["max_position_embeddings"] / original
             usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
@@ -147,11 +163,25 @@ def write_scaling(scaling: RopeScaling | None) -> Json:
             return {"rope_type": "longrope", "original_max_position_embeddings": length, **factors}
 
 
-def rope_dict(value: Any) -> Json:
-    """A copy of the rope parameters in config.json; empty for None. Raises ValueError for anything but an object."""
+ROPE_ROWS = ("rope_parameters", "rope_scaling", "original_max_position_embeddings")
+IN_ROPE = {
+    "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor",
+    "original_max_position_embeddings", "attention_factor", "partial_rotary_factor", "short_mscale", "long_mscale",
+}  # fmt: skip
+"""Fields of rope parameters that are read, or that transformers passes over (the mscales)."""
+
+
+def rope_dict(value: Any, known: Iterable[str] = IN_ROPE) -> Json:
+    """A copy of the rope parameters in config.json; empty for None.
+
+    Raises ValueError for anything but an object, and for a field that is not `known` here.
+    """
     if not isinstance(value or {}, dict):
         raise ValueError(f"rope scaling {value!r} is not supported")
-    return dict(value or {})
+    found = {name: field for name, field in (value or {}).items() if field is not None}
+    if unknown := sorted(found.keys() - set(known)):
+        raise ValueError(f"rope scaling with {', '.join(unknown)} is not supported")
+    return found
 
 
 def rope(
@@ -169,13 +199,13 @@ def rope(
     def read(hf: Json) -> Json:
         given = rope_dict(hf.get("rope_scaling") or hf.get("rope_parameters"))
         part_name, fraction = part or ("partial_rotary_factor", 1.0)
-        fraction = float(given.get("partial_rotary_factor") or hf.get(part_name) or fraction)
+        fraction = real(part_name, given.get("partial_rotary_factor") or hf.get(part_name) or fraction)
         if part is None and fraction != 1:
             raise ValueError(f"{part_name} {fraction} is not supported")
         if given.get("rope_type", given.get("type")) in longrope_names:
             given["rope_type"] = "longrope"
         return {
-            "rope_theta": float(given.get("rope_theta") or hf.get(theta_name) or theta),
+            "rope_theta": real(theta_name, given.get("rope_theta") or hf.get(theta_name) or theta),
             "rotary_fraction": fraction,
             "rope_scaling": read_scaling(given, hf),
         }
@@ -189,21 +219,24 @@ def rope(
             written["original_max_position_embeddings"] = config.rope_scaling.original_length
         return written
 
-    return Entry(read, write)
+    rows = (theta_name, (part or ("partial_rotary_factor",))[0], *ROPE_ROWS)
+    return Entry(rows, read, write)
 
 
 def two_ropes() -> Entry:
     """Layers with a window turn by an own theta, and are never scaled."""
 
     def read(hf: Json) -> Json:
-        given = rope_dict(hf.get("rope_parameters"))
+        given = rope_dict(hf.get("rope_parameters"), ("full_attention", "sliding_attention"))
         whole = rope_dict(given.get("full_attention")) | rope_dict(hf.get("rope_scaling"))
         local = rope_dict(given.get("sliding_attention"))
         if read_scaling(local, hf) is not None:
             raise ValueError(f"rope scaling {local} of layers with a window is not supported")
         return {
-            "rope_theta": float(whole.get("rope_theta") or hf.get("rope_theta") or 1_000_000.0),
-            "local_rope_theta": float(local.get("rope_theta") or hf.get("rope_local_base_freq") or 10_000.0),
+            "rope_theta": real("rope_theta", whole.get("rope_theta") or hf.get("rope_theta") or 1_000_000.0),
+            "local_rope_theta": real(
+                "rope_local_base_freq", local.get("rope_theta") or hf.get("rope_local_base_freq") or 10_000.0
+            ),
             "rope_scaling": read_scaling(whole, hf),
         }
 
@@ -212,7 +245,7 @@ def two_ropes() -> Entry:
         local = {"rope_theta": config.local_rope_theta, "rope_type": "default"}
         return {"rope_parameters": {"full_attention": whole, "sliding_attention": local}}
 
-    return Entry(read, write)
+    return Entry(("rope_theta", "rope_local_base_freq", *ROPE_ROWS), read, write)
 
 
 def one_window(usual: int | None) -> Entry:
@@ -222,13 +255,18 @@ def one_window(usual: int | None) -> Entry:
         window = hf.get("sliding_window", usual)
         return {"windows": (window,) * hf["num_hidden_layers"] if window else ()}
 
-    return Entry(read, lambda config: {"sliding_window": config.windows[0] if config.windows else None})
+    return Entry(
+        ("sliding_window",), read, lambda config: {"sliding_window": config.windows[0] if config.windows else None}
+    )
 
 
 def some_windows(
-    has_window: Callable[[Json, int], bool], switch: str | None = None, usual: int | None = 4096
+    has_window: Callable[[Json, int], bool], *rows: str, switch: str | None = None, usual: int | None = 4096
 ) -> Entry:
-    """One size for those layers that `layer_types`, or else `has_window`, names; `switch` turns all on."""
+    """One size for those layers that `layer_types`, or else `has_window`, names; `switch` turns all on.
+
+    `rows` are those that `has_window` looks at.
+    """
 
     def read(hf: Json) -> Json:
         if switch is not None and not hf.get(switch, False):
@@ -248,7 +286,7 @@ def some_windows(
         size = next((window for window in windows if window is not None), None if switch else 4096)
         return {"layer_types": kinds, "sliding_window": size} | ({switch: any(windows)} if switch else {})
 
-    return Entry(read, write)
+    return Entry(("layer_types", "sliding_window", *([switch] if switch else []), *rows), read, write)
 
 
 def rope_layers(hf: Json) -> list[int]:
@@ -260,6 +298,7 @@ def rope_layers(hf: Json) -> list[int]:
 def no_positions() -> Entry:
     """The layers without positions (SmolLM3)."""
     return Entry(
+        ("no_rope_layers", "no_rope_layer_interval"),
         lambda hf: {"nope_layers": tuple(i for i, turns in enumerate(rope_layers(hf)) if not turns)},
         lambda config: {"no_rope_layers": [int(i not in config.nope_layers) for i in range(config.n_layers)]},
     )

@@ -92,6 +92,11 @@ class Family:
     """Ends of names: buffers that older versions saved."""
     older_names: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def rows(self) -> set[str]:
+        """The rows of config.json that the table reads."""
+        return {row for entry in self.config for row in entry.rows}
+
     def read(self, hf: Json) -> ModelConfig:
         """The config that config.json says. Raises ValueError for what is missing or not supported."""
         values: Json = {"family": self.name}
@@ -178,13 +183,13 @@ FAMILIES = {
         Family(
             "qwen2", "Qwen2",
             (*SIZES, GROUPS, HEAD_DIM, rms(1e-6), tied(False), rope(10_000.0), SILU, fixed(qkv_bias=True),
-             some_windows(late_window, "use_sliding_window")),
+             some_windows(late_window, "max_window_layers", switch="use_sliding_window")),
             ATTENTION | MLP | INPUT_NORMS,
         ),
         Family(
             "qwen3", "Qwen3",
             (*SIZES, GROUPS, GIVEN_HEAD_DIM, rms(1e-6), tied(False), rope(10_000.0), SILU, ATTENTION_BIAS,
-             fixed(qk_norm="head"), some_windows(late_window, "use_sliding_window")),
+             fixed(qk_norm="head"), some_windows(late_window, "max_window_layers", switch="use_sliding_window")),
             ATTENTION | QK_NORMS | MLP | INPUT_NORMS,
         ),
         Family(
@@ -198,7 +203,7 @@ FAMILIES = {
             "gemma3_text", "Gemma3Text",
             (*GEMMA, two_ropes(), only("attn_logit_softcapping", None), fixed(qk_norm="head"),
              number("final_softcap", "final_logit_softcapping", None),
-             some_windows(lambda hf, i: (i + 1) % hf.get("sliding_window_pattern", 6) != 0)),
+             some_windows(lambda hf, i: (i + 1) % hf.get("sliding_window_pattern", 6) != 0, "sliding_window_pattern")),
             ATTENTION | QK_NORMS | MLP | BOTH_NORMS,
             language_model="Gemma3ForCausalLM",
         ),
@@ -211,7 +216,8 @@ FAMILIES = {
         Family(
             "smollm3", "SmolLM3",
             (*SIZES, GROUPS, HEAD_DIM, rms(1e-6), tied(True), rope(2_000_000.0), SILU, ATTENTION_BIAS, MLP_BIAS,
-             no_positions(), some_windows(lambda hf, i: not rope_layers(hf)[i], "use_sliding_window", usual=None)),
+             no_positions(),
+             some_windows(lambda hf, i: not rope_layers(hf)[i], switch="use_sliding_window", usual=None)),
             ATTENTION | MLP | INPUT_NORMS,
         ),
         Family(
@@ -225,8 +231,8 @@ FAMILIES = {
         Family(
             "gpt_neox", "GPTNeoX",
             (*SIZES, number("norm_eps", "layer_norm_eps", 1e-5), tied(False),
-             Entry(lambda hf: {"n_kv_heads": hf["num_attention_heads"],
-                               "head_dim": hf["hidden_size"] // hf["num_attention_heads"]}),
+             Entry((), lambda hf: {"n_kv_heads": hf["num_attention_heads"],
+                                   "head_dim": hf["hidden_size"] // hf["num_attention_heads"]}),
              rope(10_000.0, theta_name="rotary_emb_base", part=("rotary_pct", 0.25)),
              flag("use_parallel_residual", True, "parallel_residual"),
              flag("attention_bias", True, "qkv_bias", "output_bias"), activation("hidden_act", "gelu"),
@@ -245,7 +251,7 @@ FAMILIES = {
             (size("vocab_size", "vocab_size"), size("d_model", "n_embd"), size("n_layers", "n_layer"),
              size("n_heads", "n_head"), size("d_ff", "n_inner", lambda hf: 4 * hf["n_embd"]),
              size("max_length", "n_positions", lambda hf: 1024),
-             Entry(lambda hf: {"n_kv_heads": hf["n_head"], "head_dim": hf["n_embd"] // hf["n_head"]}),
+             Entry((), lambda hf: {"n_kv_heads": hf["n_head"], "head_dim": hf["n_embd"] // hf["n_head"]}),
              number("norm_eps", "layer_norm_epsilon", 1e-5), tied(True), activation("activation_function", "gelu_new"),
              only("scale_attn_weights", True), only("scale_attn_by_inverse_layer_idx", False),
              only("add_cross_attention", False),

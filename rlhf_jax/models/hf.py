@@ -16,7 +16,20 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.families import FAMILIES, Cut, Family
 from rlhf_jax.models.files import checkpoint_folder, read_json, write_text
 from rlhf_jax.models.precision import FLOAT32, NORMS_AND_BIASES, Precision
-from rlhf_jax.models.weights import find_tensors, flat, join, layers_apart, match, nested, param_shapes, read_params
+from rlhf_jax.models.rows import check_rows, quantized_by, unread_rows
+from rlhf_jax.models.weights import (
+    DTYPES,
+    find_tensors,
+    flat,
+    join,
+    layers_apart,
+    match,
+    nested,
+    param_shapes,
+    read_params,
+    same_values,
+    their_name,
+)
 
 SCORE = "score.weight"
 BIAS = "reward_bias"
@@ -43,14 +56,25 @@ def load_hf(
     """
     folder = checkpoint_folder(path_or_name)
     hf, family, config = _read_config(folder, precision)
-    if kinds := [kind for kind in hf.get("architectures") or [] if kind.endswith("ForSequenceClassification")]:
+    if kinds := [kind for kind in _classes(hf) if kind.endswith("ForSequenceClassification")]:
         raise ValueError(f"{folder} holds a {kinds[0]}: load_hf_reward_model reads it")
+    config = _as_stored(folder, family, config)
     return config, nested(_load(folder, family, config, {}, _by_name(shardings)))
 
 
 def load_hf_config(path_or_name: str | Path, *, precision: Precision = FLOAT32) -> ModelConfig:
     """Only the config of what `load_hf` reads. Raises as it does."""
-    return _read_config(checkpoint_folder(path_or_name), precision)[2]
+    folder = checkpoint_folder(path_or_name)
+    _, family, config = _read_config(folder, precision)
+    return _as_stored(folder, family, config)
+
+
+def unread(path_or_name: str | Path) -> list[str]:
+    """A line for all that a checkpoint's configs say and that is not used. Raises as `load_hf` does."""
+    folder = checkpoint_folder(path_or_name)
+    hf, family, _ = _read_config(folder, FLOAT32)
+    path = folder / "generation_config.json"
+    return unread_rows(folder, hf, read_json(path) if path.exists() else {}, family)
 
 
 def load_hf_reward_model(
@@ -67,10 +91,10 @@ def load_hf_reward_model(
     """
     folder = checkpoint_folder(path_or_name)
     hf, family, config = _read_config(folder, precision)
-    kinds = hf.get("architectures") or []
+    kinds = _classes(hf)
     if kinds and not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         raise ValueError(f"{folder} holds a {kinds[0]}, and a reward model is a …ForSequenceClassification")
-    labels = hf.get("num_labels") or len(hf.get("id2label") or (0, 1))
+    labels = len(hf["id2label"]) if isinstance(hf.get("id2label"), dict) else hf.get("num_labels") or 2
     if labels != 1:
         raise ValueError(f"{folder / 'config.json'}: {labels} labels, and a reward model has one")
     sharding_of = _by_name(shardings)
@@ -120,6 +144,25 @@ def save_hf_reward_model(
     labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}} | ({BIAS: bias} if bias else {})
     leaves = _layers_apart(_without_head(config), params["trunk"])
     _save(Path(path), config, name, leaves, score, labels, tokenizer, card)
+
+
+def _classes(hf: dict[str, Any]) -> list[str]:
+    named = hf.get("architectures") or []
+    return [str(kind) for kind in (named if isinstance(named, list) else [named])]
+
+
+def _as_stored(folder: Path, family: Family, config: ModelConfig) -> ModelConfig:
+    """Untied where the file has a head of its own: transformers ties a head that is the embedding, and no other."""
+    if not config.tie_embeddings:
+        return config
+    cuts = family.places(0)
+    stored = find_tensors(_weight_files(folder, missing_ok=True))
+    found = {their_name(family, cuts, theirs): tensor for theirs, tensor in stored.items()}
+    names = [name for name, cut in cuts.items() if cut.parts in (("embedding",), ("head",)) and name in found]
+    pair = [found[name] for name in names]
+    if len(pair) < 2 or {tensor.dtype for tensor in pair} - set(DTYPES) or same_values(*pair):
+        return config
+    return replace(config, tie_embeddings=False)
 
 
 def _load(
@@ -210,28 +253,47 @@ def family_of(config: ModelConfig) -> Family:
     return FAMILIES[config.family]
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path, *, missing_ok: bool = False) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():  # before the index, as transformers has it
         return [folder / "model.safetensors"]
     if index.exists():
         places = read_json(index).get("weight_map")
-        if not isinstance(places, dict):
-            raise ValueError(f"{index} has no weight_map")
+        if not isinstance(places, dict) or not all(_is_name(shard) for shard in places.values()):
+            raise ValueError(f"{index} has no weight_map from tensors to files of the folder")
         return [folder / shard for shard in sorted(set(places.values()))]
+    if missing_ok:
+        return []
+    if files := sorted(folder.glob("*.gguf")):
+        raise ValueError(f"{files[0]}: quantised by gguf: not supported; take the model that it was made from")
     raise FileNotFoundError(
         f"{folder} has no model.safetensors (nor an index of shards); pickled weights are not read: save it anew"
     )
 
 
+def _is_name(shard: Any) -> bool:
+    return isinstance(shard, str) and Path(shard).name == shard != ""
+
+
 def _read_config(folder: Path, precision: Precision) -> tuple[dict[str, Any], Family, ModelConfig]:
     path = folder / "config.json"
+    if not path.exists() and (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} holds an adapter and no model: merge it into its model, and give that one")
     hf = read_json(path)
-    if hf.get("model_type") not in FAMILIES:
-        names = ", ".join(sorted(FAMILIES))
-        raise ValueError(f"{path}: model_type {hf.get('model_type')!r} is not supported, only {names}")
-    family = FAMILIES[hf["model_type"]]
+    if method := quantized_by(folder, hf):
+        raise ValueError(f"{folder}: quantised by {method}: not supported; take the model that it was made from")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json) beside a model, and transformers reads the adapter over"
+            " the model that it names: merge it, or take the file out"
+        )
+    kind = hf.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ValueError(f"{path}: model_type {kind!r} is not supported, only {', '.join(sorted(FAMILIES))}")
+    family = FAMILIES[kind]
     try:
-        return hf, family, replace(family.read(hf), precision=precision)
+        config = family.read(hf)
+        check_rows(hf, family, config)
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise ValueError(f"{path}: {error}") from None
+    return hf, family, replace(config, precision=precision)

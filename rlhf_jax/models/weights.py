@@ -183,6 +183,24 @@ def _read(stored: Stored, turned: bool, axes: list[np.ndarray]) -> np.ndarray:
     return out
 
 
+def same_values(first: Stored, second: Stored) -> bool:
+    """Whether two tensors hold the same numbers, be it in other types; the files are mapped block by block."""
+    if first.shape != second.shape:
+        return False
+    step = max(1, BLOCK // (4 * math.prod(first.shape[1:])))
+    return all(
+        np.array_equal(_rows(first, start, start + step), _rows(second, start, start + step))
+        for start in range(0, first.shape[0], step)
+    )
+
+
+def _rows(stored: Stored, start: int, end: int) -> np.ndarray:
+    dtype, width = np.dtype(DTYPES[stored.dtype]), math.prod(stored.shape[1:])
+    shape = (min(end, stored.shape[0]) - start, *stored.shape[1:])
+    block = np.memmap(stored.path, dtype, "r", stored.offset + start * width * dtype.itemsize, shape)
+    return block.astype(np.float32)
+
+
 def _index(places: np.ndarray) -> slice | np.ndarray:
     low, high = int(places[0]), int(places[-1]) + 1
     return slice(low, high) if high - low == len(places) else places
@@ -207,21 +225,47 @@ def find_tensors(files: list[Path]) -> dict[str, Stored]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         for name, value in header.items():
+            if name in found:
+                raise ValueError(f"{path.parent}: tensor {name} is in {found[name].path.name} and in {path.name}")
             found[name] = Stored(path, tuple(value["shape"]), value["dtype"], 8 + length + value["data_offsets"][0])
     return found
+
+
+QUANTIZED = (".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv", ".SCB", ".absmax")
+"""Ends of the names of tensors that stand beside quantised weights."""
+
+
+def refuse_quantized(folder: Path, found: dict[str, Stored]) -> None:
+    """Raises ValueError for a tensor that is quantised, or goes with one that is."""
+    for name, stored in found.items():
+        if name.endswith(QUANTIZED) or (name.endswith(".weight") and stored.dtype not in DTYPES):
+            raise ValueError(
+                f"{folder}: tensor {name} is {stored.dtype}, of weights that are quantised: not supported; only"
+                f" {', '.join(DTYPES)} are read"
+            )
+
+
+def their_name(family: Family, cuts: Mapping[str, Cut], theirs: str) -> str:
+    """The name that a tensor would have in a whole model of today."""
+    name = dict(family.older_names).get(theirs, theirs)
+    return family.prefix + name if name not in cuts and family.prefix + name in cuts else name  # a bare model's
 
 
 def match(
     folder: Path, family: Family, cuts: dict[str, Cut], found: dict[str, Stored], shapes: dict[str, Shape]
 ) -> list[tuple[Stored, Cut]]:
-    """The tensors to read. Raises ValueError for one that is missing, misshapen or without a place."""
+    """The tensors to read. Raises ValueError for one that is missing, misshapen, there twice or without a place.
+
+    A head that the config has no place for is a copy of the tied embedding, or a classifier does without it.
+    """
+    refuse_quantized(folder, found)
     wanted = {name: cut for name, cut in cuts.items() if all(part in shapes for part in cut.parts)}
     matched: dict[str, tuple[Stored, Cut]] = {}
     others = []
     for theirs, stored in found.items():
-        name = dict(family.older_names).get(theirs, theirs)
-        if name not in cuts and family.prefix + name in cuts:  # a bare model's
-            name = family.prefix + name
+        name = their_name(family, cuts, theirs)
+        if name in matched:
+            raise ValueError(f"{folder}: tensor {name} is there twice, the second time as {theirs}")
         if name in wanted:
             expected = tensor_shape(wanted[name], shapes)
             if stored.shape != expected:
@@ -231,7 +275,7 @@ def match(
             if stored.dtype not in DTYPES:
                 raise ValueError(f"{folder}: tensor {theirs} is {stored.dtype}, and only {', '.join(DTYPES)} are read")
             matched[name] = stored, wanted[name]
-        elif name != "lm_head.weight" and not theirs.endswith(family.passed_over):  # a copy of the tied embedding
+        elif name != "lm_head.weight" and not theirs.endswith(family.passed_over):
             others.append(theirs)
     for name in wanted:
         if name not in matched:

@@ -363,7 +363,10 @@ def test_an_unexpected_tensor(folder):
 
 def test_buffers_and_copies_of_a_tied_embedding_are_passed_over(folder):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    change_tensors(folder, lambda tensors: tensors.update({name: np.zeros(3, np.float32)}))
+    change_tensors(
+        folder,
+        lambda t: t.update({name: np.zeros(3, np.float32), "lm_head.weight": t["model.embed_tokens.weight"].copy()}),
+    )
     change_config(folder, tie_word_embeddings=True)
     config, params = load_hf(folder)
     assert config.tie_embeddings and "head" not in params
