@@ -17,5 +17,5 @@ def at_least(cfg: Any, **bounds: float | int) -> None:
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line; its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

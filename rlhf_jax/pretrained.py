@@ -11,6 +11,7 @@ from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.errors import UserError, first_line
 from rlhf_jax.models import FLOAT32, ModelConfig, Precision, load_hf, load_hf_config, load_hf_reward_model
 from rlhf_jax.models.files import checkpoint_folder, read_json
+from rlhf_jax.models.hf import unread
 from rlhf_jax.models.tokenizer import check_vocabulary, read_tokenizer
 from rlhf_jax.models.weights import param_shapes
 from rlhf_jax.sampling.ends import ended, is_end
@@ -123,10 +124,10 @@ def _load(path_or_name: str, read: Callable[..., tuple[ModelConfig, Any]], preci
     try:
         folder = checkpoint_folder(path_or_name)
         config = load_hf_config(folder)
+        ends, notes = end_ids(folder, config.vocab_size), tuple(unread(folder))
         tokenizer = read_tokenizer(folder)
         check_vocabulary(tokenizer, config.vocab_size, folder)
-        ends = end_ids(folder, config.vocab_size)
         config, params = read(folder, shardings=hf_shardings(folder), precision=precision)
     except (ValueError, OSError) as error:
         raise UserError(first_line(error)) from None
-    return Pretrained(config, params, tokenizer, path_or_name, ends)
+    return Pretrained(config, params, tokenizer, path_or_name, ends, notes)
