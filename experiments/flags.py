@@ -13,6 +13,7 @@ from jaxtyping import PRNGKeyArray
 from rlhf_jax.adapters import FrozenDtype, split_trainable
 from rlhf_jax.data.pairs import Pairs
 from rlhf_jax.errors import UserError, at_least
+from rlhf_jax.groups import Numbers
 from rlhf_jax.log import Run
 from rlhf_jax.loop import Loop, check_microbatches
 from rlhf_jax.models import BFLOAT16, FLOAT32, MIXED, Precision, with_dropout, with_lora
@@ -379,6 +380,78 @@ class Preference(Adapters, Training, PreferenceFlags):
         super().__post_init__()
         if self.batch_size is not None:
             self.check_parts(self.batch_size, "pairs")
+
+
+@dataclass(frozen=True)
+class GroupFlags(Flags):
+    """The flags that algorithms without a critic share."""
+
+    steps: int | None = None
+    """Iterations of rollout and update. By default 60 in the controlled world, else 100."""
+    groups: int = 16
+    """Prompts an iteration."""
+    group_size: int = 8
+    """Answers to each prompt."""
+    epochs: int = 1
+    """Passes over an iteration's answers."""
+    minibatches: int = 1
+    """Parts of an iteration's answers, one optimiser step each."""
+    temperature: float = 1.0
+    """The temperature of sampling and of every log-probability."""
+    evaluations: int = 3
+    """So many checkpoints are saved, and so many times the scorers of --watch are asked."""
+
+    def __post_init__(self) -> None:
+        at_least(self, groups=1, group_size=2, epochs=1, minibatches=1, temperature=1e-3, evaluations=1)
+        if self.steps is not None:
+            at_least(self, steps=1)
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class Groups(Adapters, Training, GroupFlags):
+    """The flags of a stage that learns from groups of answers, without a critic."""
+
+    schedule: Literal["cosine", "linear", "constant"] = "constant"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises UserError for answers that do not divide into minibatches."""
+        super().__post_init__()
+        answers = self.groups * self.group_size
+        if answers % self.minibatches:
+            raise UserError(f"{answers} answers do not divide into {self.minibatches} minibatches")
+        self.check_parts(answers // self.minibatches, "answers")
+
+    def numbers(self, max_new_tokens: int) -> Numbers:
+        """The sizes of an iteration."""
+        return Numbers(
+            self.groups, self.group_size, self.epochs, self.minibatches, self.accumulate, self.temperature,
+            max_new_tokens,
+        )  # fmt: skip
+
+    def make_group_loop(self, run: Run, stage: str) -> Loop:
+        """The stage's loop over its iterations."""
+        assert self.steps is not None
+        show = ("score", "pass@1", "utility", "kl_k1", "length")
+        return self.make_loop(run, stage, self.steps, show=show, log_every=1, updates=self.epochs * self.minibatches)
+
+    def make_group_optimizer(self) -> optax.GradientTransformation:
+        """The optimiser for all updates of all iterations."""
+        assert self.steps is not None
+        return self.make_optimizer(self.steps * self.epochs * self.minibatches)
+
+
+@dataclass(frozen=True)
+class GroupConfig(RunFlags, SamplingFlags, ReferenceFlags, ModelFlags, PromptFlags, RewardFlags):
+    """What such a stage is given."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for prompts without a reward."""
+        super().__post_init__()
+        if self.prompts and not (self.reward_model or self.reward):
+            raise UserError("there is no reward: give --reward FILE.py:NAME, --reward-model FOLDER, or both")
 
 
 def names(sources: str | tuple[str, ...] | None) -> tuple[str, ...]:

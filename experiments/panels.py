@@ -368,3 +368,62 @@ def preference_report(stage: str, who: str) -> Report:
     }
     headlines = (truth(stage, who), predicted(stage, "Implicit reward"))
     return Report(headlines, (preference(stage),), side_by_side(stage, who), preference_rules(stage, who), numbers)
+
+
+def group_report(stage: str, who: str) -> Report:
+    """The report of an algorithm without a critic."""
+    rewarded = Section(
+        who,
+        "Answers to one prompt are each other's baseline. A group whose answers all score alike teaches nothing.",
+        stage,
+        "iteration",
+        panels=(
+            Panel("score", (Line("score", "score", PROXY),)),
+            Panel("right answers", (Line("pass@1", "pass@1", TRUTH),)),
+            UTILITY,
+            KL,
+            Panel("groups without a signal", (Line("silent", "share", QUIET),)),
+            Panel("entropy, nats a token", (Line("entropy", "entropy"),)),
+            Panel(
+                "tokens a response",
+                (Line("length", "all"), Line("length_right", "right", TRUTH), Line("length_wrong", "wrong", QUIET)),
+            ),
+            ENDED,
+        ),
+    )
+    rules = (
+        *policy_rules(stage, who),
+        Rule(
+            stage,
+            (Condition("score", "does not rise", 2.0),),
+            f"{who}: nothing improves, the score goes from {{start:.3g}} to {{end:.3g}}: more steps, a larger learning"
+            " rate, easier prompts or larger groups.",
+            f"{who}: the score rises, from {{start:.3g}} to {{end:.3g}}.",
+        ),
+        Rule(
+            stage,
+            (Condition("silent", "ends above", 0.9),),
+            f"{who}: in {{end:.0%}} of the groups all answers score alike: the prompts are too hard or too easy.",
+        ),
+        Rule(
+            stage,
+            (Condition("entropy", "shrinks to", 0.1),),
+            f"{who}: the entropy collapses, from {{start:.3g}} to {{end:.3g}} nats a token.",
+        ),
+        Rule(
+            stage,
+            (Condition("score", "rises", 2.0), Condition("utility", "falls", 2.0)),
+            f"{who}: the reward climbs, from {{start:.3g}} to {{end:.3g}}, while the true utility falls, from"
+            " {starts[1]:.3g} to {ends[1]:.3g}: the reward is hacked.",
+        ),
+        Rule(
+            stage,
+            (Condition("score", "rises", 2.0), Condition("watched", "falls", 2.0)),
+            f"{who}: the reward climbs, from {{start:.3g}} to {{end:.3g}}, while what is watched falls, from"
+            " {starts[1]:.3g} to {ends[1]:.3g}: the reward may be hacked.",
+        ),
+    )
+    return Report(
+        (truth(stage, who),), (rewarded,), side_by_side(stage, who), rules,
+        policy_numbers(stage, who) | {f"{stage}_seconds": f"Seconds of the last {who} iteration."},
+    )  # fmt: skip

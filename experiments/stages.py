@@ -14,18 +14,25 @@ from typing import Any
 import jax
 
 from experiments.flags import PRECISIONS, names
-from experiments.panels import preference_report
+from experiments.panels import group_report, preference_report
 from rlhf_jax.cli import run_with_report
 from rlhf_jax.data.pairs import Examples, paired, singly
 from rlhf_jax.errors import UserError
 from rlhf_jax.export import export_policy
+from rlhf_jax.groups import Algorithm, Numbers, train_groups
 from rlhf_jax.hosts import from_first
 from rlhf_jax.log import Run
 from rlhf_jax.preference import ImplicitReward, PreferenceLoss, Trained, train_preferences
 from rlhf_jax.pretrained import Pretrained, load_policy
 from rlhf_jax.rewards.python import Limits
 from rlhf_jax.sampling.sampler import make_sampler
-from rlhf_jax.tasks.measure import PolicySampler, compare_policies, make_policy_measure, make_token_scorer
+from rlhf_jax.tasks.measure import (
+    PolicySampler,
+    compare_policies,
+    make_policy_measure,
+    make_reward_scorer,
+    make_token_scorer,
+)
 from rlhf_jax.tasks.rewards import Rewards, load_reference, load_rewards
 from rlhf_jax.tasks.simulated import World
 from rlhf_jax.tasks.task import Comparisons, Task
@@ -132,21 +139,30 @@ def open_reference(cfg: Any, task: Task) -> Params | None:
 
 
 @contextmanager
-def open_rewards(cfg: Any, run: Run, task: Task) -> Iterator[Rewards]:
-    """The rewards that the flags name, while the `with` lasts; in the controlled world, by default, a reward model
-    that is made first. Raises UserError without any reward, and for what cannot be read."""
+def open_rewards(
+    cfg: Any, run: Run, task: Task, *, failed_score: float, verifiable: bool = False
+) -> Iterator[Rewards]:
+    """The rewards that the flags name, while the `with` lasts.
+
+    In the controlled world without any, a reward model is made first; the world's checker if `verifiable`. An answer
+    on which a function fails has the `failed_score`.
+    Raises UserError without any reward, and for what cannot be read.
+    """
     models, functions = names(cfg.reward_model), names(cfg.reward)
     watched = names(cfg.watch)
     files = [text.rpartition(":")[0] if ".py:" in text else text for text in (*functions, *watched)]
     run.inputs(reward_model=models, reward=files[: len(functions)], watch=files[len(functions) :])
-    if not models and not functions and isinstance(task, World):
+    others = []
+    if not models and not functions and isinstance(task, World) and verifiable:
+        others = [task.checker()]
+    elif not models and not functions and isinstance(task, World):
         model = cfg.model or str(run.dir / "sft" / "policy")
         models = (str(made_first(cfg, run, "reward_model", model=model) / "reward_model"),)
     with load_rewards(
         task, policy_sampler(cfg, task), models=models, functions=functions, weights=cfg.reward_weights,
         watched=watched, precision=PRECISIONS[cfg.precision],
-        limits=Limits(seconds=cfg.reward_time_limit, jobs=cfg.reward_jobs), failed_score=cfg.no_end_score,
-        max_failed_share=cfg.reward_max_failed,
+        limits=Limits(seconds=cfg.reward_time_limit, jobs=cfg.reward_jobs), failed_score=failed_score,
+        max_failed_share=cfg.reward_max_failed, others=others,
     ) as rewards:  # fmt: skip
         yield rewards
 
@@ -225,3 +241,35 @@ def preference_stage(
         run.summary(metrics)
         export_policy(run, task.base, trained.params, algorithm=who, metrics=metrics)
     return metrics
+
+
+def group_stage(cfg: Any, stage: str, who: str, make_algorithm: Callable[[Numbers], Algorithm]) -> dict[str, float]:
+    """A run of one algorithm without a critic: reads, trains, compares the policy with where it started, exports."""
+    with run_with_report(cfg, stage, group_report(stage, who)) as run:
+        task = open_task(cfg, run, first="sft")
+        sampler = policy_sampler(cfg, task)
+        with open_rewards(cfg, run, task, failed_score=0.0, verifiable=True) as (rewards, _, watch):
+            filled = group_defaults(cfg, task.base)
+            say_defaults(run, stage, cfg, filled, task.base)
+            keep_freed_memory()
+            numbers = filled.numbers(task.max_new_tokens)
+            policy, metrics = train_groups(
+                make_algorithm(numbers), numbers, task.base, task.prompts(), rewards,
+                filled.make_group_loop(run, stage), cfg.seed, split=filled.split_trainable,
+                adapters=bool(filled.lora_rank), optimizer=filled.make_group_optimizer(),
+                evaluations=filled.evaluations, reference=open_reference(cfg, task), judge=task.judge, watch=watch,
+            )  # fmt: skip
+            metrics |= task.facts | compare_policies(
+                run, task, ("start", task.base.params), (stage, policy), sampler,
+                make_reward_scorer(task, rewards, None),
+            )  # fmt: skip
+        run.summary(metrics)
+        export_policy(run, task.base, policy, algorithm=who, metrics=metrics)
+    return metrics
+
+
+def group_defaults(cfg: Any, base: Pretrained) -> Any:
+    """The flags of an algorithm without a critic, with numbers where none are given."""
+    if base.name is None:
+        return or_default(cfg, steps=60, learning_rate=5e-4, lora_rank=0)
+    return or_default(cfg, steps=100, **pretrained_defaults(cfg, base, slower=10.0))

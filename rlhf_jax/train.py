@@ -12,7 +12,6 @@ import optax
 from flax.training.train_state import TrainState
 from jaxtyping import Array, PRNGKeyArray
 
-from rlhf_jax.batches import Experience
 from rlhf_jax.data.tokens import take
 from rlhf_jax.sharding import constrain_params, create
 from rlhf_jax.types import Metrics, Params
@@ -144,7 +143,7 @@ def _accumulated(
 def ppo_update(
     step: Callable[[State, Any], tuple[State, Metrics]],
     state: State,
-    experience: Experience,
+    experience: Any,
     extra: Any,
     key: PRNGKeyArray,
     *,
@@ -153,11 +152,12 @@ def ppo_update(
 ) -> tuple[State, Metrics]:
     """Several epochs of shuffled minibatches as one lax.scan; returns the metrics of each, [epochs · minibatches].
 
-    step((policy, critic), (minibatch, extra minibatch)) -> (states, metrics). `extra` is a pytree of arrays
+    `experience` is a pytree of arrays [B, …]: PPO's `Experience`, or any other.
+    step(state, (minibatch, extra minibatch)) -> (state, metrics). `extra` is a pytree of arrays
     [epochs · minibatches, …] that goes along with the minibatches (pretraining data for PPO-ptx), or None.
     The rows must divide evenly: raises ValueError.
     """
-    rows = experience.old_logprobs.shape[0]
+    rows = len(jax.tree.leaves(experience)[0])
     if rows % minibatches:
         raise ValueError(f"{rows} responses cannot be cut into {minibatches} equal minibatches")
     order = jnp.concatenate([jax.random.permutation(k, rows) for k in jax.random.split(key, epochs)])

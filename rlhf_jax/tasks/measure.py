@@ -111,10 +111,11 @@ def as_texts(
     return *trl_forms([row.prompt for row in asked], base.read_answers(completions)), columns
 
 
-def make_reward_scorer(task: Task, rewards: Sequence[Reward], no_end_score: float) -> AnswerScorer:
+def make_reward_scorer(task: Task, rewards: Sequence[Reward], no_end_score: float | None) -> AnswerScorer:
     """scorer(prompts, completions) -> the weighted sum of rewards, and `no_end_score` for answers that do not end.
 
-    It is the rule of PPO. The prompts are held-out ones: their rows are those of the task's `heldout_rows`.
+    That is the rule of PPO; None has no such rule. The prompts are held-out ones: their rows are those of the task's
+    `heldout_rows`.
     """
     base, rows = task.base, task.prompts().heldout_rows
     on_tokens = {
@@ -131,7 +132,7 @@ def make_reward_scorer(task: Task, rewards: Sequence[Reward], no_end_score: floa
             found = score_texts(rewards, *as_texts(base, rows, prompts, completions))
             each |= {name: some.scores for name, some in found.items()}
         total = np.asarray(weighted_sum(each, weights_of(rewards)))
-        return np.where(base.ended(completions), total, no_end_score)
+        return total if no_end_score is None else np.where(base.ended(completions), total, no_end_score)
 
     return scorer
 

@@ -39,9 +39,11 @@ def load_rewards(
     limits: Limits,
     failed_score: float,
     max_failed_share: float,
+    others: Sequence[Reward] = (),
 ) -> Iterator[Rewards]:
     """Reward models from folders, then functions FILE.py:NAME, while the `with` lasts; processes end with it.
 
+    `others` are rewards that are there already.
     `weights` are theirs in this order, by default 1 each. `watched` names scorers of either kind that only measure.
     Raises UserError without any reward, and for one that cannot be read.
     """
@@ -64,6 +66,7 @@ def load_rewards(
 
         found = [of_folder(folder, next(told)) for folder in models]
         rewards = [reward for reward, _ in found] + [of_function(text, next(told)) for text in functions]
+        rewards += others
         check_rewards(rewards)
         scorers = [of_function(text, 1.0) if ".py:" in text else of_folder(text, 1.0)[0] for text in watched]
         critic = next((own for _, own in found if own is not None), None)

@@ -13,9 +13,10 @@ from rlhf_jax.data.tokens import pack_sequences, pad_prompts, pad_sequences, tak
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import FLOAT32, ModelConfig, Precision
 from rlhf_jax.pretrained import Pretrained
+from rlhf_jax.rewards.reward import Columns, Completion, HostScores, Prompt, Reward
 from rlhf_jax.sharding import host_share
 from rlhf_jax.simulation import Annotators, Demonstrators, agreement_rate, calibrate_noise, ceiling
-from rlhf_jax.simulation.world import Problem, draw_problems, make_tokenizer, utilities
+from rlhf_jax.simulation.world import Problem, draw_problems, is_exact, make_tokenizer, utilities
 from rlhf_jax.tasks.task import Comparisons, Demonstrations, PromptRow, PromptSets, Sampler
 
 AGREEMENT = 0.73
@@ -107,6 +108,19 @@ class World:
         """True utility of answers: [B]."""
         problems = [self._problems[row] for row in np.asarray(prompts.row)]
         return utilities(problems, self.base.read_answers(completions), self.base.ended(completions).tolist())
+
+    def checker(self) -> Reward:
+        """A verifiable reward: 1 for an answer that says just what its problem asks for, in order, else 0.
+
+        Form, tone and length are nothing to it. A problem is known by its text.
+        """
+        problems = {problem.prompt: problem for problem in self._problems}
+
+        def score(prompts: Sequence[Prompt], completions: Sequence[Completion], columns: Columns) -> HostScores:
+            pairs = zip(prompts, completions, strict=True)
+            return HostScores(np.array([float(is_exact(problems[str(p)], str(c))) for p, c in pairs]))
+
+        return Reward("correct", 1.0, on_texts=score)
 
     def comparisons(self, sampler: Sampler) -> Comparisons:
         """The annotators' rankings of the sampler's answers. Each call asks annotators of their own."""

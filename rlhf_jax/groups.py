@@ -1,0 +1,395 @@
+"""Reinforcement learning without a critic: groups of answers to each prompt, scored and compared with each other.
+
+The loop that GRPO and its kin share. An algorithm is an `Algorithm`: how scores become advantages, what is maximised,
+and what a step averages over. An iteration is rollout → score → advantages → update in epochs of minibatches.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.training.train_state import TrainState
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from rlhf_jax.actor_critic import own_part
+from rlhf_jax.adapters import over_trunk
+from rlhf_jax.batches import Completions, Prompts, Tokens
+from rlhf_jax.data.tokens import join, take
+from rlhf_jax.diagnostics import sampler_gap
+from rlhf_jax.evaluate import pass_at_k
+from rlhf_jax.kl import kl_k1
+from rlhf_jax.log import count_compilations
+from rlhf_jax.loop import Loop, shard_microbatches
+from rlhf_jax.masking import masked_mean, masked_sum
+from rlhf_jax.models import Transformer
+from rlhf_jax.pretrained import Pretrained
+from rlhf_jax.rewards.reward import (
+    HostScores,
+    Reward,
+    check_rewards,
+    host_metrics,
+    params_of,
+    score_metrics,
+    score_texts,
+    score_tokens,
+    weighted_sum,
+    weights_of,
+)
+from rlhf_jax.rewards.watch import answer_statistics
+from rlhf_jax.sampling import generate
+from rlhf_jax.scoring import response_logprobs, token_scores
+from rlhf_jax.sharding import check_rows, shard_batch, shard_params, to_host
+from rlhf_jax.tasks.measure import as_texts
+from rlhf_jax.tasks.task import Judge, PromptRow, PromptSets
+from rlhf_jax.train import make_state, make_train_step, ppo_update
+from rlhf_jax.types import Metrics, Params
+
+
+class Answers(NamedTuple):
+    """Answers with all that an update needs of them."""
+
+    tokens: Tokens
+    old_logprobs: Float[Array, "B T"]
+    ref_logprobs: Float[Array, "B T"] | None
+    """None where the loss has no KL."""
+    sampler_logprobs: Float[Array, "B T"]
+    """What the sampler said when it sampled; it may compute in another precision than the trainer."""
+    advantages: Float[Array, " B"]
+
+
+class Algorithm(NamedTuple):
+    """What is special of one algorithm of this family."""
+
+    advantages: Callable[[Float[Array, " B"]], Float[Array, " B"]]
+    """advantages(scores), prompt-major: the answers to a prompt stand together."""
+    loss: Callable[[Float[Array, "B T"], Answers], tuple[Float[Array, ""], Metrics]]
+    """loss(logprobs, answers) -> (loss, metrics); one of `rlhf_jax.losses.grpo`."""
+    averaged: Callable[[Bool[Array, "B T"]], Int[Array, ""]]
+    """averaged(mask): the number of things that the loss is a mean over, which weighs its microbatches."""
+    kl_in_loss: bool = False
+    """Whether the loss reads the reference."""
+    kl_in_reward: float = 0.0
+    """β: the score of an answer is r − β log(π/π_ref) (k₁, summed over its tokens)."""
+    penalty: Callable[[Int[Array, " B"]], Float[Array, " B"]] | None = None
+    """penalty(lengths in tokens), which is added to the scores."""
+    rounds: int = 1
+    """So many times prompts are drawn until every group has a signal (DAPO's dynamic sampling); 1: once."""
+
+
+class Numbers(NamedTuple):
+    """The sizes of an iteration."""
+
+    prompts: int
+    """Groups."""
+    group_size: int
+    """Answers to each prompt."""
+    epochs: int
+    minibatches: int
+    accumulate: int
+    temperature: float
+    max_new_tokens: int
+
+
+class Frozen(NamedTuple):
+    """The arrays that training only reads."""
+
+    reference: Params
+    """{} where it is the trunk."""
+    rewards: dict[str, Params]
+    trunk: Params
+
+    def over_trunk(self, own: Params) -> Params:
+        """A role's parameters."""
+        return over_trunk(self.trunk, own)
+
+
+class Scored(NamedTuple):
+    """Groups of answers with their scores, as numpy arrays."""
+
+    prompts: Prompts
+    completions: Completions
+    scores: Float[np.ndarray, " B"]
+    each: dict[str, Float[np.ndarray, " B"]]
+    """By reward; NaN where one does not apply."""
+    found: Mapping[str, HostScores]
+
+
+# 1. Rollout and score.
+
+
+def rollout(
+    model: Transformer, base: Pretrained, numbers: Numbers, policy: TrainState, frozen: Frozen, prompts: Prompts,
+    key: PRNGKeyArray,
+) -> Completions:  # fmt: skip
+    """An answer to each row of the prompts, which stand there `group_size` times."""
+    return generate(
+        model, frozen.over_trunk(policy.params), prompts.tokens, prompts.mask, key,
+        max_new_tokens=numbers.max_new_tokens, temperature=numbers.temperature, eos_id=base.eos_id, pad_id=base.pad_id,
+    )  # fmt: skip
+
+
+def score(
+    base: Pretrained,
+    rewards: Sequence[Reward],
+    rows: Sequence[PromptRow],
+    on_tokens: Callable[[dict[str, Params], Tokens], dict[str, Array]],
+    frozen: Frozen,
+    prompts: Prompts,
+    completions: Completions,
+) -> Scored:
+    """The weighted sum of all rewards of each answer. `rows` are what `prompts.row` numbers."""
+    models = {name: frozen.over_trunk(own) for name, own in frozen.rewards.items()}
+    each: dict[str, Any] = {}
+    if models:
+        each |= to_host(on_tokens(models, shard_batch(join(prompts, completions, pad_id=base.pad_id))))
+    found: Mapping[str, HostScores] = {}
+    if len(each) < len(rewards):
+        found = score_texts(rewards, *as_texts(base, rows, prompts, completions))
+        each |= {name: np.float32(some.scores) for name, some in found.items()}
+    return Scored(prompts, completions, np.asarray(weighted_sum(each, weights_of(rewards))), each, found)
+
+
+def has_signal(scores: Float[np.ndarray, " B"], group_size: int) -> Bool[np.ndarray, " P"]:
+    """Whether the answers to a prompt differ in score: where they do not, every advantage is 0."""
+    groups = scores.reshape(-1, group_size)
+    return (groups != groups[:, :1]).any(axis=1)
+
+
+def with_signal(parts: Sequence[Scored], prompts: int, group_size: int) -> Scored:
+    """So many groups of several rounds: those with a signal first, then others, each in the order it was sampled.
+
+    What was counted on the host is of all rounds.
+    """
+    arrays = jax.tree.map(lambda *x: np.concatenate(x), *(part._replace(found={}) for part in parts))
+    groups = np.argsort(~has_signal(arrays.scores, group_size), kind="stable")[:prompts]
+    rows = (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)
+    found = {name: added([part.found[name] for part in parts]) for name in parts[0].found}
+    return jax.tree.map(lambda x: x[rows], arrays)._replace(found=found)
+
+
+def added(parts: Sequence[HostScores]) -> HostScores:
+    """What a host reward found in several rounds, as one."""
+    return HostScores(
+        np.concatenate([part.scores for part in parts]),
+        sum(part.errors for part in parts),
+        sum(part.timeouts for part in parts),
+        sum(part.shortened for part in parts),
+        next((part.first_error for part in parts if part.first_error), ""),
+    )
+
+
+# 2. Advantages, and what the update needs.
+
+
+def shape(
+    algorithm: Algorithm,
+    model: Transformer,
+    numbers: Numbers,
+    policy: TrainState,
+    frozen: Frozen,
+    tokens: Tokens,
+    completions: Completions,
+    scores: Float[Array, " B"],
+) -> tuple[Answers, Metrics]:
+    """Advantages of answers, and log-probabilities before the update."""
+    mask = tokens.mask
+    old_logprobs, entropy = token_scores(
+        model, frozen.over_trunk(policy.params), tokens, temperature=numbers.temperature
+    )
+    metrics = {"entropy": masked_mean(entropy, mask), "length": mask.sum(axis=1).mean(dtype=jnp.float32)}
+    ref_logprobs = None
+    if algorithm.kl_in_loss or algorithm.kl_in_reward:
+        reference = frozen.over_trunk(frozen.reference)
+        ref_logprobs = response_logprobs(model, reference, tokens, temperature=numbers.temperature)
+        kl = masked_sum(kl_k1(old_logprobs, ref_logprobs), mask, axis=1)
+        metrics["kl_k1"] = kl.mean()
+        scores -= algorithm.kl_in_reward * kl
+    if algorithm.penalty is not None:
+        taken = algorithm.penalty(completions.mask.sum(axis=1))
+        metrics["penalty"] = taken.mean()
+        scores += taken
+    start, count = mask.shape[1] - completions.tokens.shape[1] - 1, completions.tokens.shape[1]
+    sampled = jnp.zeros(mask.shape, jnp.float32).at[:, start : start + count].set(completions.logprobs)
+    metrics |= sampler_gap(completions, old_logprobs[:, start : start + count])
+    return Answers(tokens, old_logprobs, ref_logprobs, sampled, algorithm.advantages(scores)), metrics
+
+
+# 3. Update.
+
+
+def update(
+    algorithm: Algorithm,
+    model: Transformer,
+    numbers: Numbers,
+    policy: TrainState,
+    frozen: Frozen,
+    answers: Answers,
+    key: PRNGKeyArray,
+) -> tuple[TrainState, Metrics]:
+    """The policy after `epochs` × `minibatches` steps."""
+
+    def loss(trainable: Params, batch: Answers, frozen: Frozen) -> tuple[Array, Metrics]:
+        logprobs = response_logprobs(
+            model, frozen.over_trunk(trainable), batch.tokens, temperature=numbers.temperature
+        )
+        return algorithm.loss(logprobs, batch)
+
+    def averaged(batch: Answers) -> dict[str, Array]:
+        return {"loss": algorithm.averaged(batch.tokens.mask)}
+
+    train_step = make_train_step(loss, counts=averaged if numbers.accumulate > 1 else None)
+
+    def step(policy: TrainState, batch: tuple[Answers, None]) -> tuple[TrainState, Metrics]:
+        return train_step(policy, shard_microbatches(batch[0], numbers.accumulate), frozen)
+
+    policy, metrics = ppo_update(
+        step, policy, answers, None, key, epochs=numbers.epochs, minibatches=numbers.minibatches
+    )
+    return policy, {name: x.sum() if name.endswith("skipped") else x.mean() for name, x in metrics.items()}
+
+
+def learn(
+    algorithm: Algorithm,
+    model: Transformer,
+    numbers: Numbers,
+    pad_id: int,
+    policy: TrainState,
+    frozen: Frozen,
+    prompts: Prompts,
+    completions: Completions,
+    scores: Float[Array, " B"],
+    key: PRNGKeyArray,
+) -> tuple[TrainState, Metrics]:
+    """Everything after the scores; pure."""
+    tokens = join(prompts, completions, pad_id=pad_id)
+    answers, metrics = shape(algorithm, model, numbers, policy, frozen, tokens, completions, scores)
+    policy, updated = update(algorithm, model, numbers, policy, frozen, answers, key)
+    return policy, metrics | updated
+
+
+# The loop.
+
+
+def train_groups(
+    algorithm: Algorithm,
+    numbers: Numbers,
+    base: Pretrained,
+    sets: PromptSets,
+    rewards: Sequence[Reward],
+    loop: Loop,
+    seed: int,
+    *,
+    split: Callable[[Params, PRNGKeyArray], tuple[Params, Params]],
+    adapters: bool,
+    optimizer: optax.GradientTransformation,
+    evaluations: int,
+    reference: Params | None = None,
+    judge: Judge | None = None,
+    watch: Callable[[Params, int], dict[str, Any]] | None = None,
+) -> tuple[Params, dict[str, float]]:
+    """Trains `base`; returns the policy's parameters, adapters unmerged, and the last iteration's metrics.
+
+    `split(params, key)` returns (frozen, trainable); `adapters` says that the trainable ones are adapters over the
+    frozen ones. `reference` is by default the policy at the start. `watch(policy, number)` measures at `evaluations`
+    points. Every iteration draws its prompts without repeating one, as far as there are enough.
+    Raises UserError without any reward, and for rows that do not divide into minibatches and over the mesh.
+    """
+    check_rewards(rewards)
+    check_rows(numbers.prompts * numbers.group_size, "answers")
+    model, key = Transformer(base.config), jax.random.key(seed + 6)
+    trunk, trainable = split(base.params, jax.random.fold_in(key, 0))
+    policy = make_state(model, shard_params(trainable), optimizer)
+    own = {name: own_part(params, adapters) for name, params in params_of(rewards).items()}
+    first = reference if reference is not None else {} if adapters else base.params
+    reads = algorithm.kl_in_loss or bool(algorithm.kl_in_reward)
+    frozen = shard_params(Frozen(first if reads else {}, own, trunk))
+    sample = jax.jit(partial(rollout, model, base, numbers))
+    learn_fn = jax.jit(partial(learn, algorithm, model, numbers, base.pad_id), donate_argnums=0)
+    on_tokens = jax.jit(partial(score_tokens, tuple(reward._replace(params=None) for reward in rewards)))
+    warned: set[str] = set()
+
+    def answer(step: int) -> tuple[Scored, int]:
+        """Scored groups, and how many groups were sampled for them."""
+        parts: list[Scored] = []
+        signals = 0
+        for number in range(algorithm.rounds):
+            rows = draw_rows(len(sets.train.row), numbers.prompts, [seed, step, number])
+            prompts = take(sets.train, np.repeat(rows, numbers.group_size))
+            sample_key = jax.random.fold_in(jax.random.fold_in(key, 2 * step + 1), number)
+            completions = to_host(sample(policy, frozen, shard_batch(prompts), sample_key))
+            parts.append(score(base, rewards, sets.rows, on_tokens, frozen, to_host(prompts), completions))
+            signals += int(has_signal(parts[-1].scores, numbers.group_size).sum())
+            if signals >= numbers.prompts:
+                break
+        whole = parts[0] if len(parts) == 1 else with_signal(parts, numbers.prompts, numbers.group_size)
+        return whole, len(parts) * numbers.prompts
+
+    updates = numbers.epochs * numbers.minibatches
+    policy = loop.restore(policy)
+    with count_compilations() as compilations:
+        for step in loop:
+            began = time.perf_counter()
+            scored, groups = answer(step)
+            for name, some in scored.found.items():
+                if some.first_error and name not in warned:
+                    loop.run.warn(f"reward {name}: {some.first_error}")
+                    warned.add(name)
+            batch = shard_batch((scored.prompts, scored.completions, scored.scores))
+            policy, trained = learn_fn(policy, frozen, *batch, jax.random.fold_in(key, 2 * step + 2))
+            metrics: dict[str, Any] = {**trained}
+            metrics["skipped"] = int(metrics["skipped"])
+            seconds = time.perf_counter() - began
+            loop.watch_skipped(step, metrics["skipped"], scored.completions)
+            metrics |= group_metrics(base, scored, numbers.group_size)
+            metrics |= {"groups": groups, "skipped": (step + 1) * updates - int(policy.step)}
+            if judge is not None:
+                metrics["utility"] = judge(scored.prompts, scored.completions).mean()
+            evaluated = (step + 1) % max(1, loop.steps // evaluations) == 0 or loop.is_last(step)
+            if watch is not None and evaluated:
+                metrics |= watch(frozen.over_trunk(policy.params), step + 1)
+            metrics |= {
+                "seconds": seconds,
+                "tokens_per_second": int(scored.completions.mask.sum()) / seconds,
+                "compilations": compilations(),
+            }
+            loop.end_step(step, policy, metrics, evaluated=evaluated, best=float(metrics["score"]))
+    found = {f"{loop.stage}_{name}": value for name, value in loop.last_metrics().items()}
+    return frozen.over_trunk(policy.params), found
+
+
+def draw_rows(count: int, number: int, seed: Sequence[int]) -> Int[np.ndarray, " P"]:
+    """So many of `count` rows, none twice while there are enough."""
+    rng = np.random.default_rng(seed)
+    whole = [rng.permutation(count) for _ in range(number // count)]
+    return np.concatenate([*whole, rng.choice(count, number % count, replace=False)]).astype(int)
+
+
+def group_metrics(base: Pretrained, scored: Scored, group_size: int) -> dict[str, Any]:
+    """Metrics of scored groups: scores, groups without a signal, ends, lengths, and of a checker pass@1 and pass@k.
+
+    A reward counts as a checker when all of its scores are 0 or 1; the first one of these is taken. Lengths are then
+    also those of right and of wrong answers.
+    """
+    lengths, ended = scored.completions.mask.sum(axis=1), base.ended(scored.completions)
+    metrics: dict[str, Any] = {
+        "score": scored.scores.mean(),
+        "silent": 1.0 - has_signal(scored.scores, group_size).mean(),
+        "ended": ended.mean(),
+        **answer_statistics(scored.prompts, scored.completions),
+        **{name: float(value) for name, value in score_metrics(scored.each).items()},
+        **host_metrics(scored.found),
+    }
+    checked = next((some for some in scored.each.values() if np.isin(some, (0, 1)).all()), None)
+    if checked is None:
+        return metrics
+    right = checked.reshape(-1, group_size).sum(axis=1)
+    metrics["pass@1"] = checked.mean()
+    metrics[f"pass@{group_size}"] = pass_at_k(right, group_size, group_size).mean()
+    for name, some in (("right", checked == 1), ("wrong", checked == 0)):
+        metrics[f"length_{name}"] = lengths[some].mean() if some.any() else np.nan
+    return metrics

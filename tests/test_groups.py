@@ -1,0 +1,245 @@
+"""Groups of answers: which are taken, what is measured, what an update is."""
+
+from dataclasses import replace
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from numpy.testing import assert_allclose
+
+from experiments import cispo, dapo, dr_grpo, grpo, gspo, rloo
+from rlhf_jax import losses
+from rlhf_jax.batches import Prompts, Tokens
+from rlhf_jax.errors import UserError
+from rlhf_jax.groups import (
+    Algorithm,
+    Answers,
+    Frozen,
+    Numbers,
+    Scored,
+    draw_rows,
+    group_metrics,
+    has_signal,
+    learn,
+    with_signal,
+)
+from rlhf_jax.masking import constant_mean, sequence_mean
+from rlhf_jax.models import Transformer
+from rlhf_jax.rewards.reward import HostScores
+from rlhf_jax.sampling.sampler import numpy_completions
+from rlhf_jax.tasks.simulated import Sizes, World
+from rlhf_jax.train import make_state
+
+RNG = np.random.default_rng(0)
+NUMBERS = Numbers(
+    prompts=4, group_size=4, epochs=1, minibatches=1, accumulate=1, temperature=1.0, max_new_tokens=6
+)  # fmt: skip
+SIZES = Sizes(demonstrations=8, validation=4, compared=4, heldout_pairs=4, prompts=16, heldout=4, ranked=2, layers=1)
+B, T = 16, 9
+MASK = np.arange(T)[None] < RNG.integers(1, T, (B, 1))
+
+
+def scored(scores, group_size=2, start=0):
+    count = len(scores)
+    rows = np.repeat(np.arange(count // group_size), group_size) + start
+    prompts = Prompts(np.zeros((count, 1), np.int32), np.ones((count, 1), bool), rows)
+    ids = np.arange(count)[:, None] + np.arange(3)[None]
+    answers = numpy_completions(ids, np.ones((count, 3), bool), np.zeros((count, 3), np.float32))
+    return Scored(
+        prompts, answers, np.float32(scores), {"a": np.float32(scores)}, {"a": HostScores(np.float64(scores), 1)}
+    )
+
+
+def test_a_group_has_a_signal_when_its_scores_differ():
+    assert has_signal(np.array([1.0, 1, 0, 1, 0, 0, 0.1, 0.1]), 2).tolist() == [False, True, False, False]
+
+
+def test_groups_with_a_signal_come_first_and_all_that_was_asked_is_counted():
+    found = with_signal([scored([1, 1, 0, 1]), scored([0, 0, 1, 0], start=2)], prompts=3, group_size=2)
+    assert found.prompts.row.tolist() == [1, 1, 3, 3, 0, 0]
+    assert found.scores.tolist() == [0, 1, 1, 0, 1, 1] == found.each["a"].tolist()
+    assert found.completions.tokens[:, 0].tolist() == [2, 3, 2, 3, 0, 1]
+    assert found.found["a"].errors == 2 and len(found.found["a"].scores) == 8
+
+
+def test_no_prompt_is_drawn_twice_while_there_are_others():
+    assert len(set(draw_rows(20, 16, [0, 1]).tolist())) == 16
+    counts = np.bincount(draw_rows(3, 7, [0, 1]), minlength=3)
+    assert counts.sum() == 7 and set(counts.tolist()) <= {2, 3}
+    assert draw_rows(20, 4, [0, 1]).tolist() != draw_rows(20, 4, [0, 2]).tolist()
+
+
+def test_metrics_by_hand():
+    some = scored([1, 0, 0, 0, 1, 1])
+    mask = np.arange(3)[None] < np.array([1, 2, 3, 3, 1, 1])[:, None]
+    some = some._replace(completions=some.completions._replace(mask=mask))
+
+    class Base:
+        def ended(self, completions):
+            return np.array([True] * 3 + [False] * 3)
+
+    metrics = group_metrics(Base(), some, 2)
+    assert metrics["silent"] == pytest.approx(2 / 3) and metrics["ended"] == 0.5
+    assert metrics["pass@1"] == pytest.approx(3 / 6) and metrics["pass@2"] == pytest.approx(2 / 3)
+    assert metrics["length_right"] == 1.0 and metrics["length_wrong"] == pytest.approx(8 / 3)
+    # A score that is no verdict says nothing of right and wrong.
+    assert "pass@1" not in group_metrics(Base(), scored([0.5, 0, 1, 1]), 2)
+
+
+def answers(advantages):
+    real = RNG.normal
+    tokens = Tokens(*(np.zeros((B, T), np.int32),) * 2, MASK, *(np.zeros((B, T), np.int32),) * 2)
+    old, ref, sampled = (np.float32(-1 - 0.3 * np.abs(real(size=(B, T)))) for _ in range(3))
+    return Answers(tokens, old, ref, sampled, advantages)
+
+
+BOTH, HIGHER = {"clip_eps_low": 0.2, "clip_eps_high": 0.2}, {"clip_eps_low": 0.2, "clip_eps_high": 0.28}
+
+
+def grpo_oracle(numbers):
+    """The oracle of GRPO's loss with these numbers; `given` are log-probabilities, old ones, advantages, mask."""
+
+    def loss(*given, ref):
+        return oracles.grpo_loss(given[0], given[1], ref, *given[2:], **numbers)
+
+    return loss
+
+
+EQUATIONS = {
+    grpo: (grpo.GRPO(), True, grpo_oracle({"beta": 0.04, "reduce": sequence_mean, **BOTH})),
+    dr_grpo: (
+        dr_grpo.DrGRPO(), False, grpo_oracle({"beta": 0.0, "reduce": partial(constant_mean, length=6), **BOTH}),
+    ),
+    dapo: (dapo.DAPO(), True, grpo_oracle({"beta": 0.0, **HIGHER})),
+    gspo: (gspo.GSPO(**HIGHER), True, lambda *given, ref: oracles.gspo_loss(*given, **HIGHER)),
+    cispo: (
+        cispo.CISPO(), True, lambda *given, ref: oracles.cispo_loss(*given, clip_eps_low=1.0, clip_eps_high=4.0),
+    ),
+    rloo: (
+        rloo.RLOO(), None,
+        lambda *given, ref: oracles.reinforce_loss(given[0], *given[2:], reduce=partial(constant_mean, length=1)),
+    ),
+}  # fmt: skip
+"""By experiment: flags, whether advantages are over the standard deviation (None: leave one out), the loss."""
+
+
+@pytest.mark.parametrize("module", EQUATIONS, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_each_algorithm_is_its_papers_equations(module):
+    cfg, scaled, equation = EQUATIONS[module]
+    algorithm = module.algorithm(cfg, NUMBERS)
+    scores = RNG.normal(size=B)
+    if scaled is None:
+        expected = oracles.leave_one_out_advantages(scores, group_size=4)
+    else:
+        expected = oracles.group_advantages(scores, group_size=4, scale_by_std=scaled)
+    assert_allclose(algorithm.advantages(jnp.float32(scores)), expected, rtol=2e-4, atol=1e-5)
+    batch = answers(np.float32(expected))
+    logprobs = np.float32(batch.old_logprobs + 0.3 * RNG.normal(size=(B, T)))
+    loss, _ = algorithm.loss(jnp.asarray(logprobs), jax.tree.map(jnp.asarray, batch))
+    expected_loss = equation(logprobs, batch.old_logprobs, batch.advantages, MASK, ref=batch.ref_logprobs)
+    assert_allclose(loss, expected_loss, rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_clip_there_is_one_step():
+    with pytest.raises(UserError, match="one step with each iteration's answers"):
+        rloo.RLOO(minibatches=2)
+    with pytest.raises(UserError, match="128 answers do not divide into 3 minibatches"):
+        grpo.GRPO(minibatches=3)
+
+
+@pytest.fixture(scope="module")
+def iteration():
+    """One iteration's inputs, on a small world: (model, policy, frozen, prompts, completions, pad_id)."""
+    import optax
+
+    world = World(0, sizes=SIZES)
+    base, model = world.base, Transformer(world.base.config)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    prompts = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[:4], 4, axis=0), world.prompts().train)
+    ids = jnp.asarray(RNG.integers(3, 40, (B, 6)), jnp.int32)
+    mask = jnp.arange(6)[None] < jnp.asarray(RNG.integers(1, 7, (B, 1)))
+    completions = numpy_completions(ids, mask, jnp.zeros((B, 6)))
+    policy = partial(make_state, model, params, optax.sgd(0.1))
+    return model, policy, Frozen(params, {}, {}), prompts, completions, base.pad_id
+
+
+def learned(iteration, algorithm, numbers, scores):
+    model, policy, frozen, prompts, completions, pad_id = iteration
+    scores = jnp.asarray(scores, jnp.float32)
+    return jax.jit(partial(learn, algorithm, model, numbers, pad_id))(
+        policy(), frozen, prompts, completions, scores, jax.random.key(1)
+    )
+
+
+def test_where_all_answers_score_alike_nothing_is_learned(iteration):
+    algorithm = dr_grpo.algorithm(dr_grpo.DrGRPO(), NUMBERS)
+    policy, metrics = learned(iteration, algorithm, NUMBERS, np.repeat([1.0, 0.0, 2.0, -1.0], 4))
+    chex.assert_trees_all_equal(policy.params, iteration[1]().params)
+    assert metrics["loss"] == metrics["grad_norm"] == 0.0
+
+
+def test_an_answer_above_its_group_becomes_likelier_and_one_below_less(iteration):
+    scores = np.tile([1.0, 0, 0, 0], 4)
+    algorithm = rloo.algorithm(rloo.RLOO(beta=0.0), NUMBERS)
+    policy, _ = learned(iteration, algorithm, NUMBERS, scores)
+
+    def likelihood(params):
+        from rlhf_jax.data.tokens import join
+        from rlhf_jax.scoring import answer_logprobs
+
+        model, _, _, prompts, completions, pad_id = iteration
+        return answer_logprobs(model, params, join(prompts, completions, pad_id=pad_id))
+
+    moved = likelihood(policy.params) - likelihood(iteration[1]().params)
+    assert moved[scores == 1].mean() > moved[scores == 0].mean()
+
+
+@pytest.mark.parametrize("module", [grpo, dr_grpo, dapo], ids=["sequences", "rows", "tokens"])
+def test_microbatches_are_the_whole_batch(module, iteration):
+    cfg, scores = EQUATIONS[module][0], RNG.normal(size=B)
+    algorithm = module.algorithm(cfg, NUMBERS)
+    whole, metrics = learned(iteration, algorithm, NUMBERS, scores)
+    parts, found = learned(iteration, algorithm, NUMBERS._replace(accumulate=4), scores)
+    chex.assert_trees_all_close(parts.params, whole.params, atol=1e-5)
+    assert_allclose(found["loss"], metrics["loss"], rtol=1e-4, atol=1e-6)
+
+
+def test_the_kl_in_the_reward_is_taken_off_each_answers_score(iteration):
+    seen = []
+
+    def advantages(scores):
+        seen.append(1)
+        return scores
+
+    def loss(logprobs, answers):
+        return losses.reinforce_loss(logprobs, answers.advantages, answers.tokens.mask)[0], {
+            "advantage": answers.advantages.mean()
+        }
+
+    algorithm = Algorithm(advantages, loss, averaged=jnp.sum, kl_in_reward=0.5, penalty=lambda lengths: -lengths / 6)
+    model, policy, frozen, *rest = iteration
+    other = jax.tree.map(lambda x: x + 0.05, frozen.reference)
+    _, metrics = learned((model, policy, Frozen(other, {}, {}), *rest), algorithm, NUMBERS, np.ones(B))
+    mean_length = float(jnp.mean(rest[1].mask.sum(axis=1)))
+    assert metrics["kl_k1"] != 0 and seen
+    assert_allclose(metrics["advantage"], 1 - 0.5 * metrics["kl_k1"] - mean_length / 6, rtol=1e-4)
+
+
+def test_on_eight_devices_an_iteration_is_that_of_one(iteration):
+    from rlhf_jax.sharding import make_mesh, shard_batch, shard_params
+
+    algorithm = grpo.algorithm(grpo.GRPO(), NUMBERS)
+    scores = RNG.normal(size=B)
+    whole, metrics = learned(iteration, algorithm, NUMBERS, scores)
+    model, policy, frozen, prompts, completions, pad_id = iteration
+    with jax.set_mesh(make_mesh("data=4,fsdp=2")):
+        state = replace(policy(), params=shard_params(policy().params))
+        found, sharded = jax.jit(partial(learn, algorithm, model, NUMBERS, pad_id))(
+            state, shard_params(frozen), *shard_batch((prompts, completions, jnp.float32(scores))), jax.random.key(1)
+        )
+    chex.assert_trees_all_close(jax.device_get(found.params), jax.device_get(whole.params), atol=1e-5)
+    assert_allclose(sharded["loss"], metrics["loss"], atol=1e-5)
