@@ -16,6 +16,7 @@ from rlhf_jax.models import (
     split_lora,
     with_lora,
 )
+from rlhf_jax.models.tokenizer import with_padding
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.provenance import card_facts
 from rlhf_jax.sharding import to_host
@@ -35,7 +36,7 @@ def export_policy(
     merged = to_host(merge_lora(params))
     if run.first:
         card = ModelCard(algorithm, None, base.name, metrics, card_facts(read_json(run.dir / "run.json")))
-        save_hf(run.dir / "policy", base.config, merged, tokenizer=base.tokenizer, card=card)
+        save_hf(run.dir / "policy", base.config, merged, tokenizer=base.tokenizer, eos_id=base.eos_id, card=card)
         run.say(f"policy: {run.dir / 'policy'}")
 
 
@@ -52,7 +53,9 @@ def export_reward_model(
     merged = to_host(merge_lora(params))
     if run.first:
         card = ModelCard(algorithm, None, base.name, metrics, card_facts(read_json(run.dir / "run.json")))
-        save_hf_reward_model(run.dir / "reward_model", base.config, merged, tokenizer=base.tokenizer, card=card)
+        save_hf_reward_model(
+            run.dir / "reward_model", base.config, merged, tokenizer=base.tokenizer, eos_id=base.eos_id, card=card
+        )
         run.say(f"reward model: {run.dir / 'reward_model'}")
 
 
@@ -60,21 +63,30 @@ def export_adapters(run: Run, base: Pretrained, start: Params, policy: Params, r
     """Writes trained adapters to policy_adapter/ and reward_model_adapter/, and the model that PEFT loads them over to
     base/. Without adapters nothing is written.
 
-    base/ is the model `start` as it was frozen: rounded to bfloat16 or int8 if the frozen weights were.
+    base/ is the model `start` as it was frozen: rounded to bfloat16 or int8 if the frozen weights were. Each folder
+    has the tokenizer, which pads as that model is used.
     """
     trunk, adapter = split_lora(policy)
     reward_trunk, reward_adapter = split_lora(reward_params["trunk"])
-    folder = (run.dir / "base").resolve()
+    folder, vocab_size = (run.dir / "base").resolve(), base.config.vocab_size
     if adapter or reward_adapter:
         frozen = trunk if adapter else with_lora(start, reward_trunk)  # which may lack the language head
         frozen = to_host(merge_lora(frozen))  # int8 as the floats that it stands for
         if run.first:
             card = ModelCard("Supervised fine-tuning", None, base.name)
-            save_hf(folder, base.config, frozen, tokenizer=base.tokenizer, card=card)
+            save_hf(
+                folder, base.config, frozen, tokenizer=base.tokenizer, eos_id=base.eos_id,
+                one_label=bool(reward_adapter), card=card,
+            )  # fmt: skip
     head = reward_params["head"] | {"bias": jnp.zeros(())}  # PEFT's folders have no place for a bias
     adapter, reward_adapter, head = to_host((adapter, reward_adapter, head))
     if adapter and run.first:
         save_peft(run.dir / "policy_adapter", base.config, adapter, base_model=str(folder))
+        with_padding(base.tokenizer, vocab_size, side="left").save_pretrained(run.dir / "policy_adapter")
     if reward_adapter and run.first:
-        own = {"trunk": reward_adapter, "head": head}
-        save_peft_reward_model(run.dir / "reward_model_adapter", base.config, own, base_model=str(folder))
+        own, out = {"trunk": reward_adapter, "head": head}, run.dir / "reward_model_adapter"
+        save_peft_reward_model(out, base.config, own, base_model=str(folder))
+        tokenizer = with_padding(base.tokenizer, vocab_size, side="right")
+        tokenizer.save_pretrained(out)
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            run.say(f"{out}: the tokenizer has no token for padding but the EOS: others must score rows one by one")

@@ -1,7 +1,9 @@
-"""The tokenizer of a checkpoint: read from its folder, and never by code that lies there."""
+"""The tokenizer of a checkpoint: read from its folder, never by code that lies there, and made ready for others."""
 
+import copy
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_jax.errors import first_line
 from rlhf_jax.models.files import read_json
@@ -72,6 +74,40 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, where: str | Path) -> None
             " the model's table does not have; take the tokenizer that the model was saved with, or give the model's"
             " embedding as many rows"
         )
+
+
+def with_padding(tokenizer: Any, vocab_size: int, *, side: Literal["left", "right"], may_grow: bool = False) -> Any:
+    """A copy that pads on that side, as its users will, with a token that ends no text where there is one.
+
+    A classifier of transformers takes its reward at the last token that is not padding: where padding is the EOS, it
+    looks before the end. Taken is the tokenizer's own padding token; or else a token that stands in no text by its
+    name; that for unknown words; a new one, where the model's table has a row to spare. Or else with `may_grow` the
+    BOS, or a new one for which the table has to grow, and without it the EOS.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = side  # the second is what is saved
+    eos = tokenizer.eos_token
+    if tokenizer.pad_token not in (None, eos):
+        return tokenizer
+    spare = [token for token in (_unused(tokenizer), tokenizer.unk_token) if token not in (None, eos)]
+    if may_grow and tokenizer.bos_token not in (None, eos):
+        last = tokenizer.bos_token
+    else:
+        last = PAD if may_grow else eos
+    new = [PAD] if len(tokenizer) < vocab_size else []
+    tokenizer.add_special_tokens({"pad_token": [*spare, *new, last][0]})
+    return tokenizer
+
+
+PAD = "<pad>"
+NO_WORDS = (r"pad", r"reserved|unused|dummy")
+"""Names of special tokens that stand in no text, the better ones first."""
+
+
+def _unused(tokenizer: Any) -> str | None:
+    names = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    names = [name for name in names if not re.search("image|video|vision|audio", name, re.I)]
+    return next((name for words in NO_WORDS for name in names if re.search(words, name, re.I)), None)
 
 
 def _read_settings(folder: Path, there: list[str]) -> dict[str, Any]:

@@ -126,7 +126,8 @@ def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBa
 def _id_parts(tokenizer: PreTrainedTokenizerBase, pads: set[int | None]) -> list[Any]:
     """All that the ids depend on."""
     saved = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts = [saved[name] for name in ("model", "added_tokens", "normalizer", "pre_tokenizer")]
+    parts = [saved[name] for name in ("model", "normalizer", "pre_tokenizer")]
+    parts.append([token for token in saved["added_tokens"] if token["id"] not in pads])
     special = set(tokenizer.all_special_ids) - pads
     return [*parts, special, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template]
 
