@@ -117,12 +117,12 @@ def greedy(config, params, tokenizer, eos_id):
 
 def test_a_policy_samples_by_default_from_all_tokens_at_temperature_1(tokenizer, tmp_path):
     config, params = model_of("llama")
-    save_hf(tmp_path, config, jax.tree.map(jnp.zeros_like, params), tokenizer=tokenizer)
+    save_hf(tmp_path, config, params, tokenizer=tokenizer)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.manual_seed(0)
     _, batch = batch_of(tmp_path, ["A"])
     found = theirs.generate(**batch, max_new_tokens=1, num_return_sequences=512)[:, -1]
-    assert len(set(found.tolist())) > 250  # 50 of them by transformers' own default
+    assert len(set(found.tolist())) > 100  # 50 at most by transformers' own default
 
 
 @pytest.mark.parametrize("family", FAMILIES)
