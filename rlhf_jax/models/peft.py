@@ -158,7 +158,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise FileNotFoundError(f"{folder} has no {TENSORS}; pickled adapters are not read: save it anew")
     try:
         return card, load_file(folder / TENSORS)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, TypeError) as error:  # of types that numpy lacks, too
         raise ValueError(f"{folder / TENSORS} is not a whole safetensors file: {error}") from None
 
 
@@ -177,9 +177,11 @@ def _adapter(folder: Path, config: ModelConfig, card: dict[str, Any], tensors: d
         if (a.shape[0], b.shape[1]) != shapes[f"{ours}/kernel"] or a.shape[1] != b.shape[0]:
             got, wanted = f"lora_A {pair[0].shape} and lora_B {pair[1].shape}", shapes[f"{ours}/kernel"][::-1]
             raise ValueError(f"{path}: {theirs} has {got}, which do not fit its weight {wanted}")
-        # As PEFT: the first pattern that the module's name ends with.
-        patterns = (card.get("alpha_pattern") or {}).items()
-        alpha = next((x for end, x in patterns if re.match(rf"(.*\.)?({end})$", theirs)), card["lora_alpha"])
+        if not _is_adapted(card, theirs):
+            raise ValueError(f"{path}: {theirs} has an adapter, which {CARD} leaves out (target_modules and others)")
+        if (rank := _by_pattern(card, "rank_pattern", theirs, card.get("r"))) != a.shape[1]:
+            raise ValueError(f"{path}: {theirs} has rank {a.shape[1]}, and {CARD} says {rank}")
+        alpha = _by_pattern(card, "alpha_pattern", theirs, card["lora_alpha"])
         scale = np.float32(alpha / a.shape[1] ** power)
         leaves |= {f"{ours}/{leaf}": jnp.asarray(x) for leaf, x in zip(LORA_LEAVES, (a, b, scale), strict=True)}
     if tensors:
@@ -187,6 +189,34 @@ def _adapter(folder: Path, config: ModelConfig, card: dict[str, Any], tensors: d
     if not leaves:
         raise ValueError(f"{path} holds no adapter")
     return nested(layers_stacked(config, leaves))
+
+
+def _by_pattern(card: dict[str, Any], name: str, module: str, usual: Any) -> Any:
+    """As PEFT: the value of the first pattern that the module's name ends with."""
+    patterns = (card.get(name) or {}).items()
+    return next((value for end, value in patterns if re.match(rf"(.*\.)?({end})$", module)), usual)
+
+
+def _is_adapted(card: dict[str, Any], module: str) -> bool:
+    """Whether PEFT adapts a module, by the card's four fields about that; it passes over the tensors of any other."""
+
+    def among(names: Any) -> bool:
+        if isinstance(names, str):
+            return names == "all-linear" or re.fullmatch(names, module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in names)
+
+    targets, layers = card.get("target_modules"), card.get("layers_to_transform")
+    if among(card.get("exclude_modules") or ()) or not (targets is None or among(targets)):
+        return False
+    if layers in (None, []) or isinstance(targets, str):
+        return True
+    patterns = card.get("layers_pattern") or r"[^.]*"
+    found = [
+        re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
+        for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+    ]
+    number = next((int(match[1]) for match in found if match), None)
+    return number in (layers if isinstance(layers, list) else [layers])
 
 
 def _modules(config: ModelConfig) -> dict[str, str]:

@@ -276,3 +276,59 @@ def test_broken_tensors_are_named(base, tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"has no adapter_model.safetensors; pickled adapters are not read"):
         load_peft(tmp_path, config)
+
+
+LEFT_OUT = [
+    {"target_modules": ["q_proj"]},
+    {"target_modules": r".*\.(q|k|v|o)_proj"},
+    {"target_modules": ["model.layers.0.mlp.up_proj"]},
+    {"exclude_modules": ["down_proj"]},
+    {"exclude_modules": r".*layers\.1\..*"},
+    {"layers_to_transform": [0]},
+    {"layers_to_transform": 1},
+    {"layers_to_transform": [1], "layers_pattern": "layers"},
+]
+
+
+@pytest.mark.parametrize("change", LEFT_OUT)
+def test_modules_that_the_card_leaves_out_are_not_adapted_as_in_peft(base, tmp_path, change):
+    """PEFT passes over their tensors; here they are an error."""
+    theirs, config, params = base("llama")
+    adapter = trained(params)
+    save_peft(tmp_path, config, adapter)
+    path = tmp_path / "adapter_config.json"
+    whole = torch_outputs(peft.PeftModel.from_pretrained(theirs, tmp_path).eval(), LANGUAGE)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    again, _, _ = base("llama")
+    part = torch_outputs(peft.PeftModel.from_pretrained(again, tmp_path).eval(), LANGUAGE)
+    assert np.abs(whole - part).max() > 1e-3
+    with pytest.raises(ValueError, match=r"has an adapter, which adapter_config.json leaves out"):
+        load_peft(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*\.(self_attn|mlp)\..*_proj"},
+        {"exclude_modules": ["lm_head"]},
+        {"layers_to_transform": [0, 1]},
+        {"layers_to_transform": []},
+    ],
+)
+def test_cards_that_leave_nothing_out(base, tmp_path, change):
+    _, config, params = base("llama")
+    save_peft(tmp_path, config, trained(params))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    same(load_peft(tmp_path, config), trained(params))
+
+
+def test_a_rank_that_the_card_does_not_say(base, tmp_path):
+    _, config, params = base("llama")
+    save_peft(tmp_path, config, trained(params))
+    path = tmp_path / "adapter_config.json"
+    for change, words in [({"r": 8}, "has rank 3, and .* says 8"), ({"rank_pattern": {"v_proj": 2}}, "says 2")]:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 3, "rank_pattern": {}} | change))
+        with pytest.raises(ValueError, match=words):
+            load_peft(tmp_path, config)
