@@ -16,6 +16,9 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from rlhf_jax.batches import Completions
+from rlhf_jax.data.encode import encode
+from rlhf_jax.data.formats import Prompt
+from rlhf_jax.data.rejects import Place
 from rlhf_jax.data.tokens import pad_prompts
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ScalarModel, save_hf_reward_model
@@ -323,3 +326,32 @@ def test_the_weights_are_those_of_the_file(stories):
     table = load_file(stories / "model.safetensors")["model.embed_tokens.weight"]
     np.testing.assert_array_equal(model.params["embedding"], table)
     assert pad_prompts([[1]], length=2, pad_id=model.pad_id).tokens.tolist() == [[2, 1]]
+
+
+def test_sampling_rows_change_nothing(stories):
+    ask = {"max_length": 128, "max_new_tokens": 6, "temperature": 1.0, "batch_size": 4}
+    before = answer_texts(load_policy(str(stories)), ["Who?"], jax.random.key(0), **ask)
+    change(stories / "generation_config.json", do_sample=False, temperature=0.1, top_k=1, repetition_penalty=3.0)
+    model = load_policy(str(stories))
+    assert answer_texts(model, ["Who?"], jax.random.key(0), **ask).texts == before.texts and model.notes == ()
+
+
+def encode_prompt(text, tokenizer):
+    return encode(Prompt(({"role": "user", "content": text},), Place("", 0)), tokenizer, 512)[0]
+
+
+def test_rows_of_a_tokenizer_that_change_no_ids(stories):
+    row = "Who was it? " * 30
+    before = encode_prompt(row, load_tokenizer(str(stories)))
+    change(
+        stories / "tokenizer_config.json", padding_side="left", truncation_side="left", model_max_length=8,
+        processor_class="Some",
+    )  # fmt: skip
+    assert encode_prompt(row, load_tokenizer(str(stories))) == before and len(before) > 8
+
+
+def test_the_default_of_named_templates_is_read(stories):
+    templates = [{"name": name, "template": f"{name}: {{{{ messages[0].content }}}}"} for name in ("default", "rag")]
+    change(stories / "tokenizer_config.json", chat_template=templates)
+    tokenizer = load_tokenizer(str(stories))
+    assert tokenizer.decode(encode_prompt("Who?", tokenizer)).strip() == "default: Who?"

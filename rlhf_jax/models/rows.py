@@ -56,24 +56,30 @@ REFUSED = {
         "attention computes otherwise", "attn_logit_softcapping", "query_pre_attn_scalar", "attention_multiplier",
         "clip_qkv", "use_qk_norm", "qk_norm", "qk_layernorm", "use_qk_layernorm", "use_logn_attn",
         "attn_temperature_tuning", "kv_lora_rank", "q_lora_rank", "multi_query", "scale_attn_by_inverse_layer_idx",
-        "head_dim", "key_multiplier", usual=(1.0,),
+        "head_dim",
     ),
     **_only_true("attention computes otherwise", "scale_attn_weights"),
     **_refused(
         "positions are told otherwise", "alibi", "use_alibi", "rope_interleaved", "rope_interleave", "rotary_dim",
-        "rotary_pct", "rotary_emb_base", "rotary_emb_fraction", "partial_rotary_factor", "rotary_percentage",
-        "rope_ratio", "use_dynamic_ntk", "rope_scaling", "rope_parameters", "rope_local_base_freq", "rope_theta",
-        "no_rope_layers", "no_rope_layer_interval", "use_mrope", "original_max_position_embeddings", usual=(1.0,),
+        "rotary_emb_base", "use_dynamic_ntk", "rope_scaling", "rope_parameters", "rope_local_base_freq",
+        "rope_theta", "no_rope_layers", "no_rope_layer_interval", "use_mrope", "original_max_position_embeddings",
+    ),
+    **_refused(
+        "positions are told otherwise", "rotary_pct", "rotary_emb_fraction", "partial_rotary_factor",
+        "rotary_percentage", "rope_ratio", usual=(1,),
     ),
     **_refused(
         "positions are told otherwise", "position_embedding_type",
         usual=("absolute", "learned_absolute", "rope", "rotary"),
     ),
     **_refused(
-        "numbers are scaled on their way", "final_logit_softcapping", "logit_scale", "logits_scaling",
-        "embedding_multiplier", "residual_multiplier", "lm_head_multiplier", "scale_emb", "scale_depth",
-        "dim_model_base", "mup_width_multiplier", "embedding_scale", "scale_embedding", "normalize_embedding",
-        "output_multiplier_scale", usual=(1.0,),
+        "numbers are scaled on their way", "final_logit_softcapping", "scale_depth", "dim_model_base",
+        "scale_embedding", "normalize_embedding",
+    ),
+    **_refused(
+        "numbers are scaled on their way", "logit_scale", "logits_scaling", "embedding_multiplier",
+        "residual_multiplier", "key_multiplier", "lm_head_multiplier", "scale_emb", "mup_width_multiplier",
+        "embedding_scale", "output_multiplier_scale", usual=(1,),
     ),
     **_refused(
         "the layers are built otherwise", "use_parallel_residual", "parallel_attn", "parallel_residual",

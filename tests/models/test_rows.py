@@ -1,8 +1,10 @@
 """What config.json says is read, refused or known to change nothing: no row is passed over without looking."""
 
 import json
+from pathlib import Path
 
 import pytest
+from checkpoint_rows import ALL, missing_tests, page
 from parity import MODELS, RICHEST, torch_model
 from test_families import PUBLISHED
 from test_families import SIZES as PUBLISHED_SIZES
@@ -123,6 +125,7 @@ def test_rows_that_say_what_is_so_anyway_are_not_refused(changed, name):
         ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
         ({"num_experts": 8}, "num_experts 8"),
         ({"logit_scale": 0.0625}, "logit_scale 0.0625"),
+        ({"final_logit_softcapping": 1.0}, "final_logit_softcapping 1.0"),
         ({"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}, "mrope_section"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
@@ -182,3 +185,10 @@ def test_quantised_checkpoints_whose_config_is_beside(changed, tmp_path, file, m
     (folder / file).write_text("{}")
     with pytest.raises(ValueError, match=f"quantised by {method}"):
         load_hf(folder)
+
+
+def test_the_page_of_all_rows_is_that_of_the_code_and_names_tests_that_are_there():
+    path = Path(__file__).resolve().parents[2] / "experiments" / "results" / "checkpoint_rows.md"
+    assert path.read_text(encoding="utf-8") == page()
+    assert missing_tests(page()) == [] and set(ALL) == READ
+    assert missing_tests("models/test_rows.py::test_nothing of it") == ["models/test_rows.py::test_nothing"]
