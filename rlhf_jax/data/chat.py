@@ -1,153 +1,218 @@
-"""Conversations as text: the tokenizer's chat template, rendered once, and where in it each turn stands.
+"""Conversations as text: by the tokenizer's chat template, and which characters of it the model is to write.
 
-A template is compiled with a mark before and after what it writes in each pass of a loop over the messages. The marks
-say which characters belong to which message, whatever the template does with them: nothing is rendered message by
-message, which goes wrong with templates that drop past reasoning or end in an EOS. {% generation %} changes nothing.
+Where an answer stands is read from marks (`templates`). A template that loops over numbers, or makes messages of its
+own, leaves none: there the answer is found by what changes when it says something else.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError, ext, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from rlhf_jax.data.conversations import message
 from rlhf_jax.data.rejects import BadRow
+from rlhf_jax.data.templates import REASONING, Span, Tools, run_marked, run_template
 from rlhf_jax.data.tokenizer import PreTrainedTokenizerBase
 
-Tools = Sequence[dict[str, Any]] | None
-Span = tuple[int, int]
-
-OPEN, CLOSE, SHUT = "\ufdd0", "\ufdd1", "\ufdd2"
-"""Code points that are no characters; with a hash of the messages between them they occur in no text."""
 PLAIN_NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}
-REASONING = ("reasoning_content", "thinking", "reasoning")
+Conversation = Sequence[dict[str, Any]]
+Specials = tuple[tuple[str, str], ...]
 
 
-class Rendered(NamedTuple):
-    """The text of a conversation, and the characters that each of its messages became (None: not shown)."""
+class Spans(NamedTuple):
+    """The text of a conversation, and the characters that the model is to write, by the number of the message."""
 
     text: str
-    turns: tuple[Span | None, ...]
-    tail: int
-    """Where the text after the last turn begins: the generation prompt, if it was asked for."""
+    spans: dict[int, Span]
+    endless: tuple[int, ...] = ()
+    """Answers that no sign ends: what follows them says so, and is not learned."""
 
 
 def render(
-    conversation: Sequence[dict[str, Any]],
+    conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,
     *,
     tools: Tools = None,
     add_generation_prompt: bool = False,
-) -> Rendered:
+) -> str:
     """The conversation by the tokenizer's chat template; without one as "\\n\\nHuman: …\\n\\nAssistant: …".
 
     Raises BadRow when the template refuses the conversation.
     """
     if not tokenizer.chat_template:
-        return _plain(conversation, add_generation_prompt)
+        return _plain(conversation)[0] + ("\n\nAssistant:" if add_generation_prompt else "")
     tools = list(tools) if tools else None
-    template = tokenizer.get_chat_template(tools=tools)
-    return render_template(
-        template, conversation, tokenizer.special_tokens_map, tools=tools, add_generation_prompt=add_generation_prompt
-    )
+    template, special = tokenizer.get_chat_template(tools=tools), tokenizer.special_tokens_map
+    return run_template(template, conversation, special, tools=tools, add_generation_prompt=add_generation_prompt)
 
 
-def render_template(
-    template: str,
-    conversation: Sequence[dict[str, Any]],
-    special_tokens: dict[str, Any],
-    *,
-    tools: Tools = None,
-    add_generation_prompt: bool = False,
-) -> Rendered:
-    """Does what `render` does, for the text of a template. Raises BadRow when the template fails."""
-    chat = [_with_reasoning(turn) for turn in conversation]
-    nonce = hashlib.sha256(json.dumps([chat, tools], default=str).encode()).hexdigest()[:16]
-    numbers = {id(turn): number for number, turn in enumerate(chat)}
-    try:
-        marked = _compiled(template).render(
-            messages=chat,
-            tools=tools,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            rlhf_jax_mark=partial(_mark, nonce, numbers),
-            **special_tokens,
-        )
-    except Exception as error:  # a template is a program, and may fail in any way
-        raise BadRow(f"refused by the chat template: {error}") from None
-    return _unmarked(marked, nonce, len(chat))
-
-
-def _mark(nonce: str, numbers: dict[int, int], turn: Any, sign: str) -> str:
-    return f"{sign}{nonce}.{numbers[id(turn)]}{CLOSE}" if id(turn) in numbers else ""
-
-
-def answer_spans(
-    conversation: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, tools: Tools = None
-) -> tuple[str, dict[int, Span]]:
-    """The text, and the characters of it that the model is to write, by the number of the assistant's message.
+def answer_spans(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, *, tools: Tools = None) -> Spans:
+    """The text, and the characters of it that the model is to write.
 
     A span begins where the prompt of that turn ends as the model meets it when it generates, and ends with the
-    template's end of turn. Raises BadRow when an answer does not appear.
+    template's end of turn. A template without one leaves the end to the sign of the next turn, which then is learned.
+    Raises BadRow when an answer does not appear.
     """
+    answers = [number for number, turn in enumerate(conversation) if turn["role"] == "assistant"]
     if not tokenizer.chat_template:
-        text, turns, _ = _plain(conversation, False)
-        names = {n: len(f"\n\n{PLAIN_NAMES['assistant']}:") for n, turn in enumerate(conversation)}
-        return text, {
-            n: (span[0] + names[n], span[1])
-            for n, span in enumerate(turns)
-            if span and conversation[n]["role"] == "assistant"
-        }
+        text, turns = _plain(conversation)
+        name = len(f"\n\n{PLAIN_NAMES['assistant']}:")
+        plain = {number: (turns[number][0] + name, turns[number][1]) for number in answers}
+        return Spans(text, plain, tuple(number for number in answers if number < len(conversation) - 1))
     tools = list(tools) if tools else None
-    template = tokenizer.get_chat_template(tools=tools)
-    return template_spans(template, conversation, tokenizer.special_tokens_map, tools=tools)
+    template, special = tokenizer.get_chat_template(tools=tools), tokenizer.special_tokens_map
+    text, spans = template_spans(template, conversation, special, tools=tools)
+    stop, endless = stop_sign(template, _hashable(special)), []
+    signs = tuple(name for name in tokenizer.all_special_tokens if name)
+    following = re.compile(r"\s*(?:" + "|".join(map(re.escape, sorted(signs, key=len, reverse=True))) + ")")
+    for number, (start, end) in spans.items():
+        if number == len(conversation) - 1 or text[start:end].endswith((*signs, *([stop] if stop else []))):
+            continue
+        found = following.match(text, end) if signs else None
+        if found is None:
+            endless.append(number)
+        else:
+            spans[number] = start, found.end()
+    return Spans(text, spans, tuple(endless))
 
 
 def template_spans(
-    template: str, conversation: Sequence[dict[str, Any]], special_tokens: dict[str, Any], *, tools: Tools = None
+    template: str, conversation: Conversation, special_tokens: dict[str, Any], *, tools: Tools = None
 ) -> tuple[str, dict[int, Span]]:
-    """Does what `answer_spans` does, for the text of a template.
+    """The text that a template writes, and the characters of each answer with the template's own end of turn.
 
-    Raises BadRow when the template refuses the conversation, or does not show an answer whole.
+    Raises BadRow when the template refuses the conversation, or does not show an answer.
     """
-    text, turns, _ = render_template(template, conversation, special_tokens, tools=tools)
-    header = generation_prompt(template, tuple(sorted((k, str(v)) for k, v in special_tokens.items())))
-    spans = {}
+    text = run_template(template, conversation, special_tokens, tools=tools)
+    turns: Sequence[Span | None] = [None] * len(conversation)
+    if _is_marked(template, _hashable(special_tokens)):
+        marked, found, _ = run_marked(template, conversation, special_tokens, tools=tools)
+        turns = found if marked == text else turns
+    spans: dict[int, Span] = {}
     for number, turn in enumerate(conversation):
         if turn["role"] != "assistant":
             continue
-        span = turns[number]
+        mine = (template, conversation, special_tokens, tools, number)
+        after = max((end for _, end in spans.values()), default=0)
+        span = _marked(text, turns[number], mine) or _compared(text, after, mine)
         if span is None:
             raise BadRow(f"the chat template does not show message {number + 1}, an answer")
         start, end = span
-        if number == len(conversation) - 1:
-            end = len(text)  # what some templates write after the last turn, an EOS, is the model's too
-
-        saying = partial(_saying, template, conversation, number, special_tokens, tools)
-        begin = start + _header(text[start:end], header, saying)
-        end = start + len(text[start:end].rstrip())
-        if begin >= end or _hides(text[begin:end], turn, saying):
-            raise BadRow(f"the chat template shows nothing of message {number + 1}, an answer")
-        if any(_name(call) not in text[begin:end] for call in turn.get("tool_calls") or ()):
+        if any(_name(call) not in text[start:end] for call in turn.get("tool_calls") or ()):
             raise BadRow(f"the chat template does not show the tool calls of message {number + 1}")
-        spans[number] = begin, end
+        spans[number] = start, end
     return text, spans
 
 
 @lru_cache(maxsize=64)
-def generation_prompt(template: str, special_tokens: tuple[tuple[str, str], ...]) -> str:
-    """The text that the template writes where the assistant is to begin; empty when it writes nothing there."""
+def generation_prompt(template: str, special_tokens: Specials) -> str:
+    """The text that the template writes where the assistant is to begin; empty when it writes nothing there.
+
+    Empty, too, where neither marks nor the text without it tell where it begins.
+    """
+    special = dict(special_tokens)
     try:
-        asked = render_template(template, (message("user", "?"),), dict(special_tokens), add_generation_prompt=True)
+        asked = partial(run_template, template, (message("user", "?"),), special)
+        whole, without = asked(add_generation_prompt=True), asked()
+        marked, _, tail = run_marked(template, (message("user", "?"),), special, add_generation_prompt=True)
     except BadRow:
         return ""
-    return asked.text[asked.tail :]
+    if marked == whole and tail:
+        return whole[tail:]
+    return whole[len(without) :] if whole.startswith(without) else ""
+
+
+@lru_cache(maxsize=64)
+def stop_sign(template: str, special_tokens: Specials) -> str:
+    """What the template writes between an answer and the next turn as the answer's end; empty when it has none."""
+    turns = [message(role, word) for word in ("73101", "73102") for role in ("user", "assistant")]
+    try:
+        text, spans = template_spans(template, turns, dict(special_tokens))
+    except BadRow:
+        return ""
+    return text[slice(*spans[1])].rpartition("73101")[2].strip()
+
+
+@lru_cache(maxsize=64)
+def _is_marked(template: str, special_tokens: Specials) -> bool:
+    """Whether the marks show where messages are. True where that cannot be tried."""
+    turns = [message(role, f"7310{n}") for n, role in enumerate(("user", "assistant", "user", "assistant"))]
+    try:
+        text, found, _ = run_marked(template, turns, dict(special_tokens))
+    except BadRow:
+        return True
+    return all(span and turn["content"] in text[slice(*span)] for turn, span in zip(turns, found, strict=True))
+
+
+Mine = tuple[str, Conversation, dict[str, Any], Tools, int]
+
+
+def _marked(text: str, span: Span | None, mine: Mine) -> Span | None:
+    """An answer inside the characters of its turn: behind what the model is given, without space at its end."""
+    template, conversation, special, tools, number = mine
+    if span is None:
+        return None
+    start, end = span
+    if number == len(conversation) - 1:
+        end = len(text)  # what some templates write after the last turn, an EOS, is the model's too
+
+    @lru_cache(maxsize=2)
+    def saying(word: str) -> str | None:
+        other, turns, _ = run_marked(template, _replaced(conversation, number, word), special, tools=tools)
+        found = turns[number]
+        return None if found is None else other[slice(*found)]
+
+    begin = start + _header(text[start:end], generation_prompt(template, _hashable(special)), saying)
+    end = _end(text, begin, end, conversation[number]["content"])
+    words = conversation[number]["content"].split()
+    hidden = bool(words) and words[-1] not in text[begin:end] and saying("0") == saying("A")
+    return None if begin >= end or hidden else (begin, end)
+
+
+def _compared(text: str, after: int, mine: Mine) -> Span | None:
+    """An answer, found by comparison with the conversation in which it says something else."""
+    template, conversation, special, tools, number = mine
+    run = partial(run_template, template, special_tokens=special, tools=tools)
+    begin, left = _differing(text, conversation, number, run)
+    if begin is None:
+        return None
+    said = end = len(text) - left
+    if number == len(conversation) - 1:
+        end = len(text)
+    else:  # its end of turn is what follows it here, too, when nothing follows
+        cut = conversation[: number + 1]
+        try:
+            alone = run(cut)
+            _, rest = _differing(alone, cut, number, run)
+            end += _common(text[said:], alone[len(alone) - rest :])
+        except BadRow:
+            pass
+    try:
+        asked = run(conversation[:number], add_generation_prompt=True) if number else ""
+    except BadRow:
+        asked = ""
+    header = generation_prompt(template, _hashable(special))
+    at = text.rfind(header, after, begin) if header else -1
+    if asked and text.startswith(asked) and after <= len(asked) <= said:
+        begin = len(asked)
+    elif at >= 0:
+        begin = at + len(header)
+    end = _end(text, begin, end, conversation[number]["content"])
+    return (begin, end) if begin < end else None
+
+
+def _differing(
+    text: str, conversation: Conversation, number: int, run: Callable[[Conversation], str]
+) -> tuple[int | None, int]:
+    """How many characters of a text stand before and after what a message says; None when it says nothing."""
+    others = [run(_replaced(conversation, number, word)) for word in ("0", "A")]
+    if others[0] == others[1]:
+        return None, 0
+    texts = [text, *others]
+    pairs = [(texts[0], texts[1]), (texts[0], texts[2]), (texts[1], texts[2])]
+    before = min(_common(a, b) for a, b in pairs)
+    after = min(_common(a[::-1], b[::-1]) for a, b in pairs)
+    return before, min(after, len(text) - before)
 
 
 def _header(turn: str, prompt: str, saying: Callable[[str], str | None]) -> int:
@@ -164,26 +229,17 @@ def _header(turn: str, prompt: str, saying: Callable[[str], str | None]) -> int:
     return min(_common(turn, first), _common(turn, second), _common(first, second))
 
 
-def _hides(shown: str, turn: dict[str, Any], saying: Callable[[str], str | None]) -> bool:
-    """Whether an answer's words are not to be seen, escaped or cut as they may be."""
-    words = turn["content"].split()
-    return bool(words) and words[-1] not in shown and saying("0") == saying("A")
+def _end(text: str, begin: int, end: int, content: str) -> int:
+    """Where an answer ends: the template's space behind it is not learned, its own is."""
+    shown = text[begin:end]
+    at = shown.rfind(content) if content.strip() else -1
+    return begin + max(len(shown.rstrip()), at + len(content) if at >= 0 else 0)
 
 
-def _saying(
-    template: str,
-    conversation: Sequence[dict[str, Any]],
-    number: int,
-    special_tokens: dict[str, Any],
-    tools: Tools,
-    word: str,
-) -> str | None:
-    """A message's turn if it said something else: what stays is the template's."""
-    changed = {key: value for key, value in conversation[number].items() if key not in REASONING}
-    other = [*conversation[:number], {**changed, "content": word}, *conversation[number + 1 :]]
-    text, turns, _ = render_template(template, other, special_tokens, tools=tools)
-    span = turns[number]
-    return None if span is None else text[slice(*span)]
+def _replaced(conversation: Conversation, number: int, word: str) -> list[dict[str, Any]]:
+    """The conversation in which a message says something else, without a thought: what stays is the template's."""
+    kept = {key: value for key, value in conversation[number].items() if key not in REASONING}
+    return [*conversation[:number], {**kept, "content": word}, *conversation[number + 1 :]]
 
 
 def _name(call: dict[str, Any]) -> str:
@@ -195,7 +251,7 @@ def _common(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _plain(conversation: Sequence[dict[str, Any]], add_generation_prompt: bool) -> Rendered:
+def _plain(conversation: Conversation) -> tuple[str, list[Span]]:
     text, turns = "", []
     for turn in conversation:
         if turn["role"] not in PLAIN_NAMES or turn.get("tool_calls"):
@@ -203,70 +259,8 @@ def _plain(conversation: Sequence[dict[str, Any]], add_generation_prompt: bool) 
         start = len(text)
         text += f"\n\n{PLAIN_NAMES[turn['role']]}: {turn['content']}"
         turns.append((start, len(text)))
-    tail = len(text)
-    return Rendered(text + ("\n\nAssistant:" if add_generation_prompt else ""), tuple(turns), tail)
+    return text, turns
 
 
-def _with_reasoning(turn: dict[str, Any]) -> dict[str, Any]:
-    """A copy with the reasoning, under whichever name it came, where templates look for it."""
-    reasoning = next((turn[name] for name in REASONING if turn.get(name) is not None), None)
-    return dict(turn) if reasoning is None else {**turn, "reasoning_content": reasoning, "thinking": reasoning}
-
-
-def _unmarked(marked: str, nonce: str, count: int) -> Rendered:
-    """The text without its marks; a message shown in several loops is where it last became visible text."""
-    turns: list[Span | None] = [None] * count
-    began: dict[int, int] = {}
-    text, tail, at = "", 0, 0
-    for found in re.finditer(f"([{OPEN}{SHUT}]){nonce}\\.(\\d+){CLOSE}", marked):
-        text += marked[at : found.start()]
-        at = found.end()
-        number = int(found[2])
-        if found[1] == OPEN:
-            began[number] = len(text)
-        elif text[began[number] :].strip():
-            turns[number], tail = (began[number], len(text)), len(text)
-    text += marked[at:]
-    return Rendered(text, tuple(turns), tail)
-
-
-class _Generation(ext.Extension):
-    """{% generation %} … {% endgeneration %}: only what is inside."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@lru_cache(maxsize=64)
-def _compiled(template: str) -> Any:
-    """A template as transformers compiles it, with a call of `rlhf_jax_mark` around each pass of each loop."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    tree = environment.parse(template)
-    for loop in list(tree.find_all(nodes.For)):
-        if isinstance(loop.target, nodes.Name):
-            loop.body = [_call(loop, OPEN), *loop.body, _call(loop, SHUT)]
-    code = environment.compile(tree)
-    return environment.template_class.from_code(environment, code, environment.make_globals(None))
-
-
-def _call(loop: nodes.For, sign: str) -> nodes.Node:
-    target = nodes.Name(loop.target.name, "load")  # type: ignore[attr-defined]
-    call = nodes.Call(nodes.Name("rlhf_jax_mark", "load"), [target, nodes.Const(sign)], [], None, None)
-    return nodes.Output([call]).set_lineno(loop.lineno)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Not Jinja's own, which escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _raise(reason: str) -> None:
-    raise TemplateError(reason)
+def _hashable(special_tokens: dict[str, Any]) -> Specials:
+    return tuple(sorted((name, str(value)) for name, value in special_tokens.items()))

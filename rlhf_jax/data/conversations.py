@@ -5,15 +5,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.data.rejects import BadRow
+from rlhf_jax.data.tools import called, read_calls, spoken_calls
 
 Conversation = tuple[dict[str, Any], ...]
 """Messages {"role": …, "content": text}; an assistant's may have tool_calls and reasoning_content beside it."""
 
 ROLES = {
-    "system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "developer": "system",
-    "human": "user", "gpt": "assistant", "model": "assistant", "function": "tool", "ipython": "tool",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "ai", "bot", "chatbot", "chatgpt", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call", "tool_calls"), "assistant"),
+    **dict.fromkeys(
+        ("tool", "function", "ipython", "observation", "tool_response", "tool_result", "tool_output",
+         "function_response", "function_result"),
+        "tool",
+    ),
 }  # fmt: skip
-"""Names of speakers, with those of ShareGPT and of older files."""
+"""Names of speakers, with those of ShareGPT, LLaMA-Factory, ms-swift, OpenAssistant and of older files."""
+CALLS = ("function_call", "tool_call", "tool_calls")
+"""Speakers whose words are calls of tools, as JSON."""
+LEARNED, HIDDEN = ("weight", "train", "training", "trainable", "loss_mask", "loss", "learn"), ("masked",)
+"""Flags of a message: whether it is learned, and whether it is not."""
+UNCLEAR = ("mask", "loss_scale", "loss_weight", "train_detail", "training_detail")
+"""Flags of a message that are none of the above: read either way, or of parts of a message."""
 TURN = re.compile(r"\n\n(Human|Assistant):")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -33,8 +47,24 @@ def check_text(row: Mapping[str, Any], field: str) -> str:
     value = row[field]
     if not isinstance(value, str):
         raise BadRow(f"field {field!r} is {type_name(value)}, not text")
-    _check_characters(value, field)
+    check_characters(value, field)
     return value
+
+
+def check_characters(value: Any, where: str) -> None:
+    """Raises BadRow for half of a surrogate pair or a NUL in any text inside a value."""
+    if isinstance(value, str):
+        if SURROGATE.search(value):
+            raise BadRow(f"{where}: a lone surrogate, which is no character")
+        if "\0" in value:
+            raise BadRow(f"{where}: a NUL character")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_characters(key, where)
+            check_characters(item, where)
+    elif isinstance(value, list):
+        for item in value:
+            check_characters(item, where)
 
 
 def messages(row: Mapping[str, Any], field: str) -> Conversation:
@@ -46,7 +76,7 @@ def messages(row: Mapping[str, Any], field: str) -> Conversation:
     if not isinstance(value, list):
         text = check_text(row, field)
         begun = text.lstrip().startswith(("Human:", "Assistant:"))
-        return turns(text, field) if begun else (message("user", text.strip()),)
+        return turns(text, field) if begun else (message("user", text),)
     if not value:
         raise BadRow(f"field {field!r} has no messages")
     return tuple(_message(each, field, number) for number, each in enumerate(value, 1))
@@ -63,8 +93,8 @@ def turns(transcript: str, field: str) -> Conversation:
     if before.strip():
         raise BadRow(f"field {field!r} has words before the first turn of its transcript")
     roles = {"Human": "user", "Assistant": "assistant"}
-    found = [message(roles[who], text.strip()) for who, text in zip(parts[::2], parts[1::2], strict=True)]
-    if field == "prompt" and found[-1] == message("assistant", ""):
+    found = [message(roles[who], text.removeprefix(" ")) for who, text in zip(parts[::2], parts[1::2], strict=True)]
+    if field == "prompt" and found[-1]["role"] == "assistant" and not found[-1]["content"].strip():
         found.pop()
     if not found:
         raise BadRow(f"field {field!r} has no messages")
@@ -120,30 +150,62 @@ def require_answer(turn: Mapping[str, Any], reason: str) -> None:
         raise BadRow(reason)
 
 
-def said(answer: Conversation) -> tuple:
-    """The part of an answer by which two are compared: its messages, without space around their text."""
-    return tuple({**turn, "content": turn["content"].strip()} for turn in answer)
+def same_words(first: Conversation, second: Conversation) -> bool:
+    """Whether two conversations are alike but for space around their texts."""
+    bare = [tuple({**turn, "content": turn["content"].strip()} for turn in one) for one in (first, second)]
+    return bare[0] == bare[1]
+
+
+def flags(row: Mapping[str, Any], field: str) -> tuple[bool | None, ...]:
+    """For each message of a field whether it is to be learned, as its flags say; None where it has none.
+
+    Raises BadRow for a flag that is not yes or no, for two that contradict each other, and for unclear ones.
+    """
+    value = row[field]
+    if not isinstance(value, list):
+        return ()
+    return tuple(_flag(each, f"message {number} of {field!r}") for number, each in enumerate(value, 1))
 
 
 def _message(value: Any, field: str, number: int) -> dict[str, Any]:
     where = f"message {number} of {field!r}"
     if not isinstance(value, dict):
         raise BadRow(f"{where} is {type_name(value)}, not an object")
-    value = {key: item for key, item in value.items() if item is not None}
+    value = {key: item for key, item in value.items() if item is not None and key not in (*LEARNED, *HIDDEN)}
     role = value.pop("role", value.pop("from", None))
-    if not isinstance(role, str) or role.lower() not in ROLES:
+    name = re.sub("[ -]", "_", role.lower()) if isinstance(role, str) else ""
+    if name not in ROLES:
         raise BadRow(f"{where} has no known role: {str(role)[:40]!r}")
-    if not {"content", "value", "tool_calls"} & value.keys():
+    if not {"content", "value", "tool_calls", "function_call"} & value.keys():
         raise BadRow(f"{where} has no content")
     content = _joined(value.pop("content", value.pop("value", "")), where)
-    calls = value.get("tool_calls")
-    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        raise BadRow(f"{where} has tool_calls that are not a list of objects")
-    if not calls:
-        value.pop("tool_calls", None)
-    _check_characters(value, where)
-    _check_characters(content, where)
-    return {"role": ROLES[role.lower()], "content": content, **value}
+    calls = read_calls(value.pop("tool_calls", None), where)
+    calls += [called(call) for call in read_calls(value.pop("function_call", None), where)]
+    if name in CALLS and not calls:
+        content, calls = "", spoken_calls(content, where)
+    if calls and ROLES[name] != "assistant":
+        raise BadRow(f"{where} calls tools, and is not the assistant's")
+    found = {"role": ROLES[name], "content": content, **value, **({"tool_calls": calls} if calls else {})}
+    check_characters(found, where)
+    return found
+
+
+def _flag(value: Any, where: str) -> bool | None:
+    if not isinstance(value, dict):
+        return None
+    found = {}
+    for name in (*LEARNED, *HIDDEN, *UNCLEAR):
+        flag = value.get(name)
+        if flag is None:
+            continue
+        if name in UNCLEAR:
+            raise BadRow(f'{where} has {name!r}, which cannot be used: say "weight": 0 or 1')
+        if not isinstance(flag, bool | int | float) or flag not in (0, 1):
+            raise BadRow(f"{where} has {name!r} {str(flag)[:20]!r}: a message is learned or it is not, 1 or 0")
+        found[name] = bool(flag) != (name in HIDDEN)
+    if len(set(found.values())) > 1:
+        raise BadRow(f"{where} has flags that contradict each other: {', '.join(found)}")
+    return next(iter(found.values()), None)
 
 
 def _joined(content: Any, where: str) -> str:
@@ -156,19 +218,3 @@ def _joined(content: Any, where: str) -> str:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise BadRow(f"{where} has a part that is not text")
     return "".join(part["text"] for part in content)
-
-
-def _check_characters(value: Any, where: str) -> None:
-    """Raises BadRow for half of a surrogate pair or a NUL in any text inside a value."""
-    if isinstance(value, str):
-        if SURROGATE.search(value):
-            raise BadRow(f"{where}: a lone surrogate, which is no character")
-        if "\0" in value:
-            raise BadRow(f"{where}: a NUL character")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _check_characters(key, where)
-            _check_characters(item, where)
-    elif isinstance(value, list):
-        for item in value:
-            _check_characters(item, where)

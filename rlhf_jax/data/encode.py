@@ -1,74 +1,97 @@
-"""Rows -> token ids. A conversation is rendered once; given and learned stretches of it are tokenised apart."""
+"""Rows -> token ids. A conversation is rendered once, and parted where what is given and what is learned meet."""
 
-import hashlib
-import json
-import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from rlhf_jax.batches import LabelledAnswer, RankedAnswers
-from rlhf_jax.data.chat import Tools, answer_spans, render
+from rlhf_jax.data.chat import answer_spans, render
 from rlhf_jax.data.conversations import Conversation, turn_starts, without_oldest
-from rlhf_jax.data.formats import Comparison, Demonstration, Prompt, Text, Unpaired
+from rlhf_jax.data.formats import EQUAL, Comparison, Demonstration, Prompt, Text, Unpaired
+from rlhf_jax.data.pieces import Shields, literal_ids, shield, stretches
 from rlhf_jax.data.rejects import BadRow, Rejects
+from rlhf_jax.data.rendered import end_signs, header, is_own, refuse_rendered, without_stop
 from rlhf_jax.data.rows import Read
+from rlhf_jax.data.shown import left_out
+from rlhf_jax.data.templates import Tools
 from rlhf_jax.data.tokenizer import PreTrainedTokenizerBase
-from rlhf_jax.data.tokens import Document
 from rlhf_jax.errors import UserError
 
-SHIELD, END = "\ufdd3", "\ufdd1"
+ENDED = "an answer ends in the sign of its end, which is learned once"
+ENDLESS = "an answer before the last ends without a sign, and its end is not learned: the chat template has none"
+SPELLED = "names of special tokens are only text"
+
+
+class Encoding(NamedTuple):
+    """A row's ids, how many messages were left out to fit, and what is to be said of the row."""
+
+    ids: Any
+    dropped: int
+    notes: tuple[str, ...] = ()
 
 
 class _Encoded(NamedTuple):
-    """An encoded conversation, the tokens that the model is given, and the tokens of its longest last answer."""
+    """An encoded conversation, the tokens that the model is given, the tokens of its longest last answer, and whether
+    one of its answers has no end."""
 
     ids: Any
     given: int
     answer: int
+    endless: bool = False
 
 
 def encode(row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Any, int]:
-    """A row's ids, in at most `max_length` tokens, and how many messages were left out for that.
+    """The ids of `encode_row`, and how many messages were left out to fit `max_length` tokens."""
+    ids, dropped, _ = encode_row(row, tokenizer, max_length)
+    return ids, dropped
+
+
+def encode_row(row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoding:
+    """A row's ids, in at most `max_length` tokens, how many messages were left out for that, and notes for the run.
 
     Demonstrations and texts become a `Document`, comparisons `RankedAnswers`, unpaired rows a `LabelledAnswer`,
-    prompts a list of ids. What is to be learned ends in EOS; BOS stands once.
+    prompts a list of ids. They are the ids that transformers' `apply_chat_template` gives; what is to be learned ends
+    in EOS. BOS stands once.
     A conversation that is too long loses its oldest turns whole: the user's words and the answers to them, which are
     then not learned. The system message, the last turn and its answer stay as they are.
-    Raises BadRow when those alone are too long, and UserError when the tokenizer has no EOS.
+    Raises BadRow when those alone are too long, and where the chat template leaves a message out; UserError when the
+    tokenizer has no EOS.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token, so a model could not learn where a response ends")
     if isinstance(row, Text):
-        return _encode_text(row, tokenizer, max_length), 0
-    if isinstance(row, Prompt):
-        (prompt,), shielded = _shield([row.prompt], tokenizer)
-        return _fit(partial(_prompt, tokenizer, shielded, row.tools), prompt, max_length)
+        return _encode_text(row, tokenizer, max_length)
+    for conversation in (row.prompt, *_responses(row)):
+        refuse_rendered(conversation, tokenizer)
+    bare = [_bare(answer, tokenizer) for answer in _responses(row)]
+    (prompt, *answers), shields = shield([row.prompt, *(answer for answer, _ in bare)], tokenizer)
+    encode_whole, conversation = _prompt, prompt
     if isinstance(row, Demonstration):
-        (prompt, response), shielded = _shield([row.prompt, row.response], tokenizer)
-        learn = partial(_demonstration, tokenizer, shielded, row.tools, len(response))
-        return _fit(learn, (*prompt, *response), max_length)
-    (prompt, *answers), shielded = _shield([row.prompt, *_responses(row)], tokenizer)
-    (given, responses), dropped = _fit(partial(_answers, tokenizer, shielded, row.tools, answers), prompt, max_length)
-    if isinstance(row, Unpaired):
-        return LabelledAnswer(given, responses[0], row.good), dropped
-    return RankedAnswers(given, responses, row.ranks, row.margin), dropped
+        learned = row.learned or tuple(turn["role"] == "assistant" for turn in answers[0])
+        encode_whole, conversation = partial(_demonstration, learned), (*prompt, *answers[0])
+    elif not isinstance(row, Prompt):
+        encode_whole = partial(_answers, answers)
+    found, dropped = _fit(partial(encode_whole, tokenizer, shields, row.tools), conversation, max_length)
+    notes = [ENDED] * any(ended for _, ended in bare) + [SPELLED] * bool(shields) + [ENDLESS] * found.endless
+    for answer in answers or [()]:
+        notes += left_out((*prompt, *answer), row.tools, partial(_show, tokenizer), _template(tokenizer, row.tools))
+    return Encoding(_result(row, found.ids), dropped, tuple(dict.fromkeys(notes)))
 
 
 def encode_rows(
     rows: Iterable[Read], tokenizer: PreTrainedTokenizerBase, max_length: int, rejects: Rejects
 ) -> Iterator[tuple[Read, Any]]:
-    """(row, ids) of every row that can be used; `rejects` hears of the others, and of prompts made shorter."""
+    """(row, ids) of every row that can be used; `rejects` hears of the others, and of rows not used as they stand."""
     for read in rows:
         place = read.row.place
         try:
-            ids, dropped = encode(read.row, tokenizer, max_length)
+            ids, dropped, notes = encode_row(read.row, tokenizer, max_length)
         except BadRow as error:
             rejects.reject(place, str(error), read.fields, detail=error.detail)
             continue
-        if dropped:
-            rejects.note(place, shortened(max_length))
+        for note in (*([shortened(max_length)] if dropped else []), *notes, *([read.note] if read.note else [])):
+            rejects.note(place, note)
         rejects.use(place)
         yield read, ids
 
@@ -85,27 +108,56 @@ def encode_windows(
 
     Each window begins with BOS. Where the tokenizer has none, a window's first token is only read.
     """
-    ids = _literal_ids(text, tokenizer)
+    ids = literal_ids(text, tokenizer)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     size = max_length - len(bos)
     windows = [bos + ids[start : start + size] for start in range(0, len(ids), size)]
     return [(window[:1], window[1:]) for window in windows if len(window) > 1]
 
 
-def _responses(row: Comparison | Unpaired) -> tuple[Conversation, ...]:
+def _responses(row: Any) -> tuple[Conversation, ...]:
+    if isinstance(row, Prompt):
+        return ()
     return row.responses if isinstance(row, Comparison) else (row.response,)
+
+
+def _result(row: Any, ids: Any) -> Any:
+    if isinstance(row, Unpaired):
+        return LabelledAnswer(ids[0], ids[1][0], row.good)
+    if not isinstance(row, Comparison):
+        return ids
+    given, responses = ids
+    ranked = list(zip(responses, row.ranks, strict=True))
+    if any(a == b and i != j for k, (a, i) in enumerate(ranked) for b, j in ranked[:k]):
+        raise BadRow(EQUAL)  # the words differ in what the chat template does not show
+    return RankedAnswers(given, responses, row.ranks, row.margin)
+
+
+def _bare(answer: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[Conversation, bool]:
+    """The messages of an answer without signs of the end that its writer put there, and whether there were any."""
+    turns = [without_stop(turn, tokenizer) if turn["role"] == "assistant" else (turn, False) for turn in answer]
+    return tuple(turn for turn, _ in turns), any(ended for _, ended in turns)
+
+
+def _show(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict[str, Any]], tools: Tools) -> str:
+    asks = conversation[-1]["role"] != "assistant"
+    return render(conversation, tokenizer, tools=tools, add_generation_prompt=asks)
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, tools: Tools) -> str:
+    return tokenizer.get_chat_template(tools=list(tools) if tools else None) if tokenizer.chat_template else ""
 
 
 def _fit(
     encode_whole: Callable[[Conversation], _Encoded], conversation: Conversation, max_length: int
-) -> tuple[Any, int]:
+) -> tuple[_Encoded, int]:
     """The conversation without its oldest turns, as many as it takes to fit; and how many messages were dropped.
 
     It is rendered again for each try, for only the template knows what it writes; the tries are bisected.
     """
     whole = encode_whole(conversation)
     if whole.given + whole.answer <= max_length:
-        return whole.ids, 0
+        return whole, 0
     starts = turn_starts(conversation)
     tried: dict[int, _Encoded] = {}
 
@@ -115,7 +167,7 @@ def _fit(
 
     number = bisect_left(range(len(starts)), True, key=fits)
     if number < len(starts):
-        return tried[number].ids, len(conversation) - len(without_oldest(conversation, starts[number]))
+        return tried[number], len(conversation) - len(without_oldest(conversation, starts[number]))
     last = tried[number - 1] if starts else whole
     if last.answer > last.given:
         raise BadRow(f"response too long for {max_length} tokens", f"it has {last.answer}, its turn {last.given}")
@@ -124,41 +176,42 @@ def _fit(
 
 
 def _prompt(
-    tokenizer: PreTrainedTokenizerBase, shielded: dict[str, str], tools: Tools, conversation: Conversation
+    tokenizer: PreTrainedTokenizerBase, shields: Shields, tools: Tools, conversation: Conversation
 ) -> _Encoded:
-    text = render(conversation, tokenizer, tools=tools, add_generation_prompt=True).text
-    ids = _first_ids(text, tokenizer, shielded)
+    text = render(conversation, tokenizer, tools=tools, add_generation_prompt=True)
+    ids = _begun(text, [len(text)], tokenizer, shields)[0]
     return _Encoded(ids, len(ids), 0)
 
 
 def _demonstration(
+    learned: Sequence[bool],
     tokenizer: PreTrainedTokenizerBase,
-    shielded: dict[str, str],
+    shields: Shields,
     tools: Tools,
-    learned: int,
     conversation: Conversation,
 ) -> _Encoded:
-    """A `Document` of the conversation; the answers among its last `learned` messages are to be learned."""
-    text, spans = answer_spans(conversation, tokenizer, tools=tools)
-    document: list[list[int]] = []
-    at = 0
-    for number, (start, end) in sorted(spans.items()):
-        if number < len(conversation) - learned:
-            continue  # An answer of the prompt is context.
-        document.append(
-            _ids(text[at:start], tokenizer, shielded) if at else _first_ids(text[:start], tokenizer, shielded)
-        )
-        document.append(_answer_ids(text[start:end], tokenizer, shielded))
-        at = end
+    """A `Document` of the conversation up to the last message that is to be learned.
+
+    `learned` says it of the last messages; an answer before them, or one that is not, is context.
+    """
+    found = answer_spans(conversation, tokenizer, tools=tools)
+    # Counted from the end, for the oldest turns may be gone.
+    marks = zip(reversed(range(len(conversation))), reversed(learned), strict=False)
+    wanted = sorted(number for number, learn in marks if learn and conversation[number]["role"] == "assistant")
+    if not wanted:  # those that were to be learned had to go
+        raise BadRow("the answers that are to be learned are too long ago to fit")
+    cuts = [cut for number in wanted for cut in found.spans[number]]
+    document = _begun(found.text, cuts, tokenizer, shields)
     document[-1] = _ended(document[-1], tokenizer)
-    return _Encoded(tuple(document), sum(map(len, document[:-1])), len(document[-1]))
+    endless = any(number in found.endless for number in wanted[:-1])
+    return _Encoded(tuple(document), sum(map(len, document[:-1])), len(document[-1]), endless)
 
 
 def _answers(
-    tokenizer: PreTrainedTokenizerBase,
-    shielded: dict[str, str],
-    tools: Tools,
     answers: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    shields: Shields,
+    tools: Tools,
     prompt: Conversation,
 ) -> _Encoded:
     """One prompt's ids for all of its answers: where they render it differently there is no comparison."""
@@ -166,90 +219,60 @@ def _answers(
     for answer in answers:
         if len(answer) != 1:
             raise BadRow("an answer of more than one message")
-        text, spans = answer_spans((*prompt, *answer), tokenizer, tools=tools)
+        text, spans, _ = answer_spans((*prompt, *answer), tokenizer, tools=tools)
         found.append((text, *spans[len(prompt)]))
     # A template may give one answer more than another (an empty thought): what all are given is the prompt.
     cut = min(start for _, start, _ in found)
-    given = found[0][0][:cut]
-    if any(text[:cut] != given for text, _, _ in found):
+    text = found[0][0][:cut]
+    if any(other[:cut] != text for other, _, _ in found):
         raise BadRow("the chat template writes the prompt differently for each answer")
-    responses = [_ended(_answer_ids(text[cut:end], tokenizer, shielded), tokenizer) for text, _, end in found]
-    ids = _first_ids(given, tokenizer, shielded)
-    return _Encoded((ids, responses), len(ids), max(map(len, responses)))
+    given = _begun(text, [cut], tokenizer, shields)[0]
+    responses = []
+    for text, _, end in found:
+        before, response = _begun(text, [cut, end], tokenizer, shields)
+        if before != given:  # all are given the same ids, those of a rollout
+            response = stretches(text[cut:end], [end - cut], tokenizer, shields, first=False)[0]
+        responses.append(_ended(response, tokenizer))
+    return _Encoded((given, responses), len(given), max(map(len, responses)))
 
 
-def _encode_text(row: Text, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Document:
-    """A BOS is given, everything else is learned. A text is not cut: its end is as good as its beginning."""
-    ids = _ended(_literal_ids(row.text, tokenizer), tokenizer)
+def _encode_text(row: Text, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoding:
+    """A BOS is given, everything else is learned. A text is not cut: its end is as good as its beginning.
+
+    Text that the chat template has written keeps its special tokens. In other text only a BOS at its beginning and an
+    EOS at its end are those tokens.
+    """
+    text, notes = row.text, []
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    sign = header(text, tokenizer, anywhere=True)
+    if sign is not None:
+        if not is_own(sign, tokenizer):
+            raise BadRow(f"the text is rendered by another chat template: the tokenizer does not know {sign!r}")
+        kept = text.rstrip() if text.rstrip().endswith(end_signs(tokenizer)) else text
+        ids, bos = stretches(kept, [len(kept)], tokenizer, {})[0], bos if not tokenizer.chat_template else []
+        bos = [] if ids[:1] == bos else bos
+    else:
+        if bos and text.startswith(tokenizer.bos_token):
+            text = text.removeprefix(tokenizer.bos_token)
+        if text.rstrip().endswith(tokenizer.eos_token):
+            text = text.rstrip().removesuffix(tokenizer.eos_token)
+        notes = [SPELLED] if any(name and name in text for name in tokenizer.all_special_tokens) else []
+        if not text.strip():
+            raise BadRow("empty text")
+        ids = literal_ids(text, tokenizer)
+    ids = _ended(ids, tokenizer)
     if len(bos) + len(ids) > max_length:
         raise BadRow(f"text too long for {max_length} tokens")
-    return bos, ids
+    return Encoding((bos, ids), 0, tuple(notes))
 
 
-def _first_ids(text: str, tokenizer: PreTrainedTokenizerBase, shielded: dict[str, str]) -> list[int]:
-    """Ids of what a sequence begins with. A chat template writes its own BOS, if the model wants one."""
-    ids = _ids(text, tokenizer, shielded)
-    if tokenizer.chat_template or tokenizer.bos_token_id is None:
-        return ids
-    return [tokenizer.bos_token_id, *ids]
-
-
-def _answer_ids(text: str, tokenizer: PreTrainedTokenizerBase, shielded: dict[str, str]) -> list[int]:
-    return _ids(text[1:] if text.startswith(" ") and _adds_space(tokenizer) else text, tokenizer, shielded)
-
-
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase, shielded: dict[str, str]) -> list[int]:
-    """Ids of rendered text: special tokens are the template's, those that people wrote were put behind a shield."""
-    if not any(shield in text for shield in shielded):
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    ids: list[int] = []
-    for part in re.split("(" + "|".join(map(re.escape, shielded)) + ")", text):
-        if part in shielded:
-            ids += _literal_ids(shielded[part], tokenizer)
-        elif part:
-            ids += tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
-
-
-def _literal_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of text in which the name of a special token, such as "</s>", is only text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+def _begun(text: str, cuts: Sequence[int], tokenizer: PreTrainedTokenizerBase, shields: Shields) -> list[list[int]]:
+    """Ids of a text's stretches. A chat template writes its own BOS, if the model wants one."""
+    first, *others = stretches(text, cuts, tokenizer, shields)
+    bos = [] if tokenizer.chat_template or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [[*bos, *first], *others]
 
 
 def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """With an EOS at the end, if the template did not write one."""
     return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
-
-
-def _shield(
-    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Conversation], dict[str, str]]:
-    """Conversations in which names of special tokens are replaced by strings that occur nowhere, and what those mean.
-
-    A "<|im_end|>" that a user wrote must not end the user's turn.
-    """
-    names = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
-    whole = json.dumps(conversations, ensure_ascii=False, default=str)
-    present = [name for name in names if name and json.dumps(name, ensure_ascii=False)[1:-1] in whole]
-    if not present:
-        return list(conversations), {}
-    nonce = hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    shields = {name: f"{SHIELD}{nonce}.{number}{END}" for number, name in enumerate(present)}
-    pattern = re.compile("|".join(map(re.escape, present)))
-
-    def replace(value: Any) -> Any:
-        if isinstance(value, str):
-            return pattern.sub(lambda found: shields[found[0]], value)
-        if isinstance(value, dict):
-            return {key: item if key == "role" else replace(item) for key, item in value.items()}
-        return [replace(item) for item in value] if isinstance(value, list) else value
-
-    shielded = [tuple(replace(turn) for turn in conversation) for conversation in conversations]
-    return shielded, {shield: name for name, shield in shields.items()}
-
-
-def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """SentencePiece-like tokenizers put a space before the first word by themselves."""
-    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[0]
-    return first.startswith(("▁", "Ġ"))

@@ -7,29 +7,32 @@
     unpaired         prompt, completion, label
 
 A prompt, chosen or rejected is text, a list of messages {"role", "content"}, or a transcript of "\\n\\nHuman:" and
-"\\n\\nAssistant:" turns as in HH-RLHF (Bai et al. 2022, https://arxiv.org/abs/2204.05862).
+"\\n\\nAssistant:" turns as in HH-RLHF (Bai et al. 2022, https://arxiv.org/abs/2204.05862). Beside them may stand
+tools, a system text and a history (`columns`). Texts are kept as they are, space around them too.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from rlhf_jax.data import columns
+from rlhf_jax.data.answers import EMPTY, calling, finite_number, read_answer, refuse_unlearned, row_tools
+from rlhf_jax.data.context import in_context, opened, user_turn
 from rlhf_jax.data.conversations import (
     Conversation,
     check_text,
     common_prompt,
-    message,
+    flags,
     messages,
     require_answer,
     require_prompt,
-    said,
     turns,
     type_name,
 )
 from rlhf_jax.data.rejects import BadRow, Place
+from rlhf_jax.data.tools import Tools
 from rlhf_jax.errors import UserError
 
-EMPTY, EQUAL = "empty answer", "equal answers"
+EQUAL = "equal answers"
 ENDS_ON_USER = "ends without an answer"
 
 
@@ -39,7 +42,9 @@ class Demonstration(NamedTuple):
     prompt: Conversation
     response: Conversation
     place: Place
-    tools: tuple[dict[str, Any], ...] | None = None
+    tools: Tools = None
+    learned: tuple[bool, ...] | None = None
+    """Whether each message of `response` is to be learned, where not all of the assistant's are."""
 
 
 class Text(NamedTuple):
@@ -57,7 +62,7 @@ class Comparison(NamedTuple):
     ranks: tuple[int, ...]
     place: Place
     margin: float = 0.0
-    tools: tuple[dict[str, Any], ...] | None = None
+    tools: Tools = None
 
 
 class Prompt(NamedTuple):
@@ -65,7 +70,7 @@ class Prompt(NamedTuple):
 
     prompt: Conversation
     place: Place
-    tools: tuple[dict[str, Any], ...] | None = None
+    tools: Tools = None
 
 
 class Unpaired(NamedTuple):
@@ -75,7 +80,7 @@ class Unpaired(NamedTuple):
     response: Conversation
     good: bool
     place: Place
-    tools: tuple[dict[str, Any], ...] | None = None
+    tools: Tools = None
 
 
 class Format(NamedTuple):
@@ -89,24 +94,50 @@ class Format(NamedTuple):
 
 def _messages(row: Mapping[str, Any], place: Place) -> Demonstration:
     field = "messages" if "messages" in row else "conversations"
-    whole = messages(row, field)
+    found = messages(row, field)
+    marks = flags(row, field) or (None,) * len(found)
+    whole = in_context(row, found, field)
+    marks = (None,) * (len(whole) - len(found)) + marks
     if whole[-1]["role"] != "assistant":
         raise BadRow(ENDS_ON_USER)
     first = next(number for number, turn in enumerate(whole) if turn["role"] == "assistant")
     for turn in whole[first:]:
         if turn["role"] == "assistant":
             require_answer(turn, EMPTY)
-    return Demonstration(require_prompt(whole[:first]), whole[first:], place, _tools(row))
+    return _demonstration(row, require_prompt(whole[:first]), whole[first:], marks[first:], place)
 
 
 def _completion(row: Mapping[str, Any], place: Place) -> Demonstration:
-    prompt = require_prompt(messages(row, "prompt"))
-    return Demonstration(prompt, _answer(row, "completion", prompt), place, _tools(row))
+    return _single(row, in_context(row, messages(row, "prompt"), "prompt"), "completion", place)
 
 
 def _alpaca(row: Mapping[str, Any], place: Place) -> Demonstration:
-    prompt = require_prompt(_instruction(row))
-    return Demonstration(prompt, _answer(row, "output", prompt), place)
+    return _single(row, in_context(row, user_turn(row), "instruction"), "output", place)
+
+
+def _single(row: Mapping[str, Any], prompt: Conversation, field: str, place: Place) -> Demonstration:
+    """The answers of a history are learned, too, as LLaMA-Factory does."""
+    answer = read_answer(row, field, require_prompt(prompt))
+    marks = flags(row, field)[-len(answer) :] or (None,) * len(answer)
+    first = opened(row, prompt)
+    marks = (None,) * (len(prompt) - first) + marks
+    return _demonstration(row, prompt[:first], (*prompt[first:], *answer), marks, place)
+
+
+def _demonstration(
+    row: Mapping[str, Any],
+    prompt: Conversation,
+    response: Conversation,
+    marks: tuple[bool | None, ...],
+    place: Place,
+) -> Demonstration:
+    answers = [turn["role"] == "assistant" for turn in response]
+    learned = tuple(answer and mark is not False for answer, mark in zip(answers, marks, strict=True))
+    if not any(learned):
+        raise BadRow("nothing is to be learned: every answer is marked by 0")
+    tools = row_tools(row)
+    some = None if learned == tuple(answers) else learned
+    return Demonstration(calling(prompt, tools), calling(response, tools), place, tools, some)
 
 
 def _text(row: Mapping[str, Any], place: Place) -> Text:
@@ -117,11 +148,11 @@ def _text(row: Mapping[str, Any], place: Place) -> Text:
 
 
 def _preference(row: Mapping[str, Any], place: Place) -> Comparison:
-    return _pair(row, require_prompt(messages(row, "prompt")), place)
+    return _pair(row, require_prompt(in_context(row, messages(row, "prompt"), "prompt")), place)
 
 
 def _instruction_preference(row: Mapping[str, Any], place: Place) -> Comparison:
-    return _pair(row, require_prompt(_instruction(row)), place)
+    return _pair(row, require_prompt(in_context(row, user_turn(row), "instruction")), place)
 
 
 def _transcripts(row: Mapping[str, Any], place: Place) -> Comparison:
@@ -131,52 +162,62 @@ def _transcripts(row: Mapping[str, Any], place: Place) -> Comparison:
         sides = [turns(check_text(row, field), field) for field in ("chosen", "rejected")]
     else:
         sides = [messages(row, field) for field in ("chosen", "rejected")]
+        refuse_unlearned(row, "chosen", "rejected")
     prompt, answers = common_prompt(sides, ENDS_ON_USER)
-    return _compare(require_prompt(prompt), answers, (0, 1), row, place)
+    return _compare(require_prompt(in_context(row, prompt, "chosen")), answers, (0, 1), row, place)
 
 
 def _ranked(row: Mapping[str, Any], place: Place) -> Comparison:
-    prompt = require_prompt(messages(row, "prompt"))
+    prompt = require_prompt(in_context(row, messages(row, "prompt"), "prompt"))
     field = "ranks" if "ranks" in row else "scores"
     responses, numbers = row["responses"], row[field]
     if not isinstance(responses, list) or not isinstance(numbers, list) or len(responses) != len(numbers):
         raise BadRow(f"'responses' and {field!r} are not lists of equal length")
     if len(responses) < 2:
         raise BadRow("fewer than two answers")
-    numbers = [_number(n, field) for n in numbers]
+    numbers = [finite_number(n, field) for n in numbers]
     order = sorted(set(numbers), reverse=field == "scores")
     if len(order) < 2:
         raise BadRow("every answer has the same rank")
-    answers = [_answer({"response": response}, "response", prompt) for response in responses]
+    answers = [read_answer({**row, "response": response}, "response", prompt) for response in responses]
+    for response in responses:
+        refuse_unlearned({"response": response}, "response")
     return _compare(prompt, answers, tuple(order.index(n) for n in numbers), row, place)
 
 
 def _prompt(row: Mapping[str, Any], place: Place) -> Prompt:
-    return Prompt(require_prompt(messages(row, "prompt")), place, _tools(row))
+    tools = row_tools(row)
+    prompt = require_prompt(in_context(row, messages(row, "prompt"), "prompt"))
+    return Prompt(calling(prompt, tools), place, tools)
 
 
 def _unpaired(row: Mapping[str, Any], place: Place) -> Unpaired:
     if not isinstance(row["label"], bool):
         raise BadRow(f"field 'label' is {type_name(row['label'])}, not true or false")
-    prompt = require_prompt(messages(row, "prompt"))
-    return Unpaired(prompt, _answer(row, "completion", prompt), row["label"], place, _tools(row))
+    prompt = require_prompt(in_context(row, messages(row, "prompt"), "prompt"))
+    refuse_unlearned(row, "completion")
+    answer, tools = read_answer(row, "completion", prompt), row_tools(row)
+    return Unpaired(calling(prompt, tools), calling(answer, tools), row["label"], place, tools)
 
 
 FORMATS = {
-    "messages": Format("demonstrations", ("messages",), ("tools",), _messages),
-    "sharegpt": Format("demonstrations", ("conversations",), ("tools",), _messages),
-    "prompt_completion": Format("demonstrations", ("prompt", "completion"), ("tools",), _completion),
-    "alpaca": Format("demonstrations", ("instruction", "output"), ("input",), _alpaca),
+    "messages": Format("demonstrations", ("messages",), columns.COMMON, _messages),
+    "sharegpt": Format("demonstrations", ("conversations",), columns.COMMON, _messages),
+    "prompt_completion": Format("demonstrations", ("prompt", "completion"), columns.COMMON, _completion),
+    "alpaca": Format("demonstrations", ("instruction", "output"), ("input", *columns.COMMON), _alpaca),
     "text": Format("demonstrations", ("text",), (), _text),
-    "preference": Format("comparisons", ("prompt", "chosen", "rejected"), ("margin", "tools"), _preference),
+    "preference": Format("comparisons", ("prompt", "chosen", "rejected"), ("margin", *columns.COMMON), _preference),
     "instruction_preference": Format(
-        "comparisons", ("instruction", "chosen", "rejected"), ("input", "margin"), _instruction_preference
+        "comparisons",
+        ("instruction", "chosen", "rejected"),
+        ("input", "margin", *columns.COMMON),
+        _instruction_preference,
     ),
-    "transcripts": Format("comparisons", ("chosen", "rejected"), ("margin", "tools"), _transcripts),
-    "ranking": Format("comparisons", ("prompt", "responses", "ranks"), ("tools",), _ranked),
-    "scored": Format("comparisons", ("prompt", "responses", "scores"), ("tools",), _ranked),
-    "prompts": Format("prompts", ("prompt",), ("tools",), _prompt),
-    "unpaired": Format("unpaired", ("prompt", "completion", "label"), ("tools",), _unpaired),
+    "transcripts": Format("comparisons", ("chosen", "rejected"), ("margin", *columns.COMMON), _transcripts),
+    "ranking": Format("comparisons", ("prompt", "responses", "ranks"), columns.COMMON, _ranked),
+    "scored": Format("comparisons", ("prompt", "responses", "scores"), columns.COMMON, _ranked),
+    "prompts": Format("prompts", ("prompt",), columns.COMMON, _prompt),
+    "unpaired": Format("unpaired", ("prompt", "completion", "label"), columns.COMMON, _unpaired),
 }
 COLUMNS = {column for format in FORMATS.values() for column in (*format.columns, *format.optional)}
 
@@ -211,21 +252,21 @@ def normalise(format: str, row: Mapping[str, Any], place: Place) -> Any:
     for column in FORMATS[format].columns:
         if column not in row:
             raise BadRow(f"field {column!r} is missing")
+    columns.refuse(row, FORMATS[format].kind, (*FORMATS[format].columns, *FORMATS[format].optional))
     try:
         return FORMATS[format].normalise(row, place)
     except RecursionError:
         raise BadRow("nested too deeply") from None
 
 
-def _instruction(row: Mapping[str, Any]) -> Conversation:
-    parts = [check_text(row, "instruction").strip()]
-    if row.get("input") is not None:
-        parts.append(check_text(row, "input").strip())
-    return ({"role": "user", "content": "\n\n".join(part for part in parts if part)},)
+def not_read(format: str, row: Mapping[str, Any]) -> str:
+    """A note that names the columns of a row that nothing reads; empty without any."""
+    return columns.not_read(row, FORMATS[format].kind, (*FORMATS[format].columns, *FORMATS[format].optional))
 
 
 def _pair(row: Mapping[str, Any], prompt: Conversation, place: Place) -> Comparison:
-    answers = [_answer(row, field, prompt) for field in ("chosen", "rejected")]
+    refuse_unlearned(row, "chosen", "rejected")
+    answers = [read_answer(row, field, prompt) for field in ("chosen", "rejected")]
     return _compare(prompt, answers, (0, 1), row, place)
 
 
@@ -241,46 +282,13 @@ def _compare(
             raise BadRow("an answer of more than one message")
         require_answer(answer[0], EMPTY)
     if any(
-        said(a) == said(b) and i != j
+        a == b and i != j
         for k, (a, i) in enumerate(zip(answers, ranks, strict=True))
         for b, j in list(zip(answers, ranks, strict=True))[:k]
     ):
         raise BadRow(EQUAL)
-    margin = 0.0 if row.get("margin") is None else _number(row["margin"], "margin")
-    return Comparison(prompt, tuple(answers), ranks, place, margin, _tools(row))
-
-
-def _answer(row: Mapping[str, Any], field: str, prompt: Conversation) -> Conversation:
-    """Text, a message list, or a message list that repeats the prompt first."""
-    value = row[field]
-    if isinstance(value, list):
-        answer = messages(row, field)
-        if len(answer) > len(prompt) and said(answer[: len(prompt)]) == said(prompt):
-            answer = answer[len(prompt) :]
-        if any(turn["role"] != "assistant" for turn in answer[:1] + answer[-1:]):
-            raise BadRow(f"field {field!r} does not begin and end with the assistant")
-    else:
-        answer = (message("assistant", check_text(row, field).strip()),)
-    require_answer(answer[-1], EMPTY)
-    return answer
-
-
-def _tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
-    tools = row.get("tools")
-    if tools is None:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRow("field 'tools' is not a list of objects")
-    return tuple(tools) or None
-
-
-def _number(value: Any, field: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRow(f"field {field!r} holds {type_name(value)}, not a number")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise BadRow(f"field {field!r} holds a number that is not finite")
-    return number
+    margin = 0.0 if row.get("margin") is None else finite_number(row["margin"], "margin")
+    tools = row_tools(row)
+    return Comparison(
+        calling(prompt, tools), tuple(calling(answer, tools) for answer in answers), ranks, place, margin, tools
+    )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
-from rlhf_jax.data.formats import COLUMNS, FORMATS, known, normalise, recognise
+from rlhf_jax.data.formats import COLUMNS, FORMATS, known, normalise, not_read, recognise
 from rlhf_jax.data.rejects import BadRow, Place, Rejects
 from rlhf_jax.data.sources import Broken, read_source
 from rlhf_jax.errors import UserError
@@ -25,6 +25,8 @@ class Read(NamedTuple):
     """One of the forms of `formats`."""
     fields: dict[str, Any]
     """Its columns as they came, under their own names, those that the form does not need too (for rewards)."""
+    note: str = ""
+    """The columns that nothing reads."""
 
 
 def find_format(
@@ -109,7 +111,8 @@ def _usable(
     for ours in FORMATS[format].columns:
         if renamed.get(ours, ours) not in fields:
             raise BadRow(f"field {renamed.get(ours, ours)!r} is missing")
-    return Read(number, normalise(format, _rename(fields, renamed), place), fields)
+    named = _rename(fields, renamed)
+    return Read(number, normalise(format, named, place), fields, not_read(format, named))
 
 
 def parse_columns(columns: Sequence[str]) -> dict[str, str]:

@@ -167,7 +167,7 @@ def _parquet(path: Path) -> Iterator[Item]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(1024):
                 rows = batch.to_pylist()
-                yield from ((Place(str(path), number), row) for number, row in enumerate(rows, done + 1))
+                yield from ((Place(str(path), n), without_gaps(row)) for n, row in enumerate(rows, done + 1))
                 done += len(rows)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: damaged parquet file after row {done}: {_first_line(error)}") from None
@@ -226,9 +226,23 @@ def _counted(rows: Iterable[Any], name: str, start: int) -> Iterator[Item]:
     number = start
     try:
         for number, row in enumerate(rows, start + 1):
-            yield Place(name, number), _fields(row)
+            yield Place(name, number), _fields(without_gaps(row))
     except Exception as error:  # whatever a reader of some format, or the network, has to say
         raise UserError(f"{name}: cannot be read after row {number}: {_first_line(error)}") from None
+
+
+def without_gaps(row: Any) -> Any:
+    """A row out of Arrow without the keys that it fills in nested objects: another row's, null in this one.
+
+    A column that is null stays.
+    """
+    return {name: _filled(value) for name, value in row.items()} if isinstance(row, dict) else row
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _filled(item) for name, item in value.items() if item is not None}
+    return [_filled(item) for item in value] if isinstance(value, list) else value
 
 
 def _not_empty(name: object, items: Iterable[Item]) -> Iterator[Item]:

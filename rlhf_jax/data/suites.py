@@ -196,7 +196,7 @@ def _read_pandalm(place: Place, row: dict[str, Any]) -> Comparison:
 
 def _instruction(place: Place, row: dict[str, Any]) -> str:
     given = [_text(place, row, "instruction"), row.get("input") or ""]
-    return "\n\n".join(str(part).strip() for part in given if str(part).strip())
+    return "\n\n".join(str(part) for part in given if str(part).strip())
 
 
 def _text(place: Place, row: dict[str, Any], name: str) -> str:

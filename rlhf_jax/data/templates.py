@@ -1,0 +1,170 @@
+"""Chat templates as programs: compiled and run as transformers does, and once more with marks in what they write.
+
+The marks stand before and after what a template writes in each pass of a loop over the messages. They say which
+characters belong to which message, whatever the template does with them: nothing is rendered message by message, which
+goes wrong with templates that drop past reasoning or end in an EOS. {% generation %} changes nothing.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+from jinja2 import TemplateError, ext, nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from rlhf_jax.data import clock
+from rlhf_jax.data.rejects import BadRow
+from rlhf_jax.data.tools import with_arguments
+
+Tools = Sequence[dict[str, Any]] | None
+Span = tuple[int, int]
+
+OPEN, CLOSE, SHUT = "\ufdd0", "\ufdd1", "\ufdd2"
+"""Code points that are no characters; with a hash of the messages between them they occur in no text."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+def run_template(
+    template: str,
+    conversation: Sequence[dict[str, Any]],
+    special_tokens: dict[str, Any],
+    *,
+    tools: Tools = None,
+    add_generation_prompt: bool = False,
+) -> str:
+    """What the template writes, as transformers' `apply_chat_template` has it.
+
+    Arguments of calls are objects, as templates expect them; where a template asks whether they are text, they stay as
+    they came, and where it fails with objects, they are JSON text. Raises BadRow when the template fails.
+    """
+    chat = _as_transformers(conversation)
+    text, _ = _run(template, chat, special_tokens, tools, add_generation_prompt, marked=False)
+    return text
+
+
+def run_marked(
+    template: str,
+    conversation: Sequence[dict[str, Any]],
+    special_tokens: dict[str, Any],
+    *,
+    tools: Tools = None,
+    add_generation_prompt: bool = False,
+) -> tuple[str, tuple[Span | None, ...], int]:
+    """What the template writes, the characters that each message became, and where the text after the last begins.
+
+    A message that no loop wrote has None. Raises BadRow when the template fails.
+    """
+    chat = _as_transformers(conversation)
+    marked, nonce = _run(template, chat, special_tokens, tools, add_generation_prompt, marked=True)
+    return _unmarked(marked, nonce, len(chat))
+
+
+def _as_transformers(conversation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Copies without null fields, and with the reasoning under each of the names that templates look for."""
+    chat = []
+    for turn in conversation:
+        turn = {key: value for key, value in turn.items() if value is not None}
+        reasoning = next((turn[name] for name in REASONING if name in turn), None)
+        if reasoning is not None:
+            turn = {"thinking": reasoning, **turn, "reasoning_content": reasoning}
+        chat.append(turn)
+    return chat
+
+
+def _run(
+    template: str,
+    chat: list[dict[str, Any]],
+    special_tokens: dict[str, Any],
+    tools: Tools,
+    add_generation_prompt: bool,
+    *,
+    marked: bool,
+) -> tuple[str, str]:
+    calls = any(turn.get("tool_calls") for turn in chat)
+    asks = re.search(r"arguments\s+is\s+(not\s+)?(string|mapping)", template)
+    forms = [chat if asks else with_arguments(chat, as_text=False), with_arguments(chat, as_text=True)]
+    first: Exception | None = None
+    for form in forms if calls else [chat]:
+        form = [dict(turn) for turn in form]
+        nonce = hashlib.sha256(json.dumps([form, tools], default=str).encode()).hexdigest()[:16] if marked else ""
+        mark = partial(_mark, nonce, {id(turn): number for number, turn in enumerate(form)})
+        try:
+            written = _compiled(template, marked).render(
+                messages=form,
+                tools=list(tools) if tools else None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **({"rlhf_jax_mark": mark} if marked else {}),
+                **special_tokens,
+            )
+        except Exception as error:  # a template is a program, and may fail in any way
+            first = first or error
+        else:
+            return written, nonce
+    raise BadRow(f"refused by the chat template: {first}") from None
+
+
+def _mark(nonce: str, numbers: dict[int, int], turn: Any, sign: str) -> str:
+    return f"{sign}{nonce}.{numbers[id(turn)]}{CLOSE}" if id(turn) in numbers else ""
+
+
+def _unmarked(marked: str, nonce: str, count: int) -> tuple[str, tuple[Span | None, ...], int]:
+    """The text without its marks; a message shown in several loops is where it last became visible text."""
+    turns: list[Span | None] = [None] * count
+    began: dict[int, int] = {}
+    text, tail, at = "", 0, 0
+    for found in re.finditer(f"([{OPEN}{SHUT}]){nonce}\\.(\\d+){CLOSE}", marked):
+        text += marked[at : found.start()]
+        at = found.end()
+        number = int(found[2])
+        if found[1] == OPEN:
+            began[number] = len(text)
+        elif text[began[number] :].strip():
+            turns[number], tail = (began[number], len(text)), len(text)
+    text += marked[at:]
+    return text, tuple(turns), tail
+
+
+class _Generation(ext.Extension):
+    """{% generation %} … {% endgeneration %}: only what is inside."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@lru_cache(maxsize=128)
+def _compiled(template: str, marked: bool) -> Any:
+    """A template as transformers compiles it; marked, with a call of `rlhf_jax_mark` around each pass of each loop."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: clock.now().strftime(form)
+    tree = environment.parse(template)
+    for loop in list(tree.find_all(nodes.For)) if marked else ():
+        if isinstance(loop.target, nodes.Name):
+            loop.body = [_call(loop, OPEN), *loop.body, _call(loop, SHUT)]
+    code = environment.compile(tree)
+    return environment.template_class.from_code(environment, code, environment.make_globals(None))
+
+
+def _call(loop: nodes.For, sign: str) -> nodes.Node:
+    target = nodes.Name(loop.target.name, "load")  # type: ignore[attr-defined]
+    call = nodes.Call(nodes.Name("rlhf_jax_mark", "load"), [target, nodes.Const(sign)], [], None, None)
+    return nodes.Output([call]).set_lineno(loop.lineno)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """Not Jinja's own, which escapes HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _raise(reason: str) -> None:
+    raise TemplateError(reason)
