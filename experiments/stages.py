@@ -221,6 +221,8 @@ def preference_stage(
             assert isinstance(task, TextTask)
             examples = task.unpaired()
         else:
+            if any(ranking.margin for ranking in comparisons.train):
+                run.warn(f"{stage} has no margin between answers: the column 'margin' is not used")
             examples = paired(comparisons.train, cfg.pairs)
             examples = singly(examples) if single else examples
         trained = train_preference(

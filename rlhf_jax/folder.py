@@ -72,7 +72,7 @@ def changed_flags(folder: Path, name: str, config: Mapping[str, Any]) -> list[st
             f" --run-dir, or resume it with {before['experiment']}"
         )
     old, new = flat(before), flat(config)
-    flags = sorted((old.keys() | new.keys()) - {"experiment", "version"})
+    flags = sorted((old.keys() | new.keys()) - {"experiment", "version", "date"})
     return [
         f"--{flag.replace('_', '-')} was {old.get(flag, 'not there')} and is {new.get(flag, 'not there')} now"
         for flag in flags

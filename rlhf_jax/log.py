@@ -24,7 +24,7 @@ import numpy as np
 from rich.text import Text
 
 import rlhf_jax
-from rlhf_jax import checkpoint, provenance
+from rlhf_jax import checkpoint, clock, provenance
 from rlhf_jax.errors import UserError
 from rlhf_jax.folder import changed_flags, flat, open_folder, read_json, remove_folder, write_json
 from rlhf_jax.hosts import first, from_first
@@ -71,7 +71,11 @@ class Run:
         self._before = read_json(self.dir / "status.json").get("status", "failed")
         self._metrics = MetricsFile(self.dir / "metrics.jsonl" if self.first else Path(os.devnull))
         self._facts = self._begin(name)
-        config = {"experiment": name, "version": rlhf_jax.__version__, **flags}
+        # Chat templates may write the date: a run that goes on is told that of its first day.
+        self._date = from_first(
+            lambda: (read_json(self.dir / "config.json") if resume else {}).get("date") or clock.now_text()
+        )
+        config = {"experiment": name, "version": rlhf_jax.__version__, "date": self._date, **flags}
         self._events = Events(self.dir / "tensorboard", flat(config)) if self.first else None
         self._wandb: WandB | None = None
         if self.first and flags.get("track") == "wandb":
@@ -83,6 +87,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         self._signals.open()
+        clock.keep(self._date)
         self.say(f"run: {self.dir}")
         return self
 
@@ -92,6 +97,7 @@ class Run:
         ends: dict[Any, str] = {None: "finished", KeyboardInterrupt: "interrupted", Preempted: "preempted"}
         status = ends.get(kind, "failed")
         self._signals.closing()
+        clock.release()
         self._screen.stop()
         failures: list[Exception] = []
         events = [] if self._events is None else [self._events.close]

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import TemplateError, ext, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rlhf_jax.data import clock
+from rlhf_jax import clock
 from rlhf_jax.data.rejects import BadRow
 from rlhf_jax.data.tools import with_arguments
 

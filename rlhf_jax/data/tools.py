@@ -9,17 +9,20 @@ from rlhf_jax.data.rejects import BadRow
 
 Tools = tuple[dict[str, Any], ...] | None
 
+VALUES = ("default", "const", "example", "examples", "enum")
+"""Keywords of a JSON schema that hold values, not schemas."""
+
 
 def read_tools(row: Mapping[str, Any]) -> Tools:
     """The tools of a row: those in its column "tools", and in "functions", whose entries are functions alone.
 
-    An empty column is no tools. Null properties of a schema are what Arrow fills gaps with, and are left out.
+    An empty column is no tools. Null keywords of a schema are what Arrow fills gaps with, and are left out.
     Raises BadRow for what is no list of objects.
     """
     tools = _objects(given(row, "tools"), "field 'tools'")
     functions = _objects(given(row, "functions"), "field 'functions'")
     tools += [one if "function" in one else {"type": "function", "function": one} for one in functions]
-    return tuple(map(_without_gaps, tools)) or None
+    return tuple(_with_parameters(tool) for tool in tools) or None
 
 
 def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
@@ -47,7 +50,7 @@ def called(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_unknown(calls: Sequence[dict[str, Any]], tools: Tools) -> list[dict[str, Any]]:
-    """Calls without null arguments that their tool does not have: another row's, with which Arrow filled gaps."""
+    """Calls without null fields, and null arguments that their tool does not have: with those Arrow fills gaps."""
     known = {}
     for tool in tools or ():
         function = tool.get("function", tool)
@@ -55,6 +58,7 @@ def without_unknown(calls: Sequence[dict[str, Any]], tools: Tools) -> list[dict[
             known[function["name"]] = _properties(function)
     found = []
     for call in calls:
+        call = {name: value for name, value in call.items() if value is not None}
         function = call.get("function", call)
         properties = known.get(function.get("name")) if isinstance(function, dict) and _named(function) else None
         if properties is not None and isinstance(function.get("arguments"), dict):
@@ -126,13 +130,22 @@ def _properties(function: Mapping[str, Any]) -> set[str] | None:
     return set(properties) if isinstance(properties, dict) else None
 
 
+def _with_parameters(tool: dict[str, Any]) -> dict[str, Any]:
+    function = tool.get("function", tool)
+    if not isinstance(function, dict) or "parameters" not in function:
+        return tool
+    changed = {**function, "parameters": _without_gaps(function["parameters"])}
+    return {**tool, "function": changed} if "function" in tool else changed
+
+
 def _without_gaps(schema: Any) -> Any:
-    """A schema whose properties are objects: null is no schema of a property."""
+    """A JSON schema without null keywords. Only a value that it names may be null."""
     if isinstance(schema, list):
         return [_without_gaps(one) for one in schema]
     if not isinstance(schema, dict):
         return schema
-    found = {name: _without_gaps(value) for name, value in schema.items()}
-    if isinstance(found.get("properties"), dict):
-        found["properties"] = {name: value for name, value in found["properties"].items() if value is not None}
-    return found
+    return {
+        name: value if name in VALUES else _without_gaps(value)
+        for name, value in schema.items()
+        if value is not None or name in VALUES
+    }

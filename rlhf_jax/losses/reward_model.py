@@ -39,22 +39,30 @@ def bradley_terry_loss(
 
 
 def ranking_loss(
-    rewards: Float[Array, "B K"], ranks: Int[Array, "B K"], mask: Bool[Array, "B K"]
+    rewards: Float[Array, "B K"],
+    ranks: Int[Array, "B K"],
+    mask: Bool[Array, "B K"],
+    *,
+    margin: ScalarLike | Float[Array, " B"] = 0.0,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Bradley-Terry over all pairs of a prompt's K ranked responses, as one batch element.
 
-        L = −E_x[ (1 / C(K,2)) Σ_{w ≻ l} log σ(r(x, y_w) − r(x, y_l)) ]
+        L = −E_x[ (1 / C(K,2)) Σ_{w ≻ l} log σ(r(x, y_w) − r(x, y_l) − m) ]
 
-    Rank 0 is best; equal ranks form no pair. The mean is over a prompt's pairs, then over prompts that have any.
-    Reference: Ouyang et al. 2022, eq. 1, https://arxiv.org/abs/2203.02155.
+    Rank 0 is best; equal ranks form no pair. `margin` m is a number or one a prompt [B], the same for each of its
+    pairs. The mean is over a prompt's pairs, then over prompts that have any.
+    Reference: Ouyang et al. 2022, eq. 1, https://arxiv.org/abs/2203.02155; the margin is that of Touvron et al. 2023
+    (Llama 2), eq. 2, https://arxiv.org/abs/2307.09288.
     """
     check_shapes({"rewards": rewards, "ranks": ranks, "mask": mask}, rank=2)
+    check_number_or_row({"margin": margin}, {"rewards": rewards})
     mask = boolean(mask)
     rewards = jnp.where(mask, wide(rewards), 0.0)
     difference = rewards[:, :, None] - rewards[:, None, :]
     pairs = _pairs(ranks, mask)
     has_pairs = pairs.any(axis=(1, 2))
-    loss = -masked_mean(jax.nn.log_sigmoid(difference), pairs, axis=(1, 2))
+    likelihood = jax.nn.log_sigmoid(difference - jnp.reshape(wide(jnp.asarray(margin)), (-1, 1, 1)))
+    loss = -masked_mean(likelihood, pairs, axis=(1, 2))
     accuracy = masked_mean(_correct(difference), pairs, axis=(1, 2))
     return masked_mean(loss, has_pairs), {
         "accuracy": masked_mean(accuracy, has_pairs),

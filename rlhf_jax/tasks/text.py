@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.batches import PackedRankings, Prompts, RankedAnswers, Tokens
-from rlhf_jax.data.conversations import Conversation
+from rlhf_jax.data.conversations import Conversation, messages
 from rlhf_jax.data.encode import encode_rows
 from rlhf_jax.data.formats import Prompt, Text
 from rlhf_jax.data.heldout import opening_of, split_by_opening, split_head, split_rows
@@ -328,6 +328,7 @@ def as_prompt(read: Read) -> Prompt:
 
 
 def prompt_text(read: Read, column: str) -> str | list[dict[str, Any]]:
-    """A prompt as it stands in that column of its row: a text, or messages."""
+    """A prompt as it stands in that column of its row: a text, or messages, as where other columns stand before it."""
     given = read.fields.get(column)
-    return given if isinstance(given, str) else [dict(turn) for turn in read.row.prompt]
+    alone = isinstance(given, str) and len(messages({"prompt": given}, "prompt")) == len(read.row.prompt)
+    return given if alone else [dict(turn) for turn in read.row.prompt]

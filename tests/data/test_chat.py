@@ -7,7 +7,8 @@ import json
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from rlhf_jax.data import chat, clock
+from rlhf_jax import clock
+from rlhf_jax.data import chat
 from rlhf_jax.data.rejects import BadRow
 
 NAMES = (

@@ -96,6 +96,16 @@ def test_two_responses_are_a_pair():
         jax.tree.map(lambda a, e: assert_allclose(a, e, rtol=1e-5), result, jax.value_and_grad(pair)(rewards))
 
 
+def test_a_prompts_margin_is_that_of_its_pairs():
+    rewards, margin = normal(B, 2), jnp.arange(float(B))
+    ranks, mask = jnp.broadcast_to(jnp.asarray([[1, 0]]), (B, 2)), jnp.ones((B, 2), bool)
+    loss, metrics = losses.ranking_loss(rewards, ranks, mask, margin=margin)
+    expected, also = losses.bradley_terry_loss(rewards[:, 1], rewards[:, 0], margin=margin)
+    assert_allclose(loss, expected, rtol=1e-5)
+    assert_allclose(metrics["accuracy"], also["accuracy"])
+    assert_allclose(losses.ranking_loss(rewards, ranks, mask, margin=0.0)[0], losses.ranking_loss(rewards, ranks, mask)[0])
+
+
 @settings(max_examples=10, deadline=None, phases=(Phase.generate,))
 @given(shift=st.floats(-10, 10, width=32))
 def test_only_differences_of_rewards_count(shift):
