@@ -84,10 +84,7 @@ def template_spans(
     Raises BadRow when the template refuses the conversation, or does not show an answer.
     """
     text = run_template(template, conversation, special_tokens, tools=tools)
-    turns: Sequence[Span | None] = [None] * len(conversation)
-    if _is_marked(template, _hashable(special_tokens)):
-        marked, found, _ = run_marked(template, conversation, special_tokens, tools=tools)
-        turns = found if marked == text else turns
+    turns = _marked_turns(text, template, conversation, special_tokens, tools)
     spans: dict[int, Span] = {}
     for number, turn in enumerate(conversation):
         if turn["role"] != "assistant":
@@ -98,7 +95,7 @@ def template_spans(
         if span is None:
             raise BadRow(f"the chat template does not show message {number + 1}, an answer")
         start, end = span
-        if any(_name(call) not in text[start:end] for call in turn.get("tool_calls") or ()):
+        if any(name not in text[start:end] for name in _names(turn)):
             raise BadRow(f"the chat template does not show the tool calls of message {number + 1}")
         spans[number] = start, end
     return text, spans
@@ -111,12 +108,15 @@ def generation_prompt(template: str, special_tokens: Specials) -> str:
     Empty, too, where neither marks nor the text without it tell where it begins.
     """
     special = dict(special_tokens)
+    asked = partial(run_template, template, (message("user", "?"),), special)
     try:
-        asked = partial(run_template, template, (message("user", "?"),), special)
         whole, without = asked(add_generation_prompt=True), asked()
-        marked, _, tail = run_marked(template, (message("user", "?"),), special, add_generation_prompt=True)
     except BadRow:
         return ""
+    try:
+        marked, _, tail = run_marked(template, (message("user", "?"),), special, add_generation_prompt=True)
+    except BadRow:
+        marked, tail = "", 0
     if marked == whole and tail:
         return whole[tail:]
     return whole[len(without) :] if whole.startswith(without) else ""
@@ -144,6 +144,20 @@ def _is_marked(template: str, special_tokens: Specials) -> bool:
     return all(span and turn["content"] in text[slice(*span)] for turn, span in zip(turns, found, strict=True))
 
 
+def _marked_turns(
+    text: str, template: str, conversation: Conversation, special_tokens: dict[str, Any], tools: Tools
+) -> Sequence[Span | None]:
+    """The characters of each message, by the marks; None where these do not show it, or would change the text."""
+    if _is_marked(template, _hashable(special_tokens)):
+        try:
+            marked, found, _ = run_marked(template, conversation, special_tokens, tools=tools)
+        except BadRow:
+            marked = ""
+        if marked == text:
+            return found
+    return [None] * len(conversation)
+
+
 Mine = tuple[str, Conversation, dict[str, Any], Tools, int]
 
 
@@ -164,9 +178,11 @@ def _marked(text: str, span: Span | None, mine: Mine) -> Span | None:
 
     begin = start + _header(text[start:end], generation_prompt(template, _hashable(special)), saying)
     end = _end(text, begin, end, conversation[number]["content"])
-    words = conversation[number]["content"].split()
-    hidden = bool(words) and words[-1] not in text[begin:end] and saying("0") == saying("A")
-    return None if begin >= end or hidden else (begin, end)
+    shown = text[begin:end]
+    words = conversation[number]["content"].split()[-1:]
+    if any(word not in shown for word in words) and not any(map(shown.count, _names(conversation[number]))):
+        return None if saying("0") == saying("A") or begin >= end else (begin, end)
+    return (begin, end) if begin < end else None
 
 
 def _compared(text: str, after: int, mine: Mine) -> Span | None:
@@ -184,7 +200,7 @@ def _compared(text: str, after: int, mine: Mine) -> Span | None:
         try:
             alone = run(cut)
             _, rest = _differing(alone, cut, number, run)
-            end += _common(text[said:], alone[len(alone) - rest :])
+            end += _common_signs(text[said:], alone[len(alone) - rest :])
         except BadRow:
             pass
     try:
@@ -206,6 +222,8 @@ def _differing(
 ) -> tuple[int | None, int]:
     """How many characters of a text stand before and after what a message says; None when it says nothing."""
     others = [run(_replaced(conversation, number, word)) for word in ("0", "A")]
+    if others[0] == others[1] and conversation[number].get("tool_calls"):  # some show the calls instead
+        others = [run(_recalled(conversation, number, word)) for word in ("0", "A")]
     if others[0] == others[1]:
         return None, 0
     texts = [text, *others]
@@ -242,13 +260,26 @@ def _replaced(conversation: Conversation, number: int, word: str) -> list[dict[s
     return [*conversation[:number], {**kept, "content": word}, *conversation[number + 1 :]]
 
 
-def _name(call: dict[str, Any]) -> str:
-    function = call.get("function")
-    return str((function if isinstance(function, dict) else call).get("name", ""))
+def _recalled(conversation: Conversation, number: int, name: str) -> list[dict[str, Any]]:
+    """The conversation in which a message calls another tool."""
+    calls = [{"type": "function", "function": {"name": name, "arguments": {}}}]
+    return [*conversation[:number], {**conversation[number], "tool_calls": calls}, *conversation[number + 1 :]]
+
+
+def _names(turn: dict[str, Any]) -> list[str]:
+    """The names of the tools that a message calls."""
+    functions = [call.get("function", call) for call in turn.get("tool_calls") or ()]
+    return [str(function.get("name", "")) for function in functions if isinstance(function, dict)]
 
 
 def _common(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _common_signs(a: str, b: str) -> int:
+    """What two texts begin with, without a sign of which they have only the first characters in common."""
+    common = a[: _common(a, b)]
+    return len(common) if common == b else len(re.sub(r"[<\[{(][^>\]})\s]*$", "", common))
 
 
 def _plain(conversation: Conversation) -> tuple[str, list[Span]]:

@@ -68,12 +68,12 @@ def refuse(row: Mapping[str, Any], kind: str, read: Iterable[str]) -> None:
         raise BadRow("column 'margin' cannot be used: it is between two answers, chosen and rejected")
 
 
-def not_read(row: Mapping[str, Any], kind: str, read: Iterable[str]) -> str:
-    """A note that names the columns of a row that nothing reads; empty without any."""
+def not_read(row: Mapping[str, Any], kind: str, read: Iterable[str], others: Iterable[str] = ()) -> str:
+    """A note that names the columns of a row that nothing reads, and others; empty without any."""
     if kind == "prompts":  # rewards read them
         return ""
     read = {*read, *COMMON}
-    names = sorted(str(name) for name in row if name not in read and given(row, name) is not None)
+    names = [*sorted(str(name) for name in row if name not in read and given(row, name) is not None), *others]
     some = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
     return f"columns not read: {some}" if names else ""
 

@@ -167,25 +167,43 @@ def flags(row: Mapping[str, Any], field: str) -> tuple[bool | None, ...]:
     return tuple(_flag(each, f"message {number} of {field!r}") for number, each in enumerate(value, 1))
 
 
+def unfollowed(value: Sequence[Any]) -> list[str]:
+    """Flags that ask for learning what another than the assistant says: no answer, it is not learned."""
+    found: dict[str, None] = {}
+    for each in value:
+        if isinstance(each, dict) and _role(each) not in (None, "assistant"):
+            found |= dict.fromkeys(name for name in LEARNED if each.get(name) in (True, 1))
+    return list(found)
+
+
+def _role(value: Mapping[str, Any]) -> str | None:
+    role = value.get("role", value.get("from"))
+    return ROLES.get(_name(role)) if isinstance(role, str) else None
+
+
+def _name(role: str) -> str:
+    return re.sub("[ -]", "_", role.lower())
+
+
 def _message(value: Any, field: str, number: int) -> dict[str, Any]:
     where = f"message {number} of {field!r}"
     if not isinstance(value, dict):
         raise BadRow(f"{where} is {type_name(value)}, not an object")
     value = {key: item for key, item in value.items() if item is not None and key not in (*LEARNED, *HIDDEN)}
+    known = _role(value)
     role = value.pop("role", value.pop("from", None))
-    name = re.sub("[ -]", "_", role.lower()) if isinstance(role, str) else ""
-    if name not in ROLES:
+    if known is None:
         raise BadRow(f"{where} has no known role: {str(role)[:40]!r}")
     if not {"content", "value", "tool_calls", "function_call"} & value.keys():
         raise BadRow(f"{where} has no content")
     content = _joined(value.pop("content", value.pop("value", "")), where)
     calls = read_calls(value.pop("tool_calls", None), where)
     calls += [called(call) for call in read_calls(value.pop("function_call", None), where)]
-    if name in CALLS and not calls:
+    if _name(role) in CALLS and not calls:
         content, calls = "", spoken_calls(content, where)
-    if calls and ROLES[name] != "assistant":
+    if calls and known != "assistant":
         raise BadRow(f"{where} calls tools, and is not the assistant's")
-    found = {"role": ROLES[name], "content": content, **value, **({"tool_calls": calls} if calls else {})}
+    found = {"role": known, "content": content, **value, **({"tool_calls": calls} if calls else {})}
     check_characters(found, where)
     return found
 

@@ -27,6 +27,7 @@ from rlhf_jax.data.conversations import (
     require_prompt,
     turns,
     type_name,
+    unfollowed,
 )
 from rlhf_jax.data.rejects import BadRow, Place
 from rlhf_jax.data.tools import Tools
@@ -260,8 +261,15 @@ def normalise(format: str, row: Mapping[str, Any], place: Place) -> Any:
 
 
 def not_read(format: str, row: Mapping[str, Any]) -> str:
-    """A note that names the columns of a row that nothing reads; empty without any."""
-    return columns.not_read(row, FORMATS[format].kind, (*FORMATS[format].columns, *FORMATS[format].optional))
+    """A note that names the columns of a row that nothing reads, and flags that nothing follows; empty without any."""
+    read = (*FORMATS[format].columns, *FORMATS[format].optional)
+    unheard = [
+        f"{field}[].{flag} of others than the assistant"
+        for field in FORMATS[format].columns
+        if isinstance(row.get(field), list)
+        for flag in unfollowed(row[field])
+    ]
+    return columns.not_read(row, FORMATS[format].kind, read, unheard)
 
 
 def _pair(row: Mapping[str, Any], prompt: Conversation, place: Place) -> Comparison:

@@ -21,23 +21,21 @@ OWN = re.compile(r"[^\w\s]\w+[^\w\s]")
 
 
 def header(text: str, tokenizer: PreTrainedTokenizerBase, *, anywhere: bool = False) -> str | None:
-    """The sign of a turn with which a text begins, behind a BOS, or which is anywhere in it; None without one."""
-    own = _own_headers(tokenizer)
-    signs = "|".join([*map(re.escape, own), *HEADERS])
+    """The sign of a turn with which a text begins, also behind a BOS, or which is anywhere in it; None without one."""
+    signs = "|".join([*map(re.escape, _own_headers(tokenizer)), *HEADERS])
     if anywhere:
         found = re.search(rf"(?P<sign>{signs})", text)
     else:
-        bos = rf"(?:{re.escape(tokenizer.bos_token)}\s*)?" if tokenizer.bos_token else ""
-        found = re.match(rf"\s*{bos}(?P<sign>{signs})", text) or re.match(rf"\s*(?P<sign>{signs})", text)
+        found = re.match(rf"\s*(?:<[^<>\s]{{1,40}}>\s*)?(?P<sign>{signs})", text)
     return found["sign"] if found else None
 
 
 def is_own(sign: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer's own template writes that sign, or the sign is a token of the tokenizer."""
-    token = re.match(r"<[^>]*>|\[[^\]]*\]", sign)
+    first = re.match(r"<[^>]*>|\[[^\]]*\]", sign)
+    token = first[0] if first else sign
     known = {str(each) for each in tokenizer.added_tokens_encoder} | set(tokenizer.all_special_tokens)
-    own = any(sign.startswith(each) or each.startswith(sign) for each in _own_headers(tokenizer))
-    return own or (token is not None and token[0] in known)
+    return token in known or any(token in each for each in _own_headers(tokenizer))
 
 
 def refuse_rendered(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:

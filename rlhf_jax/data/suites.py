@@ -10,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_jax.data.formats import Comparison, known, normalise, recognise
+from rlhf_jax.data.columns import refuse
+from rlhf_jax.data.formats import Comparison, known, normalise, not_read, recognise
 from rlhf_jax.data.rejects import BadRow, Place
 from rlhf_jax.data.sources import Broken, read_source
 from rlhf_jax.errors import UserError
@@ -76,6 +77,7 @@ def read_preferences(path: str, limit: int | None) -> PreferenceSet:
     pairs: list[Comparison] = []
     subsets: list[str] = []
     reasons: Reasons = {}
+    unread: Reasons = {}
     for place, row in rows:
         try:
             pairs.append(read(place, row))
@@ -83,9 +85,12 @@ def read_preferences(path: str, limit: int | None) -> PreferenceSet:
             reasons.setdefault(str(error), []).append(place.line)
         else:
             subsets.append(str(row.get("subset") or ""))
+            note = "" if form is None else not_read(form, {name: row[name] for name in row if name != "subset"})
+            if note:
+                unread.setdefault(note, []).append(place.line)
     if not pairs:
         raise UserError(f"{path}: no row can be used: {', '.join(reasons)}")
-    return PreferenceSet(pairs, subsets, [f"{path}: {len(pairs)} rows read", *tally(path, reasons)])
+    return PreferenceSet(pairs, subsets, [f"{path}: {len(pairs)} rows read", *tally(path, reasons | unread)])
 
 
 def tally(name: str, reasons: Reasons) -> list[str]:
@@ -126,6 +131,10 @@ def read_prompts(path: str, limit: int | None) -> list[str]:
     """Rows with a prompt, or an instruction and perhaps an input. Raises UserError for any other row."""
 
     def read(place: Place, row: dict[str, Any]) -> str:
+        try:
+            refuse(row, "prompts", ("prompt", "instruction", "input"))
+        except BadRow as error:
+            raise ValueError(str(error)) from None
         return _text(place, row, "prompt") if "prompt" in row else _instruction(place, row)
 
     return _read_each(path, limit, read)
