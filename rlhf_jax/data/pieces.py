@@ -32,11 +32,13 @@ def stretches(
     at = number = 0
     for n, cut in enumerate(cuts):
         past = next((i for i in range(number, len(pieces)) if pieces[i][1] >= cut), len(pieces))
-        if any(end > cut for _, _, end in pieces[number:past]):
-            before = _pieces(text[at:cut], tokenizer, shields, first=first and not at)
+        over = next((i for i in range(number, past) if pieces[i][2] > cut), None)
+        if over is not None:
+            kept = pieces[number:over] if at else []  # the first stretch is what the model is given without the others
+            last = _pieces(text[pieces[over][1] if at else 0 : cut], tokenizer, shields, first=first and not at)
             rest = [later - cut for later in cuts[n + 1 :]]
             after = stretches(text[cut:], rest, tokenizer, shields, first=False) if rest else []
-            return [*parts, [i for i, _, _ in before], *after]
+            return [*parts, [i for i, _, _ in (*kept, *last)], *after]
         parts.append([i for i, _, _ in pieces[number:past]])
         at, number = cut, past
     return parts

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_jax.data.conversations import turn_starts, without_oldest
+from rlhf_jax.data.conversations import messages, turn_starts, without_oldest
 
 ROLES = {"s": "system", "u": "user", "e": "user", "a": "assistant", "t": "tool"}
 
@@ -36,6 +36,33 @@ def talk(roles):
 )
 def test_turns(roles, starts):
     assert turn_starts(talk(roles)) == starts
+
+
+@pytest.mark.parametrize(
+    ("names", "role"),
+    [
+        (("system", "developer", "System"), "system"),
+        (("user", "human", "Human", "prompter", "USER"), "user"),
+        (("assistant", "gpt", "model", "bot", "Chatbot", "chatgpt", "ai", "bing", "bard"), "assistant"),
+        (
+            (
+                "tool",
+                "function",
+                "ipython",
+                "observation",
+                "tool_response",
+                "tool-response",
+                "tool_result",
+                "function response",
+            ),
+            "tool",
+        ),
+    ],
+)
+def test_names_of_speakers(names, role):
+    for name in names:
+        assert messages({"x": [{"from": name, "value": "a"}]}, "x") == ({"role": role, "content": "a"},)
+        assert messages({"x": [{"role": name, "content": "a"}]}, "x") == ({"role": role, "content": "a"},)
 
 
 def test_system_messages_stay():

@@ -93,6 +93,22 @@ def test_a_thought_in_one_answer_only_is_part_of_that_answer(minimind):
         assert text.count("<think>") == text.count("</think>") <= 1
 
 
+@pytest.mark.parametrize("word", ["    return 1\n", "a\n\n", "\ta", "  a  "])
+def test_space_of_an_answer_is_learned(tokenizer, word):
+    ranking, _ = encode(pair(user("q"), word, word.strip()), tokenizer, 200)
+    words = [tokenizer.decode(ranking.prompt + ids).split("Assistant:")[-1] for ids in ranking.responses]
+    shown = word.lstrip("\n") if tokenizer.chat_template else " " + word
+    assert words[0].endswith(shown + tokenizer.eos_token) and words[1] != words[0]
+
+
+def test_answers_that_the_template_writes_alike_are_equal(minimind):
+    minimind.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    )
+    with pytest.raises(BadRow, match="equal answers"):
+        encode(pair(user("q"), "  a", "a"), minimind, 200)
+
+
 def test_plain_text_is_learned_whole(tokenizer):
     (bos, ids), cut = encode(Text("One </s> two.", PLACE), tokenizer, 200)
     assert bos == [tokenizer.bos_token_id] and ids[-1] == tokenizer.eos_token_id and cut == 0

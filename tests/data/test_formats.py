@@ -84,6 +84,31 @@ def test_a_transcript_as_prompt_becomes_its_turns():
     assert [(t["role"], t["content"]) for t in prompt] == [("user", "a"), ("assistant", "b"), ("user", "c: d")]
 
 
+SPACED = "    return 1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "found"),
+    [
+        ("prompt_completion", {"prompt": SPACED, "completion": SPACED}, (SPACED, SPACED)),
+        ("alpaca", {"instruction": SPACED, "output": SPACED}, (SPACED, SPACED)),
+        ("alpaca", {"instruction": " a ", "input": SPACED, "output": SPACED}, (" a \n\n" + SPACED, SPACED)),
+        ("preference", {"prompt": SPACED, "chosen": SPACED, "rejected": SPACED.strip()}, (SPACED, SPACED, "return 1")),
+        ("preference", {"prompt": " a", "chosen": "b", "rejected": "b\n"}, (" a", "b", "b\n")),
+        ("transcripts", {"chosen": side(" " + SPACED, " a "), "rejected": side(" b", " a ")}, (" a ", SPACED, "b")),
+        ("ranking", {"prompt": "a", "responses": [SPACED, "return 1"], "ranks": [0, 1]}, ("a", SPACED, "return 1")),
+        ("unpaired", {"prompt": SPACED, "completion": SPACED, "label": True}, (SPACED, SPACED)),
+        ("prompts", {"prompt": SPACED}, (SPACED,)),
+        ("prompts", {"prompt": "q", "system": SPACED}, (SPACED, "q")),
+        ("messages", {"messages": [HELLO | {"content": SPACED}, HI | {"content": SPACED}]}, (SPACED, SPACED)),
+    ],
+)
+def test_space_is_kept_as_it_is(name, row, found):
+    read = normalise(name, row, PLACE)
+    answers = getattr(read, "responses", None) or [getattr(read, "response", ())]
+    assert tuple(turn["content"] for part in (read.prompt, *answers) for turn in part) == found
+
+
 def test_tools_reasoning_and_calls_are_kept():
     tools = [{"type": "function", "function": {"name": "add"}}]
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
