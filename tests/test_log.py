@@ -3,6 +3,7 @@
 import json
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 import rlhf_jax
-from rlhf_jax import checkpoint, provenance
+from rlhf_jax import checkpoint, clock, provenance
+from rlhf_jax.data.templates import run_template
 from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run, count_compilations
 
@@ -245,6 +247,26 @@ def test_a_resume_that_is_refused_leaves_a_finished_run_finished(tmp_path):
                 run.log("sft", 1, {"loss": 1.0})
     assert strict((tmp_path / "run" / "status.json").read_text()) == {"status": "finished"}
     assert [one["status"] for one in run_json(tmp_path / "run")["sessions"]] == ["finished", "failed"]
+
+
+def test_a_run_keeps_the_day_that_its_templates_are_told(tmp_path, monkeypatch):
+    days = iter([datetime(2024, 7, 26, 23, 59), datetime(2025, 1, 2, 3, 4)])
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return next(days)
+
+    monkeypatch.setattr(clock, "datetime", Clock)
+    told = []
+    for resume in (False, True):
+        with Run(tmp_path / "run", Config(), name="x", resume=resume):
+            told.append(run_template("{{ strftime_now('%d %b %Y %H:%M') }}", [], {}))
+            with Run(tmp_path / f"inner{resume}", Config(), name="x"):
+                told.append(run_template("{{ strftime_now('%Y') }}", [], {}))
+        assert strict((tmp_path / "run" / "config.json").read_text())["date"] == "2024-07-26T23:59:00"
+    assert told == ["26 Jul 2024 23:59", "2024", "26 Jul 2024 23:59", "2024"]
+    assert run_template("{{ strftime_now('%Y') }}", [], {}) == "2025"  # outside of any run
 
 
 def test_a_resumed_run_that_did_nothing_keeps_its_folder(tmp_path):
