@@ -330,5 +330,6 @@ def as_prompt(read: Read) -> Prompt:
 def prompt_text(read: Read, column: str) -> str | list[dict[str, Any]]:
     """A prompt as it stands in that column of its row: a text, or messages, as where other columns stand before it."""
     given = read.fields.get(column)
-    alone = isinstance(given, str) and len(messages({"prompt": given}, "prompt")) == len(read.row.prompt)
-    return given if alone else [dict(turn) for turn in read.row.prompt]
+    if isinstance(given, str) and len(messages({"prompt": given}, "prompt")) == len(read.row.prompt):
+        return given
+    return [dict(turn) for turn in read.row.prompt]
