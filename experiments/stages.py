@@ -4,7 +4,7 @@ In the controlled world a stage that lacks a policy or a reward model runs the s
 """
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -25,6 +25,7 @@ from rlhf_jax.log import Run
 from rlhf_jax.preference import ImplicitReward, PreferenceLoss, Trained, train_preferences
 from rlhf_jax.pretrained import Pretrained, load_policy
 from rlhf_jax.rewards.python import Limits
+from rlhf_jax.rewards.reward import Reward
 from rlhf_jax.sampling.sampler import make_sampler
 from rlhf_jax.tasks.measure import (
     PolicySampler,
@@ -251,15 +252,9 @@ def group_stage(cfg: Any, stage: str, who: str, make_algorithm: Callable[[Number
         task = open_task(cfg, run, first="sft")
         sampler = policy_sampler(cfg, task)
         with open_rewards(cfg, run, task, failed_score=0.0, verifiable=True) as (rewards, _, watch):
-            filled = group_defaults(cfg, task.base)
-            say_defaults(run, stage, cfg, filled, task.base)
-            keep_freed_memory()
-            numbers = filled.numbers(task.max_new_tokens)
-            policy, metrics = train_groups(
-                make_algorithm(numbers), numbers, task.base, task.prompts(), rewards,
-                filled.make_group_loop(run, stage), cfg.seed, split=filled.split_trainable,
-                adapters=bool(filled.lora_rank), optimizer=filled.make_group_optimizer(),
-                evaluations=filled.evaluations, reference=open_reference(cfg, task), judge=task.judge, watch=watch,
+            policy, metrics = train_without_critic(
+                cfg, make_algorithm, task, task.base, rewards, run, cfg.seed, stage=stage,
+                reference=open_reference(cfg, task), watch=watch,
             )  # fmt: skip
             metrics |= task.facts | compare_policies(
                 run, task, ("start", task.base.params), (stage, policy), sampler,
@@ -268,6 +263,31 @@ def group_stage(cfg: Any, stage: str, who: str, make_algorithm: Callable[[Number
         run.summary(metrics)
         export_policy(run, task.base, policy, algorithm=who, metrics=metrics)
     return metrics
+
+
+def train_without_critic(
+    cfg: Any,
+    make_algorithm: Callable[[Numbers], Algorithm],
+    task: Task,
+    base: Pretrained,
+    rewards: Sequence[Reward],
+    run: Run,
+    seed: int,
+    *,
+    stage: str,
+    reference: Params | None = None,
+    watch: Callable[[Params, int], dict[str, Any]] | None = None,
+) -> tuple[Params, dict[str, float]]:
+    """`train_groups` with the numbers of the flags."""
+    filled = group_defaults(cfg, base)
+    say_defaults(run, stage, cfg, filled, base)
+    keep_freed_memory()
+    numbers = filled.numbers(task.max_new_tokens)
+    return train_groups(
+        make_algorithm(numbers), numbers, base, task.prompts(), rewards, filled.make_group_loop(run, stage), seed,
+        split=filled.split_trainable, adapters=bool(filled.lora_rank), optimizer=filled.make_group_optimizer(),
+        evaluations=filled.evaluations, reference=reference, judge=task.judge, watch=watch,
+    )  # fmt: skip
 
 
 def group_defaults(cfg: Any, base: Pretrained) -> Any:

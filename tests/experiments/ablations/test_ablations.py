@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import ppo, reward_model, sft
-from experiments.ablations import kl_coefficient, precision, preference_losses
+from experiments.ablations import kl_coefficient, precision, preference_losses, verifiable
 from experiments.ablations.grid_results import Cells
 from experiments.flags import Preference
 from rlhf_jax.errors import UserError
@@ -213,3 +213,21 @@ def test_weights_are_sampled_in_each_precision(monkeypatch):
     assert found == {f"sampled_in_{name}": 2.0 for name in cfg.precisions} | {
         f"se_in_{name}": pytest.approx(1.0) for name in cfg.precisions
     }
+
+
+def test_verifiable(tmp_path):
+    folder = tmp_path / "run"
+    cfg = verifiable.Config(
+        run_dir=str(folder), jobs=0, seeds=1, algorithms=("dapo", "rloo", "ppo"), steps=5, sft=SFT
+    )  # fmt: skip
+    metrics = verifiable.main(cfg)
+    cells = cells_of(folder)
+    assert cells.keys() == {"dapo", "rloo", "ppo"}
+    # All start at one policy, and each answer is right or not.
+    assert len({cell["sft_utility"] for cell in cells.values()}) == 1
+    for name, cell in cells.items():
+        assert 0 <= cell["policy_score"] <= 1 and len(cell["right_curve"]) == len(cell["utility_curve"]) == 1
+        assert metrics[f"{name}_policy_score"] == cell["policy_score"]
+    assert cells["rloo"]["answers"] == cells["ppo"]["answers"] == 5 * 128 <= cells["dapo"]["answers"]
+    (table,) = tables_of(folder)
+    assert [row.split(" | ")[0] for row in table[2:]] == ["| dapo", "| rloo", "| ppo"]

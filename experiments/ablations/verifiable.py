@@ -1,0 +1,135 @@
+"""RL from a checker: six algorithms without a critic, and PPO, on as many answers each.
+
+In the controlled world. The checker says whether an answer is right, and nothing of its form, tone or length, which
+the true utility counts, too. Each seed has a world and an SFT policy of its own; every algorithm starts from it and
+samples as many answers.
+    python experiments/ablations/verifiable.py
+It takes about half an hour on 2 CPU cores for 5 seeds. It writes a table and a figure: right answers and the true
+utility as training goes on. Expect right answers to become more, and form and tone to stay what SFT made them.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import numpy as np
+
+from experiments import cispo, dapo, dr_grpo, grpo, gspo, ppo, rloo
+from experiments.ablations.grid import GridFlags, run_grid
+from experiments.ablations.grid_results import Cells, Column, Page, Panel, curve_line, smooth, variants_table
+from experiments.ablations.worlds import open_world
+from experiments.ppo import PPO
+from experiments.sft import SFT
+from experiments.sft import train as train_sft
+from experiments.stages import train_without_critic
+from rlhf_jax.cli import run_main
+from rlhf_jax.errors import at_least
+from rlhf_jax.log import Run
+from rlhf_jax.metrics import read_metrics
+from rlhf_jax.tasks.measure import compare_policies, make_reward_scorer
+
+Name = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "ppo"]
+METHODS: dict[str, tuple[Any, Any]] = {
+    "grpo": (grpo, grpo.GRPO), "dr_grpo": (dr_grpo, dr_grpo.DrGRPO), "dapo": (dapo, dapo.DAPO),
+    "gspo": (gspo, gspo.GSPO), "cispo": (cispo, cispo.CISPO), "rloo": (rloo, rloo.RLOO),
+}  # fmt: skip
+COLUMNS = tuple(
+    Column(head, name, digits)
+    for head, name, digits in (
+        ("right, held out", "policy_score", 3), ("SFT", "sft_score", 3), ("true utility", "policy_utility", 2),
+        ("SFT's", "sft_utility", 2), ("beats SFT", "win_rate", 3), ("KL to SFT, nats", "kl_k1", 2),
+        ("entropy, nats a token", "entropy", 3), ("length", "length", 2), ("of right ones", "length_right", 2),
+        ("of wrong ones", "length_wrong", 2), ("groups without signal", "silent", 3), ("answers", "answers", 0),
+        ("seconds", "seconds", 0),
+    )
+)  # fmt: skip
+LAST = 5
+"""Iterations at the end whose mean stands in the table."""
+
+
+@dataclass(frozen=True)
+class Config(GridFlags):
+    """Algorithms with the same checker, several seeds."""
+
+    algorithms: tuple[Name, ...] = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "ppo")
+    steps: int = 60
+    """Iterations of 128 answers; of PPO, too."""
+    sft: SFT = field(default_factory=SFT)
+
+    def __post_init__(self) -> None:
+        at_least(self, steps=LAST)
+        super().__post_init__()
+
+
+class Variant(NamedTuple):
+    """An algorithm, with the numbers of its file."""
+
+    algorithm: str
+
+
+def prepare(cfg: Config, seed: int, run: Run) -> Any:
+    """A world and SFT in it: (task, sampler, SFT's policy)."""
+    task, sampler = open_world(cfg, seed)
+    size = task.eval_batch_size
+    params = train_sft(cfg.sft, task.base, task.demonstrations(), run, seed, eval_batch_size=size).params
+    return task, sampler, task.base._replace(params=params)
+
+
+def one(cfg: Config, begun: Any, seed: int, variant: Variant, run: Run) -> dict[str, Any]:
+    """One algorithm: where it ends beside SFT, and its curves."""
+    task, sampler, base = begun
+    rewards = [task.checker()]
+    if variant.algorithm == "ppo":
+        flags = PPO(steps=cfg.steps, responses=128)
+        policy, _ = ppo.train(
+            flags, base, task.prompts(), rewards, run, seed, max_new_tokens=task.max_new_tokens, judge=task.judge
+        )
+    else:
+        module, flags_of = METHODS[variant.algorithm]
+        flags = flags_of(steps=cfg.steps)
+        policy, _ = train_without_critic(
+            flags, partial(module.algorithm, flags), task, base, rewards, run, seed, stage=variant.algorithm
+        )
+    rows = read_metrics(run.dir)[variant.algorithm]
+    found: dict[str, Any] = compare_policies(
+        run, task, ("sft", base.params), ("policy", policy), sampler, make_reward_scorer(task, rewards, None)
+    )
+    for name in ("kl_k1", "entropy", "length", "length_right", "length_wrong", "silent"):
+        values = [row[name] for row in rows[-LAST:] if row.get(name) is not None]
+        if values:
+            found[name] = np.mean(values)
+    groups = sum(row.get("groups", 16) for row in rows)
+    right = [row["reward/correct/mean"] for row in rows]
+    return found | {
+        "answers": 8 * groups, "seconds": sum(row["seconds"] for row in rows[1:]),
+        "right_curve": smooth(np.array(right)), "utility_curve": smooth(np.array([row["utility"] for row in rows])),
+    }  # fmt: skip
+
+
+def present(cfg: Config, cells: Cells) -> Page:
+    """A row an algorithm; right answers and true utility as training goes on."""
+    found = cells.finished()
+    right, truth = (
+        [curve_line(cells, variant, None, name, variant.algorithm) for variant in found]
+        for name in ("right_curve", "utility_curve")
+    )
+    panels = [
+        Panel("Right answers", "iteration", "share of sampled answers", right),
+        Panel("Truth", "iteration", "true utility", truth),
+    ]
+    return Page([variants_table(cells, ["algorithm"], COLUMNS)], panels)
+
+
+def main(cfg: Config) -> dict[str, float]:
+    """Makes the grid; returns each algorithm's means over seeds."""
+    variants = [Variant(name) for name in cfg.algorithms]
+    return run_grid(cfg, "verifiable", variants, one, present, prepare=prepare, axes=("algorithms",))
+
+
+if __name__ == "__main__":
+    run_main(main, Config)
