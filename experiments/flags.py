@@ -398,6 +398,9 @@ class GroupFlags(Flags):
     """Parts of an iteration's answers, one optimiser step each."""
     temperature: float = 1.0
     """The temperature of sampling and of every log-probability."""
+    slots: int | None = None
+    """Answers that are sampled at once, whole groups of them. By default all; fewer need less memory, and a slot whose
+    answer has ended takes the next prompt. On a mesh all are sampled at once."""
     evaluations: int = 3
     """So many checkpoints are saved, and so many times the scorers of --watch are asked."""
 
@@ -422,13 +425,15 @@ class Groups(Adapters, Training, GroupFlags):
         answers = self.groups * self.group_size
         if answers % self.minibatches:
             raise UserError(f"{answers} answers do not divide into {self.minibatches} minibatches")
+        if self.slots is not None and (self.slots < self.group_size or self.slots % self.group_size):
+            raise UserError(f"{self.slots} slots are not whole groups of {self.group_size} answers")
         self.check_parts(answers // self.minibatches, "answers")
 
     def numbers(self, max_new_tokens: int) -> Numbers:
         """The sizes of an iteration."""
         return Numbers(
             self.groups, self.group_size, self.epochs, self.minibatches, self.accumulate, self.temperature,
-            max_new_tokens,
+            max_new_tokens, self.slots or self.groups * self.group_size,
         )  # fmt: skip
 
     def make_group_loop(self, run: Run, stage: str) -> Loop:

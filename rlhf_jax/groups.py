@@ -42,8 +42,9 @@ from rlhf_jax.rewards.reward import (
 )
 from rlhf_jax.rewards.watch import answer_statistics
 from rlhf_jax.sampling import generate
+from rlhf_jax.sampling.queue import generate_queued
 from rlhf_jax.scoring import response_logprobs, token_scores
-from rlhf_jax.sharding import check_rows, shard_batch, shard_params, to_host
+from rlhf_jax.sharding import check_rows, current_mesh, shard_batch, shard_params, to_host
 from rlhf_jax.tasks.measure import as_texts
 from rlhf_jax.tasks.task import Judge, PromptRow, PromptSets
 from rlhf_jax.train import make_state, make_train_step, ppo_update
@@ -93,6 +94,8 @@ class Numbers(NamedTuple):
     accumulate: int
     temperature: float
     max_new_tokens: int
+    slots: int
+    """Answers that are sampled at once: a multiple of the group size. On a mesh all are."""
 
 
 class Frozen(NamedTuple):
@@ -126,10 +129,18 @@ def rollout(
     model: Transformer, base: Pretrained, numbers: Numbers, policy: TrainState, frozen: Frozen, prompts: Prompts,
     key: PRNGKeyArray,
 ) -> Completions:  # fmt: skip
-    """An answer to each row of the prompts, which stand there `group_size` times."""
+    """`group_size` answers to each prompt, prompt-major. Without a mesh a queue fills slots that have ended."""
+    params, size = frozen.over_trunk(policy.params), numbers.group_size
+    if current_mesh() is None:
+        return generate_queued(
+            model, params, prompts.tokens, prompts.mask, key, group_size=size, slots=numbers.slots,
+            max_new_tokens=numbers.max_new_tokens, temperature=numbers.temperature, eos_id=base.eos_id,
+            pad_id=base.pad_id,
+        )  # fmt: skip
+    repeated = shard_batch(jax.tree.map(lambda x: jnp.repeat(x, size, axis=0), prompts))
     return generate(
-        model, frozen.over_trunk(policy.params), prompts.tokens, prompts.mask, key,
-        max_new_tokens=numbers.max_new_tokens, temperature=numbers.temperature, eos_id=base.eos_id, pad_id=base.pad_id,
+        model, params, repeated.tokens, repeated.mask, key, max_new_tokens=numbers.max_new_tokens,
+        temperature=numbers.temperature, eos_id=base.eos_id, pad_id=base.pad_id,
     )  # fmt: skip
 
 
@@ -319,10 +330,10 @@ def train_groups(
         signals = 0
         for number in range(algorithm.rounds):
             rows = draw_rows(len(sets.train.row), numbers.prompts, [seed, step, number])
-            prompts = take(sets.train, np.repeat(rows, numbers.group_size))
             sample_key = jax.random.fold_in(jax.random.fold_in(key, 2 * step + 1), number)
-            completions = to_host(sample(policy, frozen, shard_batch(prompts), sample_key))
-            parts.append(score(base, rewards, sets.rows, on_tokens, frozen, to_host(prompts), completions))
+            completions = to_host(sample(policy, frozen, to_host(take(sets.train, rows)), sample_key))
+            prompts = to_host(take(sets.train, np.repeat(rows, numbers.group_size)))
+            parts.append(score(base, rewards, sets.rows, on_tokens, frozen, prompts, completions))
             signals += int(has_signal(parts[-1].scores, numbers.group_size).sum())
             if signals >= numbers.prompts:
                 break

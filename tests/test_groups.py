@@ -36,7 +36,7 @@ from rlhf_jax.train import make_state
 
 RNG = np.random.default_rng(0)
 NUMBERS = Numbers(
-    prompts=4, group_size=4, epochs=1, minibatches=1, accumulate=1, temperature=1.0, max_new_tokens=6
+    prompts=4, group_size=4, epochs=1, minibatches=1, accumulate=1, temperature=1.0, max_new_tokens=6, slots=16
 )  # fmt: skip
 SIZES = Sizes(demonstrations=8, validation=4, compared=4, heldout_pairs=4, prompts=16, heldout=4, ranked=2, layers=1)
 B, T = 16, 9

@@ -283,19 +283,26 @@ class Transformer(nn.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         cache: KVCache,
+        ring: bool = False,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Reads T more tokens after those in the cache: a prompt, or one sampled token. Returns hidden states too."""
-        start, length = cache.used, tokens.shape[1]
+        """Reads T more tokens after those in the cache: a prompt, or one sampled token. Returns hidden states too.
+
+        In a `ring` slot `used` modulo S is written, and a token (T = 1) sees all slots of its segment: what is of
+        another row's past has another segment id by then.
+        """
+        length, count = tokens.shape[1], cache.segment_ids.shape[1]
+        start = cache.used % count if ring else cache.used
         zero = jnp.zeros_like(start)
         segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (zero, start))
         places = jax.lax.dynamic_update_slice(cache.positions, positions.astype(jnp.int32), (zero, start))
-        slots = jnp.arange(segments.shape[1])
-        causal = slots[None, :] <= (start + jnp.arange(length))[:, None]
-        visible = causal[None] & (segments[:, None, :] == segment_ids[:, :, None])
+        visible = segments[:, None, :] == segment_ids[:, :, None]
+        if not ring:
+            causal = jnp.arange(count)[None, :] <= (start + jnp.arange(length))[:, None]
+            visible = causal[None] & visible
         scene = Scene(positions, segment_ids, visible, self._distances(positions, places), start)
-        hidden, layers = self._run(tokens, (cache.keys, cache.values), scene, len(slots))
+        hidden, layers = self._run(tokens, (cache.keys, cache.values), scene, count)
         keys, values = layers
-        return hidden, KVCache(keys, values, segments, start + length, places)
+        return hidden, KVCache(keys, values, segments, cache.used + length, places)
 
     def _distances(self, queries: Array, keys: Array) -> Array | None:
         return queries[:, :, None] - keys[:, None, :] if any(self.config.windows) else None

@@ -71,6 +71,7 @@ def test_grpo_alone_and_resumed_is_grpo(given, tmp_path):
 def test_dapo_draws_again_where_no_group_has_a_signal_and_counts_it(given, tmp_path):
     flags, folder = given
     flags = flags | SHORT | {"reward": f"{folder / 'rewards.py'}:nothing", "rounds": 3, "overlong_buffer": 0}
+    flags["slots"] = 8
     dapo.main(dapo.Config(run_dir=str(tmp_path / "run"), **flags))
     rows = metrics_of(tmp_path / "run")
     assert [row["groups"] for row in rows] == [12, 12] and rows[0]["silent"] == 1.0
@@ -81,6 +82,7 @@ def test_dapo_draws_again_where_no_group_has_a_signal_and_counts_it(given, tmp_p
     ("flags", "message"),
     [
         (["--groups", "3", "--group-size", "3", "--minibatches", "2"], "9 answers do not divide into 2 minibatches"),
+        (["--slots", "12"], "12 slots are not whole groups of 8 answers"),
         (["--group-size", "1"], "group-size is 1; it must be at least 2"),
         (["--model", "nowhere", "--prompts", "F"], "there is no reward"),
         (["--model", "nowhere", "--prompts", "F", "--reward", "guess"], "nowhere"),

@@ -1,0 +1,227 @@
+"""Rollouts that do not wait for the longest answer: a row that has ended gives its slot to the next prompt in a queue.
+
+One compiled program. Its cache is a ring: all slots write into the same column, which moves on by one each step, and a
+new prompt is laid into the columns just before it. So no slot has a place of its own to write to, and nothing moves.
+The prompt of a group is read once for all of its answers.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Int, PRNGKeyArray
+
+from rlhf_jax.batches import Completions
+from rlhf_jax.models import KVCache, Transformer, init_cache
+from rlhf_jax.sampling.draw import draw, truncate
+from rlhf_jax.sampling.ends import EosId, eos_ids, is_end
+from rlhf_jax.sampling.generate import _check, _check_ids, _check_prompts
+from rlhf_jax.types import ScalarLike
+
+
+class _State(NamedTuple):
+    """The slots, S of them, and what was written so far."""
+
+    cache: KVCache
+    row: Array
+    """The answer that each slot writes, [S]; that after the last for a slot without one."""
+    emitted: Array
+    """How many tokens of it are written, [S]."""
+    length: Array
+    """Tokens of its prompt, [S]."""
+    token: Array
+    """The last one, [S]."""
+    busy: Array
+    asked: Array
+    """Prompts that were begun."""
+    written: Completions
+    """[N + 1, max_new_tokens]: the last row takes what belongs to no answer."""
+    steps: Array
+    """Decoding steps so far."""
+
+
+def generate_queued(
+    model: Transformer,
+    params: Any,
+    prompts: Int[Array, "P W"],
+    prompt_mask: Bool[Array, "P W"],
+    key: PRNGKeyArray,
+    *,
+    group_size: int,
+    slots: int,
+    max_new_tokens: int,
+    temperature: ScalarLike,
+    top_k: int | None = None,
+    top_p: ScalarLike | None = None,
+    eos_id: EosId,
+    pad_id: int,
+    limits: Int[Array, " N"] | None = None,
+) -> Completions:
+    """`group_size` answers to each of P left-padded prompts, N = P · group_size, prompt-major; `slots` at once.
+
+    They are the tokens that `generate` gives for the prompts, each repeated `group_size` times, with the same key,
+    whatever the slots. (Rounding in matrix products of other shapes can turn a draw that is decided in the last bit.)
+    `limits` are the most tokens of each answer; more than `max_new_tokens` counts as that. An answer at its limit is
+    cut there. Raises ValueError as `generate` does, and for slots that are not a multiple of the group size.
+    """
+    _check(max_new_tokens, temperature, top_k, top_p)
+    _check_ids(model.config.vocab_size, eos_ids(eos_id), pad_id)
+    _check_prompts(prompts, prompt_mask, model.config.vocab_size)
+    count = len(prompts) * group_size
+    if group_size < 1 or slots < group_size or slots % group_size:
+        raise ValueError(f"{slots} slots are not a multiple of the group size, {group_size}")
+    greedy = not isinstance(temperature, jax.core.Tracer) and float(temperature) == 0.0
+    most = jnp.full(count, max_new_tokens) if limits is None else jnp.minimum(jnp.asarray(limits), max_new_tokens)
+    completions, _ = _generate_queued(
+        model, params, prompts, prompt_mask, key, jnp.asarray(temperature, jnp.float32),
+        None if top_p is None else jnp.asarray(top_p, jnp.float32), jnp.maximum(most, 1).astype(jnp.int32),
+        group_size=group_size, slots=min(slots, count), max_new_tokens=max_new_tokens, greedy=greedy, top_k=top_k,
+        eos_id=eos_ids(eos_id), pad_id=pad_id,
+    )  # fmt: skip
+    return completions
+
+
+@partial(
+    jax.jit,
+    static_argnames=("model", "group_size", "slots", "max_new_tokens", "greedy", "top_k", "eos_id", "pad_id"),
+)
+def _generate_queued(
+    model: Transformer,
+    params: Any,
+    prompts: Array,
+    prompt_mask: Array,
+    key: PRNGKeyArray,
+    temperature: Array,
+    top_p: Array | None,
+    limits: Array,
+    *,
+    group_size: int,
+    slots: int,
+    max_new_tokens: int,
+    greedy: bool,
+    top_k: int | None,
+    eos_id: tuple[int, ...],
+    pad_id: int,
+) -> tuple[Completions, Array]:
+    """Completions, and how many decoding steps were run."""
+    number, width = prompts.shape
+    count, ring = number * group_size, width + max_new_tokens
+    # As many prompts are read at once as leave few slots idle for long, and few of them cost a pass of their own.
+    at_once = max(1, min(number, slots // group_size // 4))
+    lengths = prompt_mask.sum(axis=1).astype(jnp.int32)
+    limits = jnp.append(limits, max_new_tokens)
+    # The numbers that `generate` draws for N rows: one a step and row.
+    uniform = jax.vmap(lambda step: jax.random.uniform(jax.random.fold_in(key, step), (count,)))(
+        jnp.arange(max_new_tokens)
+    )
+
+    def sample(hidden: Array, row: Array, step: Array) -> tuple[Array, Array]:
+        """A token for each row of hidden states, and its log-probability."""
+        logits = model.apply({"params": params}, hidden[:, None], method="logits")[:, 0]
+        if greedy:
+            tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            logits = truncate(logits, top_k=top_k, top_p=top_p)
+            chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+            return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+        logits = truncate(logits / temperature, top_k=top_k, top_p=top_p)
+        return draw(logits, uniform[step, jnp.minimum(row, count - 1)])
+
+    def write(written: Completions, row: Array, step: Array, token: Array, logprob: Array) -> Completions:
+        return Completions(
+            written.tokens.at[row, step].set(token),
+            written.mask.at[row, step].set(row < count),
+            written.logprobs.at[row, step].set(logprob),
+        )
+
+    def goes_on(row: Array, emitted: Array, token: Array) -> Array:
+        return (row < count) & ~is_end(token, eos_id) & (emitted < limits[row])
+
+    def free(state: _State) -> Array:
+        return slots - state.busy.sum()
+
+    def may_refill(state: _State) -> Array:
+        return (free(state) >= at_once * group_size) & (state.asked < number)
+
+    def refill(state: _State) -> _State:
+        """The next prompts in slots that are free, each with its first token."""
+        chosen = state.asked + jnp.arange(at_once)
+        real, chosen = chosen < number, jnp.minimum(chosen, number - 1)
+        mask, cache = prompt_mask[chosen], init_cache(model.config, at_once, width)
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        hidden, cache = model.apply(
+            {"params": params}, prompts[chosen], positions, mask.astype(jnp.int32), cache, method="decode"
+        )
+        slot = jnp.argsort(state.busy, stable=True)[: at_once * group_size]
+        row = (chosen[:, None] * group_size + jnp.arange(group_size)[None]).reshape(-1)
+        row = jnp.where(jnp.repeat(real, group_size), row, count)
+        zero = jnp.zeros_like(row)
+        token, logprob = sample(jnp.repeat(hidden[:, -1], group_size, axis=0), row, zero)
+        return state._replace(
+            cache=_laid(state.cache, cache, slot, group_size, ring),
+            row=state.row.at[slot].set(row),
+            emitted=state.emitted.at[slot].set(1),
+            length=state.length.at[slot].set(jnp.repeat(lengths[chosen], group_size)),
+            token=state.token.at[slot].set(token),
+            busy=state.busy.at[slot].set(goes_on(row, zero + 1, token)),
+            asked=state.asked + at_once,
+            written=write(state.written, row, zero, token, logprob),
+        )
+
+    def decode(state: _State) -> _State:
+        """One more token in every slot; those that are free write to no answer."""
+        positions = (state.length + state.emitted - 1)[:, None]
+        hidden, cache = model.apply(
+            {"params": params}, state.token[:, None], positions, jnp.ones((slots, 1), jnp.int32), state.cache, True,
+            method="decode",
+        )  # fmt: skip
+        row = jnp.where(state.busy, state.row, count)
+        step = jnp.minimum(state.emitted, max_new_tokens - 1)
+        token, logprob = sample(hidden[:, -1], row, step)
+        return state._replace(
+            cache=cache,
+            emitted=state.emitted + 1,
+            token=token,
+            busy=goes_on(row, state.emitted + 1, token),
+            written=write(state.written, row, step, token, logprob),
+            steps=state.steps + 1,
+        )
+
+    def turn(state: _State) -> _State:
+        state = jax.lax.while_loop(may_refill, refill, state)
+        return jax.lax.while_loop(lambda s: s.busy.any() & ~may_refill(s), decode, state)
+
+    shape, nothing = (count + 1, max_new_tokens), jnp.zeros(slots, jnp.int32)
+    empty = Completions(jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32))
+    start = _State(
+        init_cache(model.config, slots, ring), jnp.full(slots, count), nothing, nothing, nothing,
+        jnp.zeros(slots, bool), jnp.zeros((), jnp.int32), empty, jnp.zeros((), jnp.int32),
+    )  # fmt: skip
+    state = jax.lax.while_loop(lambda s: s.busy.any() | (s.asked < number), turn, start)
+    return jax.tree.map(lambda x: x[:count], state.written), state.steps
+
+
+def _laid(ring: KVCache, read: KVCache, slot: Array, group_size: int, size: int) -> KVCache:
+    """The ring with what was read in the columns before the next one, of these slots; all else of theirs is empty."""
+    width = read.segment_ids.shape[1]
+    shift = ring.used % size - width
+
+    def rows(x: Array, axis: int) -> Array:
+        """[rows, …, width, …] -> [rows · group_size, …, size, …], turned to where the ring is."""
+        x = jnp.repeat(x, group_size, axis=x.ndim - 4 if x.ndim > 3 else 0)
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, size - width)
+        return jnp.roll(jnp.pad(x, pad), shift, axis=axis)
+
+    def layer(old: Array, new: Array) -> Array:  # [B, H, S, K], or [L, B, H, S, K] where layers are stacked
+        turned = rows(new, new.ndim - 2)
+        return old.at[slot].set(turned) if old.ndim == 4 else old.at[:, slot].set(turned)
+
+    return KVCache(
+        jax.tree.map(layer, ring.keys, read.keys),
+        jax.tree.map(layer, ring.values, read.values),
+        ring.segment_ids.at[slot].set(rows(read.segment_ids, 1)),
+        ring.used,
+        ring.positions.at[slot].set(rows(read.positions, 1)),
+    )

@@ -1,0 +1,85 @@
+"""A queue of prompts gives the tokens of the static batch, whatever the slots, in fewer steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from sampling.test_generate import MODEL, NEW, PAD, VOCAB, an_eos, new_params, prompts_of
+
+from rlhf_jax.models import Transformer
+from rlhf_jax.sampling import generate
+from rlhf_jax.sampling.queue import _generate_queued, generate_queued
+
+PROMPTS, GROUP = 5, 2
+
+
+def static(prompts, mask, model=MODEL, params=None, **options):
+    prompts, mask = (jnp.repeat(x, GROUP, axis=0) for x in (prompts, mask))
+    numbers = {"max_new_tokens": NEW, "temperature": 1.0, "eos_id": None, "pad_id": PAD} | options
+    return generate(model, params or new_params(), prompts, mask, jax.random.key(3), **numbers)
+
+
+def queued(prompts, mask, slots, model=MODEL, params=None, **options):
+    numbers = {"max_new_tokens": NEW, "temperature": 1.0, "eos_id": None, "pad_id": PAD} | options
+    return generate_queued(
+        model, params or new_params(), prompts, mask, jax.random.key(3), group_size=GROUP, slots=slots, **numbers
+    )
+
+
+def assert_same(found, expected):
+    assert_array_equal(found.mask, expected.mask)
+    assert_array_equal(np.where(found.mask, found.tokens, PAD), expected.tokens)
+    assert_allclose(np.where(found.mask, found.logprobs, 0), expected.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize(("slots", "temperature", "ends"), [(2, 0.7, 1), (6, 0.7, 2), (6, 0.0, 1), (40, 0.7, 0)])
+def test_the_tokens_are_those_of_the_static_batch(slots, temperature, ends):
+    prompts, mask = prompts_of(PROMPTS)
+    eos = an_eos(*(jnp.repeat(x, GROUP, axis=0) for x in (prompts, mask)))
+    options = {"temperature": temperature, "eos_id": (eos, 1 + eos % (VOCAB - 1))[:ends] or None}
+    assert_same(queued(prompts, mask, slots, **options), static(prompts, mask, **options))
+
+
+def test_the_ring_goes_round_and_nothing_of_another_row_is_seen():
+    # 24 prompts through 2 slots: the ring of 10 columns is written many times over.
+    prompts, mask = prompts_of(24, seed=1)
+    assert_same(queued(prompts, mask, 2, eos_id=4), static(prompts, mask, eos_id=4))
+
+
+@pytest.mark.parametrize("changes", [{"scan_layers": True}, {"windows": (3, None)}], ids=["stacked", "windows"])
+def test_stacked_layers_and_windows(changes):
+    from dataclasses import replace
+
+    model = Transformer(replace(MODEL.config, **changes))
+    params = model.init(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
+    prompts, mask = prompts_of(PROMPTS)
+    options = {"model": model, "params": params, "eos_id": 3}
+    assert_same(queued(prompts, mask, 4, **options), static(prompts, mask, **options))
+
+
+def test_an_answer_is_cut_at_its_limit():
+    prompts, mask = prompts_of(PROMPTS)
+    limits = jnp.asarray([1, 2, 3, 4, 5, 6, 1, 9, 2, 6])
+    found, whole = queued(prompts, mask, 4, limits=limits), static(prompts, mask)
+    assert found.mask.sum(axis=1).tolist() == jnp.minimum(limits, NEW).tolist()
+    assert_array_equal(np.where(found.mask, found.tokens, 0), np.where(found.mask, whole.tokens, 0))
+
+
+def test_a_slot_does_not_wait_for_the_longest_answer():
+    # Nine answers of one token and one of 40, in 2 slots: the static batch of 2 would take 40 + 4 steps in one place.
+    prompts, mask = prompts_of(10)
+    limits = jnp.asarray([40, *[4] * 9])
+    numbers = dict(max_new_tokens=40, greedy=False, top_k=None, eos_id=(), pad_id=PAD)
+    _, steps = _generate_queued(
+        MODEL, new_params(), prompts, mask, jax.random.key(3), jnp.float32(1), None, limits, group_size=1, slots=2,
+        **numbers,
+    )  # fmt: skip
+    # One slot is busy for 39 steps after the first token; the other gives the rest, 9 · 3 steps, meanwhile.
+    assert steps == 39
+
+
+@pytest.mark.parametrize("slots", [0, 1, 3])
+def test_slots_that_cannot_be_are_refused(slots):
+    with pytest.raises(ValueError, match=f"{slots} slots are not a multiple of the group size, 2"):
+        queued(*prompts_of(PROMPTS), slots)
