@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from rlhf_jax.data.conversations import message
 from rlhf_jax.data.rejects import BadRow
-from rlhf_jax.data.templates import REASONING, Span, Tools, run_marked, run_template
+from rlhf_jax.data.templates import REASONING, Span, Tools, keeps_marks, run_marked, run_template
 from rlhf_jax.data.tokenizer import PreTrainedTokenizerBase
 
 PLAIN_NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}
@@ -83,8 +83,7 @@ def template_spans(
 
     Raises BadRow when the template refuses the conversation, or does not show an answer.
     """
-    text = run_template(template, conversation, special_tokens, tools=tools)
-    turns = _marked_turns(text, template, conversation, special_tokens, tools)
+    text, turns = _written(template, conversation, special_tokens, tools)
     spans: dict[int, Span] = {}
     for number, turn in enumerate(conversation):
         if turn["role"] != "assistant":
@@ -144,18 +143,24 @@ def _is_marked(template: str, special_tokens: Specials) -> bool:
     return all(span and turn["content"] in text[slice(*span)] for turn, span in zip(turns, found, strict=True))
 
 
-def _marked_turns(
-    text: str, template: str, conversation: Conversation, special_tokens: dict[str, Any], tools: Tools
-) -> Sequence[Span | None]:
-    """The characters of each message, by the marks; None where these do not show it, or would change the text."""
-    if _is_marked(template, _hashable(special_tokens)):
-        try:
-            marked, found, _ = run_marked(template, conversation, special_tokens, tools=tools)
-        except BadRow:
-            marked = ""
-        if marked == text:
-            return found
-    return [None] * len(conversation)
+def _written(
+    template: str, conversation: Conversation, special_tokens: dict[str, Any], tools: Tools
+) -> tuple[str, Sequence[Span | None]]:
+    """What the template writes, and the characters of each message, by the marks.
+
+    None for a message that these do not show, and for all where they would change what is written.
+    """
+    run = partial(run_template, template, conversation, special_tokens, tools=tools)
+    if not _is_marked(template, _hashable(special_tokens)):
+        return run(), [None] * len(conversation)
+    if keeps_marks(template):
+        return run_marked(template, conversation, special_tokens, tools=tools)[:2]
+    text = run()
+    try:
+        marked, turns, _ = run_marked(template, conversation, special_tokens, tools=tools)
+    except BadRow:
+        marked, turns = "", ()
+    return text, turns if marked == text else [None] * len(conversation)
 
 
 Mine = tuple[str, Conversation, dict[str, Any], Tools, int]

@@ -74,7 +74,8 @@ def encode_row(row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
         encode_whole = partial(_answers, answers)
     found, dropped = _fit(partial(encode_whole, tokenizer, shields, row.tools), conversation, max_length)
     notes = [ENDED] * any(ended for _, ended in bare) + [SPELLED] * bool(shields) + [ENDLESS] * found.endless
-    for answer in answers or [()]:
+    # An answer that is words alone was found in the text.
+    for answer in [answer for n, answer in enumerate(answers) if n == 0 or not _is_plain(answer)] or [()]:
         notes += left_out((*prompt, *answer), row.tools, partial(_show, tokenizer), _template(tokenizer, row.tools))
     return Encoding(_result(row, found.ids), dropped, tuple(dict.fromkeys(notes)))
 
@@ -137,6 +138,10 @@ def _bare(answer: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[Con
     """The messages of an answer without signs of the end that its writer put there, and whether there were any."""
     turns = [without_stop(turn, tokenizer) if turn["role"] == "assistant" else (turn, False) for turn in answer]
     return tuple(turn for turn, _ in turns), any(ended for _, ended in turns)
+
+
+def _is_plain(answer: Conversation) -> bool:
+    return all(turn.keys() == {"role", "content"} and "</think>" not in turn["content"] for turn in answer)
 
 
 def _show(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict[str, Any]], tools: Tools) -> str:
@@ -227,10 +232,13 @@ def _answers(
     if any(other[:cut] != text for other, _, _ in found):
         raise BadRow("the chat template writes the prompt differently for each answer")
     given = _begun(text, [cut], tokenizer, shields)[0]
+    # From a special token on, a text is tokenised by itself.
+    at = max((text.rfind(name) for name in tokenizer.all_special_tokens if name), default=-1)
+    at = max(at, 0)
     responses = []
     for text, _, end in found:
-        before, response = _begun(text, [cut, end], tokenizer, shields)
-        if before != given:  # all are given the same ids, those of a rollout
+        before, response = stretches(text[at:], [cut - at, end - at], tokenizer, shields)
+        if before != given[len(given) - len(before) :]:  # all are given the same ids, those of a rollout
             response = stretches(text[cut:end], [end - cut], tokenizer, shields, first=False)[0]
         responses.append(_ended(response, tokenizer))
     return _Encoded((given, responses), len(given), max(map(len, responses)))

@@ -24,6 +24,7 @@ Span = tuple[int, int]
 
 OPEN, CLOSE, SHUT = "\ufdd0", "\ufdd1", "\ufdd2"
 """Code points that are no characters; with a hash of the messages between them they occur in no text."""
+MARK = re.compile(f"([{OPEN}{SHUT}])([0-9a-f]{{16}})\\.(\\d+){CLOSE}")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -116,16 +117,29 @@ def _unmarked(marked: str, nonce: str, count: int) -> tuple[str, tuple[Span | No
     turns: list[Span | None] = [None] * count
     began: dict[int, int] = {}
     text, tail, at = "", 0, 0
-    for found in re.finditer(f"([{OPEN}{SHUT}]){nonce}\\.(\\d+){CLOSE}", marked):
+    for found in MARK.finditer(marked):
+        if found[2] != nonce:
+            continue
         text += marked[at : found.start()]
         at = found.end()
-        number = int(found[2])
+        number = int(found[3])
         if found[1] == OPEN:
             began[number] = len(text)
         elif text[began[number] :].strip():
             turns[number], tail = (began[number], len(text)), len(text)
     text += marked[at:]
     return text, tuple(turns), tail
+
+
+@lru_cache(maxsize=128)
+def keeps_marks(template: str) -> bool:
+    """Whether marks stand in what a template writes, and nowhere that it could measure or trim."""
+    try:
+        tree = _environment().parse(template)
+    except TemplateError:
+        return False
+    captures = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock, nodes.Block)
+    return tree.find(captures) is None and not any(loop.recursive for loop in tree.find_all(nodes.For))
 
 
 class _Generation(ext.Extension):
@@ -141,18 +155,23 @@ class _Generation(ext.Extension):
 @lru_cache(maxsize=128)
 def _compiled(template: str, marked: bool) -> Any:
     """A template as transformers compiles it; marked, with a call of `rlhf_jax_mark` around each pass of each loop."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: clock.now().strftime(form)
+    environment = _environment()
     tree = environment.parse(template)
     for loop in list(tree.find_all(nodes.For)) if marked else ():
         if isinstance(loop.target, nodes.Name):
             loop.body = [_call(loop, OPEN), *loop.body, _call(loop, SHUT)]
     code = environment.compile(tree)
     return environment.template_class.from_code(environment, code, environment.make_globals(None))
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: clock.now().strftime(form)
+    return environment
 
 
 def _call(loop: nodes.For, sign: str) -> nodes.Node:
