@@ -139,7 +139,10 @@ def keeps_marks(template: str) -> bool:
     except TemplateError:
         return False
     captures = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock, nodes.Block)
-    return tree.find(captures) is None and not any(loop.recursive for loop in tree.find_all(nodes.For))
+    return not any(
+        isinstance(node, captures) or (isinstance(node, nodes.For) and node.recursive)
+        for node in tree.find_all(nodes.Node)
+    )
 
 
 class _Generation(ext.Extension):
