@@ -233,13 +233,10 @@ def _answers(
         raise BadRow("the chat template writes the prompt differently for each answer")
     given = _begun(text, [cut], tokenizer, shields)[0]
     # From a special token on, a text is tokenised by itself.
-    at = max((text.rfind(name) for name in tokenizer.all_special_tokens if name), default=-1)
-    at = max(at, 0)
+    at = max(0, *(text.rfind(name) for name in tokenizer.all_special_tokens if name))
     responses = []
     for text, _, end in found:
-        before, response = stretches(text[at:], [cut - at, end - at], tokenizer, shields)
-        if before != given[len(given) - len(before) :]:  # all are given the same ids, those of a rollout
-            response = stretches(text[cut:end], [end - cut], tokenizer, shields, first=False)[0]
+        _, response = stretches(text[at:], [cut - at, end - at], tokenizer, shields)
         responses.append(_ended(response, tokenizer))
     return _Encoded((given, responses), len(given), max(map(len, responses)))
 

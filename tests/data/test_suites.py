@@ -3,7 +3,10 @@
 import gzip
 import json
 
+import pytest
+
 from rlhf_jax.data import suites
+from rlhf_jax.errors import UserError
 
 
 def test_pandalm_and_llmbar_in_their_published_form(shared_data):
@@ -31,6 +34,18 @@ def test_pandalm_and_llmbar_in_their_published_form(shared_data):
                 row[f"output_{row['label']}"],
                 row[f"output_{3 - row['label']}"],
             )
+
+
+def test_columns_that_mean_something_are_used_refused_or_counted(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "q", "system": "be kind"}) + "\n")
+    with pytest.raises(UserError, match=r"rows.jsonl:1: column 'system' cannot be used in this format"):
+        suites.read_prompts(str(path), None)
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b", "system": "be kind", "subset": "x", "id": 3}
+    path.write_text(json.dumps(pair) + "\n")
+    found = suites.read_preferences(str(path), None)
+    assert found.pairs[0].prompt[0] == {"role": "system", "content": "be kind"}
+    assert found.notes[1:] == [f"{path}: columns not read: id: 1 rows (lines 1)"]
 
 
 def test_other_files_are_read_whole(shared_data):

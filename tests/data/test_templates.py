@@ -137,6 +137,13 @@ def test_without_an_end_of_turn_the_next_turns_sign_ends_an_answer(tokenizer):
     assert ids[:-1] == tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)
 
 
+def test_space_at_the_end_of_an_answer_that_nothing_ends_is_its_own(tokenizer):
+    tokenizer.chat_template = GLM
+    tokenizer.add_special_tokens({"additional_special_tokens": SIGNS})
+    document, _ = encode(Demonstration(turns("q"), turns("", "a\n", "r", "b\n\n")[1:], PLACE), tokenizer, 400)
+    assert [tokenizer.decode(ids) for ids in document[1::2]] == ["a\n<|user|>", "b\n\n<|im_end|>"]
+
+
 def test_a_template_that_ends_answers_with_nothing_is_named(tokenizer, shared_data):
     row = Demonstration(turns("q"), turns("", "a", "r", "b")[1:], PLACE)
     tokenizer.chat_template = GLM  # whose signs are only characters to this tokenizer

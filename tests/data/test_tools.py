@@ -35,7 +35,7 @@ def said(row):
     return normalise("messages", row, PLACE)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tokenizer(shared_data):
     return AutoTokenizer.from_pretrained(shared_data / "tokenizer" / "minimind")
 
@@ -161,6 +161,15 @@ def test_rows_out_of_arrow_have_the_ids_of_the_same_rows_as_jsonl(tmp_path, shar
     assert ids_of(path, tokenizer) == expected
     text = tokenizer.decode([i for document in expected for part in document for i in part])
     assert '{"city": "Oslo"}' in text and "null" not in text
+
+
+def test_calls_without_tools_lose_their_gaps_too(tmp_path, tokenizer):
+    rows = [{"messages": row["messages"]} for row in ARROW]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for name in ("x.parquet", "saved"):
+        assert ids_of(tmp_path / name, tokenizer) == ids_of(tmp_path / "rows.jsonl", tokenizer)
 
 
 def test_a_null_that_a_jsonl_row_means_is_kept():
