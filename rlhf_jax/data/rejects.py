@@ -59,7 +59,7 @@ class Rejects:
 
     def reject(self, place: Place, reason: str, row: Any, *, detail: str = "") -> None:
         """Counts the row, once, or raises UserError with "source:line: reason: detail" under the policy "stop"."""
-        reason, detail = _one_line(reason), _one_line(detail)
+        reason, detail = one_line(reason), one_line(detail)
         if self.policy == "stop":
             whole = f"{reason}: {detail}" if detail else reason
             raise UserError(f"{place}: {whole} (--on-bad-row=skip leaves such rows out and counts them)")
@@ -77,7 +77,7 @@ class Rejects:
 
     def note(self, place: Place, reason: str) -> None:
         """Counts a row that is used, but not as it stands."""
-        _add(self._noted, place, reason)
+        _add(self._noted, place, one_line(reason))
 
     def use(self, place: Place) -> None:
         """Counts a row that is used."""
@@ -177,5 +177,6 @@ def _add(counted: dict[tuple[str, str], _Count], place: Place, reason: str) -> N
     counted[place.source, reason] = _Count(before.rows + 1, lines)
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """A text for a message: on one line, and not longer than a reader would read."""
     return " ".join(text.split())[:300]

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 from rlhf_jax.data.formats import COLUMNS, FORMATS, known, normalise, not_read, recognise
-from rlhf_jax.data.rejects import BadRow, Place, Rejects
+from rlhf_jax.data.rejects import BadRow, Place, Rejects, one_line
 from rlhf_jax.data.sources import Broken, read_source
 from rlhf_jax.errors import UserError
 
@@ -50,10 +50,10 @@ def find_format(
         try:
             found = recognise({name for name, value in named.items() if value is not None}, kind)
         except UserError as error:
-            raise UserError(f"{place}: {error} by --{kind}-format") from None
+            raise UserError(f"{place}: {one_line(str(error))} by --{kind}-format") from None
         if found is not None:
             return found
-        names = ", ".join(sorted(map(str, fields))) or "(none)"
+        names = one_line(", ".join(sorted(map(str, fields)))) or "(none)"
         reason = reason if " fields " in reason else f"{place}: fields {names}; known {kind} are: {known(kind)}"
     raise UserError(reason)
 

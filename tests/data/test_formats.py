@@ -183,6 +183,10 @@ def test_nothing_is_guessed(tmp_path):
     unknown = write(tmp_path / "unknown", [{"question": "a", "answer": "b"}])
     with pytest.raises(UserError, match="unknown:1: fields answer, question; known demonstrations are: messages"):
         find_format(unknown, "demonstrations")
+    odd = write(tmp_path / "odd", [{"a\nb": "a", "c" * 900: 1}])
+    with pytest.raises(UserError, match="odd:1: fields a b, ccc") as caught:
+        find_format(odd, "demonstrations")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 900
     columns = ("prompt=question", "completion=answer")
     assert find_format(unknown, "demonstrations", columns=columns) == "prompt_completion"
     [read] = read_rows(unknown, "prompt_completion", Rejects(), columns=columns)
