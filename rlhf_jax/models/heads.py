@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
@@ -66,7 +67,7 @@ def last_token_rewards(values: Float[Array, "B T"], mask: Bool[Array, "B T"]) ->
     where it is traced.
     """
     check_shapes({"values": values, "mask": mask}, rank=2)
-    if not isinstance(mask, jax.core.Tracer) and bool(jnp.any(mask[:, -1:])):
+    if not isinstance(mask, jax.core.Tracer) and np.asarray(mask)[:, -1:].any():
         raise ValueError(
             "the mask is True in the last column, whose target is no input: a batch needs a padding column at its end"
         )
