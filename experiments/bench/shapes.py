@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from rlhf_jax.models import ModelConfig, Precision
-from rlhf_jax.models.hf import FAMILIES
+from rlhf_jax.models.families import FAMILIES
 
 LLAMA3 = {
     "model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 500000.0,

@@ -3,7 +3,7 @@
 from rlhf_jax.models.card import ModelCard
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import ScalarModel, from_language_model, last_token_rewards
-from rlhf_jax.models.hf import load_hf, load_hf_config, load_hf_reward_model, save_hf, save_hf_reward_model
+from rlhf_jax.models.hf import load_hf, load_hf_config, load_hf_reward_model
 from rlhf_jax.models.lora import (
     cast_frozen,
     init_lora,
@@ -16,6 +16,7 @@ from rlhf_jax.models.lora import (
 from rlhf_jax.models.peft import load_peft, load_peft_reward_model, save_peft, save_peft_reward_model
 from rlhf_jax.models.precision import BFLOAT16, FLOAT32, MIXED, Precision
 from rlhf_jax.models.rope import LinearScaling, Llama3Scaling, LongRope
+from rlhf_jax.models.save import save_hf, save_hf_reward_model
 from rlhf_jax.models.transformer import KVCache, Transformer, head_kernel, init_cache
 
 __all__ = [

@@ -270,3 +270,10 @@ FAMILIES = {
         ),
     )
 }  # fmt: skip
+
+
+def family_of(config: ModelConfig) -> Family:
+    """Its tables. Raises ValueError for a family that has none."""
+    if config.family not in FAMILIES:
+        raise ValueError(f"family {config.family!r} is not supported, only {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[config.family]

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.families import family_of
 from rlhf_jax.models.files import read_json, write_text
-from rlhf_jax.models.hf import family_of
 from rlhf_jax.models.transformer import LORA_LEAVES
 from rlhf_jax.models.weights import flat, layers_apart, layers_stacked, nested, param_shapes
 

@@ -207,5 +207,5 @@ def _usual(hf: Json, name: str, value: Any) -> bool:
         case "sliding_window":  # no shorter than any text
             return isinstance(value, int) and value >= hf.get("max_position_embeddings", 0) > 0
         case "head_dim":
-            return isinstance(value, int) and isinstance(heads, int) and value * heads == width
+            return isinstance(value, int) and value * (heads or 0) == width
     return False
