@@ -16,6 +16,6 @@ def at_least(cfg: Any, **bounds: float | int) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line; its type where it says nothing."""
+    """One line of an error of another library: its words, or its type where it has none."""
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -34,7 +34,7 @@ class Pretrained(NamedTuple):
     ends: tuple[int, ...] = ()
     """The tokens that end an answer by generation_config.json, or else by config.json."""
     notes: tuple[str, ...] = ()
-    """What the folder says and is not used, a line each: for whoever loads the model to say."""
+    """A line for each thing that the folder says and that is not used: for whoever loads the model to say."""
 
     @property
     def eos_id(self) -> tuple[int, ...]:

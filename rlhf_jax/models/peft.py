@@ -192,7 +192,7 @@ def _adapter(folder: Path, config: ModelConfig, card: dict[str, Any], tensors: d
 
 
 def _by_pattern(card: dict[str, Any], name: str, module: str, usual: Any) -> Any:
-    """As PEFT: the value of the first pattern that the module's name ends with."""
+    """The value of the first pattern that the module's name ends with, as PEFT has it."""
     patterns = (card.get(name) or {}).items()
     return next((value for end, value in patterns if re.match(rf"(.*\.)?({end})$", module)), usual)
 

@@ -18,7 +18,7 @@ from rlhf_jax.models.tokenizer import with_padding
 from rlhf_jax.models.weights import flat, join, layers_apart, param_shapes
 
 ONE_LABEL = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-"""What config.json says of a classifier with one label; a language model with it is loaded as such a classifier."""
+"""Rows of config.json for a classifier with one label. A language model may have them: it is then loaded as one."""
 
 
 def save_hf(
