@@ -332,3 +332,14 @@ def test_a_rank_that_the_card_does_not_say(base, tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 3, "rank_pattern": {}} | change))
         with pytest.raises(ValueError, match=words):
             load_peft(tmp_path, config)
+
+
+def test_a_library_that_an_adapter_names_is_not_imported(base, tmp_path, monkeypatch):
+    _, config, params = base("llama")
+    save_peft(tmp_path, config, trained(params))
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    named = {"auto_mapping": {"base_model_class": "Model", "parent_library": "evil"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    same(load_peft(tmp_path, config), trained(params))
