@@ -12,7 +12,7 @@ from rlhf_jax.errors import UserError, first_line
 from rlhf_jax.models import FLOAT32, ModelConfig, Precision, load_hf, load_hf_config, load_hf_reward_model
 from rlhf_jax.models.files import checkpoint_folder, read_json
 from rlhf_jax.models.hf import unread
-from rlhf_jax.models.tokenizer import check_vocabulary, read_tokenizer
+from rlhf_jax.models.tokenizer import check_vocabulary, read_tokenizer, without_media
 from rlhf_jax.models.weights import param_shapes
 from rlhf_jax.sampling.ends import ended, is_end
 from rlhf_jax.sharding import current_mesh, parameter_sharding
@@ -124,10 +124,12 @@ def _load(path_or_name: str, read: Callable[..., tuple[ModelConfig, Any]], preci
     try:
         folder = checkpoint_folder(path_or_name)
         config = load_hf_config(folder)
-        ends, notes = end_ids(folder, config.vocab_size), tuple(unread(folder))
-        tokenizer = read_tokenizer(folder)
+        ends, notes = end_ids(folder, config.vocab_size), unread(folder)
+        tokenizer, left_out = without_media(read_tokenizer(folder), config.vocab_size)
+        if left_out:
+            notes.append(f"{folder}: tokens that are no text, and that the model lacks, are left out: {left_out}")
         check_vocabulary(tokenizer, config.vocab_size, folder)
         config, params = read(folder, shardings=hf_shardings(folder), precision=precision)
     except (ValueError, OSError) as error:
         raise UserError(first_line(error)) from None
-    return Pretrained(config, params, tokenizer, path_or_name, ends, notes)
+    return Pretrained(config, params, tokenizer, path_or_name, ends, tuple(notes))

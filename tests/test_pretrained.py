@@ -21,7 +21,7 @@ from rlhf_jax.data.formats import Prompt
 from rlhf_jax.data.rejects import Place
 from rlhf_jax.data.tokens import pad_prompts
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import ScalarModel, save_hf_reward_model
+from rlhf_jax.models import ScalarModel, save_hf, save_hf_reward_model
 from rlhf_jax.models.tokenizer import read_tokenizer
 from rlhf_jax.pretrained import load_policy, load_reward_model, load_tokenizer
 from rlhf_jax.sampling.texts import answer_texts
@@ -125,6 +125,26 @@ def test_a_reward_models_tokenizer_is_measured_by_its_own_table(stories, tmp_pat
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.save_pretrained(tmp_path / "rm")
     refused(load_reward_model, tmp_path / "rm", "tokenizer has 513 tokens", "the model has 512", "'<pad>' is 512")
+
+
+def test_a_token_for_images_that_the_model_lacks_is_left_out(stories, tmp_path):
+    """As Gemma 3 1B has it: 262,145 tokens and a table of 262,144."""
+    before = load_policy(str(stories))
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image_soft_token>"]})
+    tokenizer.save_pretrained(stories)
+    model = load_policy(str(stories))
+    assert len(model.notes) == 1 and "left out: ['<image_soft_token>']" in model.notes[0]
+    text = "A dog <image_soft_token> here"
+    assert encode_prompt("A dog", model.tokenizer) == encode_prompt("A dog", before.tokenizer)
+    ids = encode_prompt(text, model.tokenizer)
+    assert max(ids) < 512 and "<image_soft_token>" in model.tokenizer.decode(ids)
+    save_hf(tmp_path / "again", model.config, model.params, tokenizer=model.tokenizer)
+    again = load_policy(str(tmp_path / "again"))
+    assert encode_prompt(text, again.tokenizer) == ids
+    tokenizer.add_tokens(["<a>"])
+    tokenizer.save_pretrained(stories)
+    refused(load_policy, stories, "tokenizer has 514 tokens", "the model has 512", "'<a>' is 513")
 
 
 def test_a_hole_in_the_ids_hides_nothing(stories):

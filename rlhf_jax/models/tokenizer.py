@@ -1,6 +1,7 @@
 """The tokenizer of a checkpoint: read from its folder, never by code that lies there, and made ready for others."""
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +60,27 @@ def has_code_of_its_own(settings: dict[str, Any], kind: str) -> str | None:
     return str(names[0]) if names else None
 
 
+MEDIA = re.compile("image|audio|video|vision", re.I)
+"""Names of special tokens that stand for what is no text."""
+
+
+def without_media(tokenizer: Any, vocab_size: int) -> tuple[Any, list[str]]:
+    """The tokenizer without the special tokens for images and the like that the model's table ends before; and those.
+
+    A text model that was made from one of several media (Gemma 3 1B) has its tokenizer; such a token is text then.
+    """
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names = [name for name, number in tokenizer.get_vocab().items() if number >= vocab_size]
+    if not names or not all(name in special and MEDIA.search(name) for name in names):
+        return tokenizer, []  # the others are an error, which names them
+    from tokenizers import Tokenizer
+
+    saved = json.loads(tokenizer.backend_tokenizer.to_str())
+    saved["added_tokens"] = [token for token in saved["added_tokens"] if token["content"] not in names]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(saved))
+    return tokenizer, sorted(names)
+
+
 def check_vocabulary(tokenizer: Any, vocab_size: int, where: str | Path) -> None:
     """Raises ValueError, with both sizes, for a tokenizer that gives ids which a model of `vocab_size` does not have.
 
@@ -106,7 +128,7 @@ NO_WORDS = (r"pad", r"reserved|unused|dummy")
 
 def _unused(tokenizer: Any) -> str | None:
     names = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
-    names = [name for name in names if not re.search("image|video|vision|audio", name, re.I)]
+    names = [name for name in names if not MEDIA.search(name)]
     return next((name for words in NO_WORDS for name in names if re.search(words, name, re.I)), None)
 
 

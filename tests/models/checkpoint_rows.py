@@ -44,6 +44,8 @@ TOKENIZER: LINES = [
      PRETRAINED + "test_what_cannot_be_read_is_one_line"),
     ("number of tokens", "more than the model's vocabulary is an error",
      PRETRAINED + "test_a_tokenizer_with_more_tokens_than_the_model"),
+    ("special tokens for images and the like beyond the table", "left out, and said",
+     PRETRAINED + "test_a_token_for_images_that_the_model_lacks_is_left_out"),
     ("`eos_token`", "read; none is an error", PRETRAINED + "test_what_cannot_be_read_is_one_line"),
     ("`auto_map` with AutoTokenizer", "refused: its code is never run, and nobody is asked",
      PRETRAINED + "test_a_tokenizers_own_code_is_never_run"),
