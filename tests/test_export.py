@@ -1,7 +1,7 @@
 """A run's folders: what they hold for those who load them."""
 
 import json
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from rlhf_jax.export import export_adapters, export_policy, export_reward_model
+from rlhf_jax.log import Run
 from rlhf_jax.models import init_lora, with_lora
 from rlhf_jax.pretrained import load_policy, load_reward_model
 
@@ -20,10 +21,21 @@ def base(shared_data):
     return load_policy(str(shared_data / "model" / "stories260K-hf"))._replace(ends=(2, 426))
 
 
+@dataclass(frozen=True)
+class Config:
+    seed: int = 0
+
+
 @pytest.fixture
-def run(tmp_path):
-    said = []
-    return SimpleNamespace(first=True, dir=tmp_path, say=said.append, said=said)
+def said():
+    return []
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, said):
+    with Run(tmp_path / "run", Config(), name="test") as run:
+        monkeypatch.setattr(run, "say", said.append)
+        yield run
 
 
 def told(folder):
@@ -61,7 +73,7 @@ def test_one_end_is_a_number(base, run):
 
 
 @pytest.mark.parametrize("only_eos", [False, True])
-def test_adapters_come_with_tokenizers_and_a_base_for_both(base, run, only_eos):
+def test_adapters_come_with_tokenizers_and_a_base_for_both(base, run, said, only_eos):
     if only_eos:
         tokenizer = AutoTokenizer.from_pretrained(base.name)
         tokenizer.unk_token = tokenizer.bos_token = None
@@ -75,4 +87,4 @@ def test_adapters_come_with_tokenizers_and_a_base_for_both(base, run, only_eos):
         tokenizer = AutoTokenizer.from_pretrained(run.dir / name)
         assert (tokenizer.padding_side, tokenizer.pad_token_id) == (side, pad)
         np.testing.assert_array_equal(tokenizer("A dog")["input_ids"], base.tokenizer("A dog")["input_ids"])
-    assert any("no token for padding but the EOS" in line for line in run.said) == only_eos
+    assert any("no token for padding but the EOS" in line for line in said) == only_eos
