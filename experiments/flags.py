@@ -450,7 +450,7 @@ class Groups(Adapters, Training, GroupFlags):
 
 @dataclass(frozen=True)
 class GroupConfig(RunFlags, SamplingFlags, ReferenceFlags, ModelFlags, PromptFlags, RewardFlags):
-    """What such a stage is given."""
+    """The model, the prompts and the rewards of a stage without a critic."""
 
     def __post_init__(self) -> None:
         """Raises UserError for prompts without a reward."""

@@ -1,4 +1,4 @@
-"""What stages do with the flags that they share: open a task, a reference and rewards; fill in numbers.
+"""The work that stages share, with the flags that they share: open a task and rewards, fill in numbers, run.
 
 In the controlled world a stage that lacks a policy or a reward model runs the stage that makes it (`made_first`).
 """

@@ -59,12 +59,12 @@ class Answers(NamedTuple):
     ref_logprobs: Float[Array, "B T"] | None
     """None where the loss has no KL."""
     sampler_logprobs: Float[Array, "B T"]
-    """What the sampler said when it sampled; it may compute in another precision than the trainer."""
+    """The sampler's own ones; it may compute in another precision than the trainer."""
     advantages: Float[Array, " B"]
 
 
 class Algorithm(NamedTuple):
-    """What is special of one algorithm of this family."""
+    """The parts in which algorithms of this family differ."""
 
     advantages: Callable[[Float[Array, " B"]], Float[Array, " B"]]
     """advantages(scores), prompt-major: the answers to a prompt stand together."""
@@ -184,7 +184,7 @@ def with_signal(parts: Sequence[Scored], prompts: int, group_size: int) -> Score
 
 
 def added(parts: Sequence[HostScores]) -> HostScores:
-    """What a host reward found in several rounds, as one."""
+    """The findings of a host reward in several rounds, as one."""
     return HostScores(
         np.concatenate([part.scores for part in parts]),
         sum(part.errors for part in parts),

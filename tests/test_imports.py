@@ -42,7 +42,7 @@ LEVELS = (
         "verdict",
         "optimizers",
     },
-    {"tasks"},
+    {"tasks", "groups"},
     {"cli"},
 )
 BASES = {"jax", "jaxtyping", "rlhf_jax"} | sys.stdlib_module_names

@@ -22,7 +22,10 @@ EMPTY = "empty answer"
 
 
 def read_answer(row: Mapping[str, Any], field: str, prompt: Conversation) -> Conversation:
-    """Text, a message list, or a message list that repeats the prompt first, with or without its context."""
+    """Text, a message list, or a message list that repeats the prompt first, with or without its context.
+
+    Raises BadRow for a list that does not begin and end with the assistant, and for an empty answer.
+    """
     value = row[field]
     if isinstance(value, list):
         answer = messages(row, field)

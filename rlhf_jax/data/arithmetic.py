@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlhf_jax.errors import UserError
+
 Kind = Literal["add", "subtract", "multiply", "compare", "largest"]
 KINDS: tuple[Kind, ...] = ("add", "compare", "largest")
 FORM = "Answer with #### and the number only."
@@ -76,8 +78,6 @@ class Config:
 
 def main(cfg: Config) -> None:
     """Writes the file. Raises UserError for numbers that are too small, or a file that is there."""
-    from rlhf_jax.errors import UserError
-
     try:
         rows = make_problems(cfg.count, digits=cfg.digits, terms=cfg.terms, kinds=cfg.kinds, seed=cfg.seed)
     except ValueError as error:
@@ -89,8 +89,12 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    from rlhf_jax.cli import run_main
+    import tyro
 
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):  # the file needs no flag
         sys.argv.insert(1, "--file")
-    run_main(main, Config)
+    try:
+        main(tyro.cli(Config))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

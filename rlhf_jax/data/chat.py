@@ -123,7 +123,7 @@ def generation_prompt(template: str, special_tokens: Specials) -> str:
 
 @lru_cache(maxsize=64)
 def stop_sign(template: str, special_tokens: Specials) -> str:
-    """What the template writes between an answer and the next turn as the answer's end; empty when it has none."""
+    """The end of an answer: the text that the template writes between it and the next turn, or nothing."""
     turns = [message(role, word) for word in ("73101", "73102") for role in ("user", "assistant")]
     try:
         text, spans = template_spans(template, turns, dict(special_tokens))
@@ -146,7 +146,7 @@ def _is_marked(template: str, special_tokens: Specials) -> bool:
 def _written(
     template: str, conversation: Conversation, special_tokens: dict[str, Any], tools: Tools
 ) -> tuple[str, Sequence[Span | None]]:
-    """What the template writes, and the characters of each message, by the marks.
+    """The text that the template writes, and the characters of each message, by the marks.
 
     None for a message that these do not show, and for all where they would change what is written.
     """
@@ -282,7 +282,7 @@ def _common(a: str, b: str) -> int:
 
 
 def _common_signs(a: str, b: str) -> int:
-    """What two texts begin with, without a sign of which they have only the first characters in common."""
+    """The beginning that two texts share, without a sign that only begins alike in both."""
     common = a[: _common(a, b)]
     return len(common) if common == b else len(re.sub(r"[<\[{(][^>\]})\s]*$", "", common))
 

@@ -1,4 +1,4 @@
-"""What stands in front of a prompt, in columns of its own: a system text, and the turns before it."""
+"""Columns that stand in front of a prompt: a system text, and the turns before it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -39,7 +39,7 @@ def opened(row: Mapping[str, Any], prompt: Conversation) -> int:
 
 
 def user_turn(row: Mapping[str, Any]) -> Conversation:
-    """What the user says in an instruction and its input: below each other, each as it is."""
+    """The user's words from an instruction and its input: below each other, each as it is."""
     parts = [check_text(row, "instruction")]
     if row.get("input") is not None:
         parts.append(check_text(row, "input"))

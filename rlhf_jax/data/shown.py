@@ -1,4 +1,4 @@
-"""What a chat template leaves out of a conversation: digits are put into every text, and looked for in the result."""
+"""Parts of a conversation that a chat template leaves out: digits are put into every text, and looked for in the result."""
 
 import hashlib
 import json

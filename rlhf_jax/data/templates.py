@@ -36,7 +36,7 @@ def run_template(
     tools: Tools = None,
     add_generation_prompt: bool = False,
 ) -> str:
-    """What the template writes, as transformers' `apply_chat_template` has it.
+    """The text that the template writes, as transformers' `apply_chat_template` has it.
 
     Arguments of calls are objects, as templates expect them; where a template asks whether they are text, they stay as
     they came, and where it fails with objects, they are JSON text. Raises BadRow when the template fails.
@@ -54,7 +54,7 @@ def run_marked(
     tools: Tools = None,
     add_generation_prompt: bool = False,
 ) -> tuple[str, tuple[Span | None, ...], int]:
-    """What the template writes, the characters that each message became, and where the text after the last begins.
+    """The text that the template writes, the characters of each message, and where the text after the last begins.
 
     A message that no loop wrote has None. Raises BadRow when the template fails.
     """
