@@ -1,4 +1,4 @@
-"""Parts of a conversation that a chat template leaves out: digits are put into every text, and looked for in the result."""
+"""Parts of a conversation that a chat template leaves out: digits are put into every text and looked for."""
 
 import hashlib
 import json
