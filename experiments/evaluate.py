@@ -360,6 +360,9 @@ def main(cfg: Config) -> dict[str, float]:
     with Run(cfg.run_dir, cfg, name="evaluate", resume=cfg.resume) as run:
         read = ("model", "against", "reward_model", "judge", "preferences", "prompts", "ifeval", "gsm8k", "text")
         run.inputs(**{name: getattr(cfg, name) for name in read})
+        for model in models:
+            for note in () if model is None else model.notes:
+                run.say(note)
         if run.first:
             (run.dir / "answers.jsonl").unlink(missing_ok=True)
         for name, found in preferences:

@@ -88,7 +88,7 @@ def open_task(cfg: Any, run: Run, *, first: str | None = None) -> Task:
     if not files:
         refuse_in_the_world(cfg)
         folder = cfg.model or (made_first(cfg, run, first) / "policy" if first else None)
-        base = None if folder is None else load_policy(str(folder), precision)
+        base = None if folder is None else say_notes(run, load_policy(str(folder), precision))
         keep_freed_memory()
         world = World(cfg.seed, base=base, precision=precision)
         world.eval_batch_size = getattr(cfg, "eval_batch_size", None) or world.eval_batch_size
@@ -96,10 +96,17 @@ def open_task(cfg: Any, run: Run, *, first: str | None = None) -> Task:
     if cfg.model is None:
         raise UserError(f"--{next(iter(files))} needs --model: a Hugging Face folder or hub name to start from")
     return TextTask(
-        load_policy(cfg.model, precision), run, files, seed=cfg.seed, max_length=cfg.max_length,
+        say_notes(run, load_policy(cfg.model, precision)), run, files, seed=cfg.seed, max_length=cfg.max_length,
         max_new_tokens=cfg.max_new_tokens, eval_batch_size=cfg.eval_batch_size or 16, limit=cfg.limit,
         heldout=cfg.heldout, on_bad_row=cfg.on_bad_row, streaming=getattr(cfg, "streaming", False),
     )  # fmt: skip
+
+
+def say_notes(run: Run, model: Pretrained) -> Pretrained:
+    """The same model; the run says what of its folder is not used."""
+    for note in model.notes:
+        run.say(note)
+    return model
 
 
 def refuse_in_the_world(cfg: Any) -> None:
@@ -136,7 +143,7 @@ def open_reference(cfg: Any, task: Task) -> Params | None:
     """The parameters of --reference; None where it is what training starts from."""
     if cfg.reference is None:
         return None
-    return load_reference(cfg.reference, task.base, PRECISIONS[cfg.precision])
+    return load_reference(cfg.reference, task.base, PRECISIONS[cfg.precision], say=run.say)
 
 
 @contextmanager
@@ -163,7 +170,7 @@ def open_rewards(
         task, policy_sampler(cfg, task), models=models, functions=functions, weights=cfg.reward_weights,
         watched=watched, precision=PRECISIONS[cfg.precision],
         limits=Limits(seconds=cfg.reward_time_limit, jobs=cfg.reward_jobs), failed_score=failed_score,
-        max_failed_share=cfg.reward_max_failed, others=others,
+        max_failed_share=cfg.reward_max_failed, others=others, say=run.say,
     ) as rewards:  # fmt: skip
         yield rewards
 

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from rlhf_jax.batches import Completions, Prompts
+from rlhf_jax.data.templates import check_template
 from rlhf_jax.errors import UserError, first_line
 from rlhf_jax.models import FLOAT32, ModelConfig, Precision, load_hf, load_hf_config, load_hf_reward_model
 from rlhf_jax.models.files import checkpoint_folder, read_json
@@ -129,6 +130,7 @@ def _load(path_or_name: str, read: Callable[..., tuple[ModelConfig, Any]], preci
         if left_out:
             notes.append(f"{folder}: tokens that are no text, and that the model lacks, are left out: {left_out}")
         check_vocabulary(tokenizer, config.vocab_size, folder)
+        check_template(tokenizer.chat_template, folder)
         config, params = read(folder, shardings=hf_shardings(folder), precision=precision)
     except (ValueError, OSError) as error:
         raise UserError(first_line(error)) from None

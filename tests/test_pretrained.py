@@ -225,6 +225,7 @@ BROKEN = {
     "named template files": (named_template_files, ["chat templates are rag", "default"]),
     "none at all": (remove("tokenizer.json", "tokenizer_config.json"), ["has no tokenizer", "save_pretrained"]),
     "settings alone": (remove("tokenizer.json"), ["has no tokenizer", "save_pretrained"]),
+    "broken template": (write("chat_template.jinja", "a\n{% for m in %}"), ["template cannot be read, its line 2"]),
     "no JSON": (write("tokenizer.json", "{"), ["tokenizer.json is not JSON", "save_pretrained"]),
     "empty": (write("tokenizer.json", ""), ["tokenizer.json is not JSON"]),
     "empty object": (write("tokenizer.json", "{}"), ["tokenizer.json", "cannot read the tokenizer"]),

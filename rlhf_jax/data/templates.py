@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
 
-from jinja2 import TemplateError, ext, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, ext, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rlhf_jax import clock
@@ -129,6 +129,17 @@ def _unmarked(marked: str, nonce: str, count: int) -> tuple[str, tuple[Span | No
             turns[number], tail = (began[number], len(text)), len(text)
     text += marked[at:]
     return text, tuple(turns), tail
+
+
+def check_template(template: str | None, name: object) -> None:
+    """Raises ValueError when a chat template is no Jinja, with the line; `name` says whose it is."""
+    try:
+        _environment().parse(template or "")
+    except TemplateSyntaxError as error:
+        raise ValueError(
+            f"{name}: the chat template cannot be read, its line {error.lineno}: {error.message}; put it right, or"
+            " remove it and let turns be written as Human and Assistant"
+        ) from None
 
 
 @lru_cache(maxsize=128)

@@ -39,11 +39,12 @@ def load_rewards(
     limits: Limits,
     failed_score: float,
     max_failed_share: float,
+    say: Callable[[str], None],
     others: Sequence[Reward] = (),
 ) -> Iterator[Rewards]:
     """Reward models from folders, then functions FILE.py:NAME, while the `with` lasts; processes end with it.
 
-    `others` are rewards that are there already.
+    `others` are rewards that are there already. `say` is told what of a model's folder is not used.
     `weights` are theirs in this order, by default 1 each. `watched` names scorers of either kind that only measure.
     Raises UserError without any reward, and for one that cannot be read.
     """
@@ -59,6 +60,8 @@ def load_rewards(
 
         def of_folder(folder: str, weight: float) -> tuple[Reward, tuple[ModelConfig, Params] | None]:
             model = load_reward_model(folder, precision)
+            for note in model.notes:
+                say(note)
             return model_scorer(
                 task, model, name=Path(folder).name, weight=weight, failed_score=failed_score,
                 max_failed_share=max_failed_share,
@@ -91,9 +94,14 @@ def model_scorer(
     return model_reward(model.config, model.params, name=name, weight=weight), (model.config, model.params)
 
 
-def load_reference(path_or_name: str, base: Pretrained, precision: Precision) -> Params:
-    """The parameters of a reference policy. Raises UserError for one of another shape or tokenizer than `base`."""
+def load_reference(path_or_name: str, base: Pretrained, precision: Precision, *, say: Callable[[str], None]) -> Params:
+    """The parameters of a reference policy. `say` is told what of its folder is not used.
+
+    Raises UserError for one of another shape or tokenizer than `base`.
+    """
     reference = load_policy(path_or_name, precision)
+    for note in reference.notes:
+        say(note)
     if reference.config != base.config or not same_tokenizer(reference.tokenizer, base.tokenizer):
         raise UserError(f"the reference {path_or_name} has another shape or tokenizer than the model")
     return reference.params

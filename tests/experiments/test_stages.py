@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,19 @@ def test_a_reward_model_alone_leaves_a_reward_model_with_its_bias(trained):
         number = re.search(r"what of (\d+)", example["prompt"])[1]
         assert example["chosen"].strip() == f"good {number}" and example["rejected"].strip() == "bad"
         assert example["chosen_score"] != example["rejected_score"]
+
+
+def test_rows_of_a_models_folder_that_nobody_reads_are_said(data, tmp_path, capsys):
+    shutil.copytree(data["model"], tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"warp_factor": 9}))
+    sft.main(
+        sft.Config(
+            run_dir=str(tmp_path / "run"), model=str(tmp_path / "model"), demonstrations=data["demonstrations"],
+            steps=0, batch_size=4, **SHORT,
+        )
+    )  # fmt: skip
+    assert "warp_factor" in capsys.readouterr().out
 
 
 REWARD = """
