@@ -27,7 +27,7 @@ from rlhf_jax.advantages import group_advantages
 from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.errors import at_least
 from rlhf_jax.groups import Algorithm, Answers, Numbers
-from rlhf_jax.losses import grpo_loss
+from rlhf_jax.losses import grpo_loss, truncated_importance_weights
 from rlhf_jax.masking import sequence_mean
 from rlhf_jax.types import Metrics
 
@@ -40,9 +40,14 @@ class GRPOFlags(Flags):
     """Weight of the KL to the reference in the loss (k₃), a token."""
     clip_eps: float = 0.2
     """How far the ratio of new to old policy may count, from 1."""
+    sampler_cap: float | None = None
+    """The most that a token may weigh for π/π_sampler, where the sampler computes otherwise than the trainer
+    (truncated importance sampling). By default there are no such weights."""
 
     def __post_init__(self) -> None:
         at_least(self, beta=0, clip_eps=0)
+        if self.sampler_cap is not None:
+            at_least(self, sampler_cap=1)
         super().__post_init__()
 
 
@@ -63,10 +68,14 @@ def algorithm(cfg: GRPO, numbers: Numbers) -> Algorithm:
         return group_advantages(scores, group_size=numbers.group_size, scale_by_std=True)
 
     def loss(logprobs: Float[Array, "B T"], answers: Answers) -> tuple[Array, Metrics]:
-        reference = answers.old_logprobs if answers.ref_logprobs is None else answers.ref_logprobs
+        mask, old = answers.tokens.mask, answers.old_logprobs
+        reference = old if answers.ref_logprobs is None else answers.ref_logprobs
+        weights = None
+        if cfg.sampler_cap is not None:
+            weights = truncated_importance_weights(old, answers.sampler_logprobs, mask, cap=cfg.sampler_cap)
         return grpo_loss(
-            logprobs, answers.old_logprobs, reference, answers.advantages, answers.tokens.mask,
-            clip_eps_low=cfg.clip_eps, clip_eps_high=cfg.clip_eps, beta=cfg.beta, reduce=sequence_mean,
+            logprobs, old, reference, answers.advantages, mask, clip_eps_low=cfg.clip_eps, clip_eps_high=cfg.clip_eps,
+            beta=cfg.beta, reduce=sequence_mean, weights=weights,
         )  # fmt: skip
 
     return Algorithm(advantages, loss, averaged=lambda mask: mask.any(axis=1).sum(), kl_in_loss=cfg.beta > 0)

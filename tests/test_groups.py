@@ -144,6 +144,17 @@ def test_each_algorithm_is_its_papers_equations(module):
     assert_allclose(loss, expected_loss, rtol=1e-4, atol=1e-6)
 
 
+def test_a_sampler_that_computes_otherwise_is_weighed():
+    batch = answers(np.float32(RNG.normal(size=B)))
+    logprobs = np.float32(batch.old_logprobs + 0.1)
+    given = (logprobs, batch.old_logprobs, batch.ref_logprobs, batch.advantages, MASK)
+    weights = np.minimum(np.exp(np.float64(batch.old_logprobs - batch.sampler_logprobs)), 1.1)
+    numbers = {"beta": 0.04, "reduce": sequence_mean, **BOTH}
+    loss, _ = grpo.algorithm(grpo.GRPO(sampler_cap=1.1), NUMBERS).loss(logprobs, batch)
+    assert_allclose(loss, oracles.grpo_loss(*given, weights=weights, **numbers), rtol=1e-4)
+    assert abs(loss - oracles.grpo_loss(*given, **numbers)) > 1e-3
+
+
 def test_without_a_clip_there_is_one_step():
     with pytest.raises(UserError, match="one step with each iteration's answers"):
         rloo.RLOO(minibatches=2)
