@@ -106,6 +106,8 @@ def test_pipeline_in_the_world(small_world, trained, tmp_path):
     again = pipeline.main(pipeline.Config(run_dir=str(tmp_path / "run"), resume=True, **SMALL))
     timing = {"compilations", "ppo_seconds", "ppo_tokens_per_second", "ppo_compilations"}
     assert {k: v for k, v in again.items() if k not in timing} == {k: v for k, v in metrics.items() if k not in timing}
+    share = (metrics["reward_model_val_accuracy"] - 0.5) / (metrics["reward_model_ceiling"] - 0.5)
+    np.testing.assert_allclose(metrics["reward_model_share_above_chance"], share)
     # The demonstrations' mean score is 0 after the shift.
     np.testing.assert_allclose(metrics["reward_model_demonstrations_score"], 0.0, atol=1e-4)
 
