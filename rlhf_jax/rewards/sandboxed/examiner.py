@@ -12,7 +12,7 @@ import socket
 import symtable
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
 
 from .limits import Limits, confine

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .limits import Limits, confine
-from .wire import Breach, Link, NotPlain, contents, decode, encode
+from .wire import Breach, Link, contents, decode, encode
 
 
 class Callback:
