@@ -23,16 +23,16 @@ import re
 import select
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import IO, Any, NamedTuple
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.rewards.reward import Completion, Prompt
 from rlhf_jax.rewards.sandbox import Sandboxed, start, stop
 from rlhf_jax.rewards.sandboxed.limits import Limits
 from rlhf_jax.rewards.sandboxed.wire import COUNT, Breach, NotPlain, decode, encode
+from rlhf_jax.rewards.text import Text, text_of
 
 START_SECONDS = 60.0
 """For two interpreters to start in, on a machine that is busy. The program's own time begins after it."""
@@ -45,8 +45,6 @@ FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)"
 
 class TestRun(NamedTuple):
     """How a program fared."""
-
-    __test__ = False  # not a test, whatever pytest thinks of its name
 
     passed: int
     total: int
@@ -91,8 +89,8 @@ def run_tests(
 
 
 def code_reward(
-    prompts: Sequence[Prompt],
-    completions: Sequence[Completion],
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
     *,
     tests: Sequence[Sequence[str]],
     time_limit: float = 10.0,
@@ -118,7 +116,7 @@ def code_reward(
     return [float(found.passed == found.total) for found in runs]
 
 
-def find_program(prompt: Prompt, completion: Completion) -> str:
+def find_program(prompt: Text, completion: Text) -> str:
     """The program in a completion: its last fenced block of Python, or of no language.
 
     Without one it is all of it; and after the prompt, when it goes on with the prompt's function, whose body is
@@ -130,14 +128,6 @@ def find_program(prompt: Prompt, completion: Completion) -> str:
         return str(blocks[-1])
     first = next((line for line in text.splitlines() if line.strip()), "")
     return text_of(prompt) + text if first[:1].isspace() else text
-
-
-def text_of(messages: str | Sequence[Mapping[str, Any]]) -> str:
-    """A text, or the content of the last of the messages."""
-    if isinstance(messages, str):
-        return messages
-    content = messages[-1].get("content") if messages else ""
-    return content if isinstance(content, str) else ""
 
 
 def _verdicts(running: Sequence[Sandboxed], message: bytes, count: int, time_limit: float) -> list[str]:
@@ -152,7 +142,7 @@ def _verdicts(running: Sequence[Sandboxed], message: bytes, count: int, time_lim
     if _frame(process.stdout, time.monotonic() + START_SECONDS) != "ready":
         raise UserError(f"no sandbox can be made here: {_said(running)}")
     deadline = time.monotonic() + time_limit
-    reasons = []
+    reasons: list[str] = []
     while len(reasons) < count:
         reason = _frame(process.stdout, deadline)
         if reason is None:

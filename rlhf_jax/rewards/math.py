@@ -163,9 +163,8 @@ def choice_of(text: str) -> str | None:
 def normal(text: str) -> str:
     """A text without what LaTeX has for looks: spaces, sizes of brackets, other kinds of fractions, fonts."""
     text = text.strip().strip("$").strip()
-    text = re.sub(
-        r"\\(?:left|right|displaystyle|limits|[bB]igg?[lr]?)(?![A-Za-z])|\\[!,;: ]|\\q?quad\b|~|\{,\}", "", text
-    )
+    text = re.sub(r"\\(?:left|right|displaystyle|limits|[bB]igg?[lr]?|q?quad)(?![A-Za-z])", "", text)
+    text = re.sub(r"\\[!,;: ]|~|\{,\}", "", text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
     text = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\(?:text|textbf|mathrm|mbox|textrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)

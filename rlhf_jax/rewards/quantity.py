@@ -75,7 +75,7 @@ def quantity(text: str) -> Quantity | None:
 
 
 def first_quantity(text: str) -> Quantity | None:
-    """The number that a text begins with, and that words or nothing come after: no more of a formula, no second one."""
+    """The number that a text begins with, and that words or nothing come after: not more of a formula."""
     plain = _head(text)
     match = NUMBER.match(plain)
     if match is None or GOES_ON.match(plain, match.end()) is None:

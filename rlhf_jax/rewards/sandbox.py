@@ -23,7 +23,8 @@ from rlhf_jax.rewards.seccomp import filter_calls
 
 FOLDER = Path(__file__).with_name("sandboxed")
 START = (
-    "import sys; sys.path.append(sys.argv[1]); from sandboxed.limits import Limits; from sandboxed.{name} import main; "
+    "import sys; sys.path.append(sys.argv[1]); "
+    "from sandboxed.limits import Limits; from sandboxed.{name} import main; "
     "sys.path.pop(); main(int(sys.argv[2]), Limits(*map(int, sys.argv[3:7])), sys.argv[7:])"
 )
 PACKAGES = tuple(dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")))
@@ -44,10 +45,9 @@ def start(name: str, fd: int, limits: Limits, *, unsafe: bool) -> Sandboxed:
     `unsafe`: without a sandbox, as this user, with the limits alone. Raises UserError when there is no bubblewrap.
     """
     home = FOLDER.parent if unsafe else Path("/")
-    python = [
-        os.path.realpath(getattr(sys, "_base_executable", sys.executable)), "-I", "-S", "-c", START.format(name=name), str(home), str(fd),
-        *map(str, limits), *PACKAGES,
-    ]  # fmt: skip
+    interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    arguments = [str(home), str(fd), *map(str, limits), *PACKAGES]
+    python = [interpreter, "-I", "-S", "-c", START.format(name=name), *arguments]
     errors, theirs = os.pipe()
     try:
         calls = _pipe_with(b"" if unsafe else filter_calls())

@@ -1,4 +1,4 @@
-"""Prompts and completions as TRL's users have them: texts, or lists of messages. This file imports no array library."""
+"""Prompts and completions as TRL's users have them: texts, or lists of messages. No array library is imported."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

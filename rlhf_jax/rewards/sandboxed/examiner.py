@@ -288,12 +288,12 @@ def give_names(tests: Tests, tree: ast.Module, test: str, classes: set[str]) -> 
     free = used - tests.own
     for name in free:
         tests.namespace.pop(name, None)
-    heads: set[str] = {node.value.id for node in ast.walk(tree) if _of_name(node)}
+    heads = {name for node in ast.walk(tree) if (name := _head(node))}
     modules = tests.modules | {name: (CONVENTIONS.get(name, name), "") for name in heads & (OURS | set(CONVENTIONS))}
     for name in free & set(modules):
         module, attribute = modules[name]
-        found = importlib.import_module(module)
-        tests.namespace[name] = getattr(found, attribute) if attribute else found
+        home = importlib.import_module(module)
+        tests.namespace[name] = getattr(home, attribute) if attribute else home
     free -= set(modules)
     pythons = {name for name in free if hasattr(builtins, name)}
     found = program_names(tests.program, free - pythons)
@@ -323,8 +323,9 @@ def global_names(table: symtable.SymbolTable) -> tuple[set[str], set[str]]:
     return used, bound
 
 
-def _of_name(node: ast.AST) -> bool:
-    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+def _head(node: ast.AST) -> str:
+    """The name before an attribute: math of math.pi."""
+    return node.value.id if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) else ""
 
 
 def imported(source: str) -> dict[str, tuple[str, str]]:

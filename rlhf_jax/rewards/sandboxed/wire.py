@@ -1,6 +1,6 @@
 """Messages between a program and the tests of it: plain data, and numbers for what is not plain.
 
-Plain are None, bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset and their kin in `collections`,
+Plain are None, bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset, their kin in `collections`,
 range, slice, Decimal, Fraction, and dates. The reader builds these types and no other: it imports nothing and calls
 nothing that the writer names. Lists, sets and dicts that a message has twice, or that the message before had, stay one
 object, so that a cycle can be sent and a change in place comes back.
