@@ -28,7 +28,7 @@ START = (
     "sys.path.pop(); main(int(sys.argv[2]), Limits(*map(int, sys.argv[3:7])), sys.argv[7:])"
 )
 PACKAGES = tuple(dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")))
-SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives", sys.base_prefix, *PACKAGES)
+SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives", sys.base_prefix)
 
 
 class Sandboxed(NamedTuple):
@@ -46,7 +46,8 @@ def start(name: str, fd: int, limits: Limits, *, unsafe: bool) -> Sandboxed:
     """
     home = FOLDER.parent if unsafe else Path("/")
     interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-    arguments = [str(home), str(fd), *map(str, limits), *PACKAGES]
+    packages = PACKAGES if unsafe else _shown_packages()
+    arguments = [str(home), str(fd), *map(str, limits), *packages]
     python = [interpreter, "-I", "-S", "-c", START.format(name=name), *arguments]
     errors, theirs = os.pipe()
     try:
@@ -83,14 +84,20 @@ def wrap(tmp_bytes: int, calls: int) -> list[str]:
             "programs to be scored may be hostile, and bubblewrap (bwrap), which locks them in, is not installed: "
             "install the system's package bubblewrap, or give unsafe_without_sandbox=True to run them as this user"
         )
-    shown = [part for path in dict.fromkeys(SYSTEM) for part in ("--ro-bind-try", path, path)]
+    places = dict(zip(SYSTEM, SYSTEM, strict=True)) | dict(zip(PACKAGES, _shown_packages(), strict=True))
+    shown = [part for path, place in places.items() for part in ("--ro-bind-try", path, place)]
     paths = [f"/dev/{name}" for name in ("null", "zero", "random", "urandom")]
     devices = [part for path in paths for part in ("--dev-bind", path, path)]
     return [
-        found, "--unshare-all", "--die-with-parent", "--clearenv", "--cap-drop", "ALL", *shown, *devices,
-        "--ro-bind", str(FOLDER), "/sandboxed", "--size", str(tmp_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp",
-        "--remount-ro", "/", "--seccomp", str(calls), "--",
+        found, "--unshare-all", "--die-with-parent", "--clearenv", "--cap-drop", "ALL",
+        "--size", str(tmp_bytes), "--tmpfs", "/tmp", *shown, *devices, "--ro-bind", str(FOLDER), "/sandboxed",
+        "--chdir", "/tmp", "--remount-ro", "/", "--seccomp", str(calls), "--",
     ]  # fmt: skip
+
+
+def _shown_packages() -> list[str]:
+    """Where a sandbox shows the folders of `PACKAGES`: theirs may be in /tmp, where a program's own files are."""
+    return [f"/packages{number}" for number in range(len(PACKAGES))]
 
 
 def stop(sandboxed: Sequence[Sandboxed]) -> None:

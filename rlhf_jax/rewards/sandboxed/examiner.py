@@ -12,17 +12,22 @@ import socket
 import symtable
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from .limits import Limits, confine
 from .wire import COUNT, MUTABLE, Breach, Link, NotPlain, contents, decode, encode, fill
 
-OURS = frozenset(
+PURE = frozenset(
     "bisect calendar cmath collections copy datetime decimal fractions functools heapq itertools json math "
     "operator random re statistics string typing".split()
 )
-"""Modules that a test has from here when it relies on the program's own import of them."""
+"""Modules that a test has from here where it relies on the program's own import of them."""
+OURS = PURE | frozenset(
+    "abc base64 binascii contextlib dataclasses difflib enum hashlib inspect io os secrets struct sys textwrap time "
+    "unicodedata unittest urllib uuid warnings zlib".split()
+)
+"""Names that are always these modules before a dot, whatever the program calls so."""
 VERDICTS = frozenset(
     name
     for kind in (str, bytes, set, int, float)
@@ -210,9 +215,14 @@ class Program:
         if own or (isinstance(item, types.BuiltinMethodType) and type(item.__self__) in MUTABLE):
             self._functions.append(item)
             return b"c", str(len(self._functions) - 1)
-        module, name = getattr(item, "__module__", None), getattr(item, "__qualname__", None)
-        if callable(item) and isinstance(module, str) and getattr(sys.modules.get(module), str(name), None) is item:
-            return b"g", f"{module}:{name}"
+        home = getattr(getattr(item, "__objclass__", item), "__module__", None)
+        name = getattr(item, "__qualname__", None)
+        if callable(item) and isinstance(home, str) and isinstance(name, str) and "<" not in name:
+            found: Any = sys.modules.get(home)
+            for part in name.split("."):
+                found = getattr(found, part, None)
+            if found is item:
+                return b"g", f"{home}:{name}"
         raise NotPlain(f"the test hands over a {type(item).__name__}, which is not plain data")
 
 
@@ -249,9 +259,25 @@ class Tests(NamedTuple):
     program: Program
     namespace: dict[str, Any]
     own: set[str]
-    """Names that the tests have defined."""
+    """Names that the tests have defined so far."""
     modules: dict[str, tuple[str, str]]
-    """Names that they have from `OURS` because the program imports them: name -> module, attribute."""
+    """Names that they have from `PURE` because the program imports them: name -> module, attribute."""
+    like_pythons: bool
+    """Whether what they test must be called like one of Python's own functions, as they use no other name."""
+
+
+def share(program: Program, namespace: dict[str, Any], source: str, tests: Sequence[str]) -> Tests:
+    """Prepares what the tests of a program share."""
+    own: set[str] = set()
+    others = False
+    for test in tests:
+        try:
+            found = needs(test)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue
+        others = others or any(not hasattr(builtins, name) for name in found.free - own - set(found.modules))
+        own |= found.bound
+    return Tests(program, namespace, set(), imported(source), not others)
 
 
 def examine(tests: Tests, test: str) -> str:
@@ -260,12 +286,12 @@ def examine(tests: Tests, test: str) -> str:
     program.broken = ""
     try:
         tree = ast.parse(test)
-        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-        if classes:
+        records = [node for node in tree.body if is_record(node)]
+        if records:
             imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-            program.ask("define", "\n".join(ast.unparse(node) for node in (*imports, *classes)))
-            tree.body = [node for node in tree.body if node not in classes]
-        give_names(tests, tree, test, {node.name for node in classes})
+            program.ask("define", "\n".join(ast.unparse(node) for node in (*imports, *records)))
+            tree.body = [node for node in tree.body if node not in records]
+        give_names(tests, needs(test), {node.name for node in records if isinstance(node, ast.ClassDef)})
         exec(compile(tree, "test", "exec"), tests.namespace)
     except AssertionError as error:
         return program.broken or f"the assertion does not hold{': ' + line(error) if str(error) else ''}"
@@ -276,31 +302,62 @@ def examine(tests: Tests, test: str) -> str:
     return program.broken
 
 
-def give_names(tests: Tests, tree: ast.Module, test: str, classes: set[str]) -> None:
+def is_record(node: ast.stmt) -> bool:
+    """Whether it defines a class that only holds data: such a class of the tests becomes the program's own.
+
+    One that does more stays here: what it compares must not be compared, nor read, by the program.
+    """
+    if not isinstance(node, ast.ClassDef):
+        return False
+    methods = [part for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)]
+    fields = [part for part in node.body if isinstance(part, ast.AnnAssign | ast.Assign | ast.Pass | ast.Expr)]
+    plain = all(isinstance(base, ast.Name) and base.id in ("object", "NamedTuple") for base in node.bases)
+    held = all(method.name in ("__init__", "__repr__", "__str__") for method in methods)
+    calm = not any(isinstance(part, ast.Assert | ast.Compare) for part in ast.walk(node))
+    return plain and held and calm and len(methods) + len(fields) == len(node.body)
+
+
+class Needs(NamedTuple):
+    """The names of a test."""
+
+    free: set[str]
+    """Used, and not defined in it."""
+    bound: set[str]
+    modules: dict[str, tuple[str, str]]
+    """Those that are Python's modules, whatever the program says."""
+
+
+def needs(test: str) -> Needs:
+    """The global names of a test, of whatever scope. Raises SyntaxError for what is no Python."""
+    used, bound = global_names(symtable.symtable(test, "test", "exec"))
+    heads = {name for node in ast.walk(ast.parse(test)) if (name := _head(node))}
+    modules = {name: (CONVENTIONS.get(name, name), "") for name in heads & (OURS | set(CONVENTIONS))}
+    return Needs(used - bound, bound, modules)
+
+
+def give_names(tests: Tests, found: Needs, records: set[str]) -> None:
     """Puts what the test uses and does not define into its namespace: modules from here, all else from the program.
 
-    Python's own functions are Python's own, whatever the program calls so; unless the test uses nothing else of the
-    program, and one of them: then that is the function that it tests.
+    Python's own functions are Python's own, whatever the program calls so; unless no test uses any other name, and
+    the program has one of those that this test uses: then that is the function that it tests.
     """
-    used, bound = global_names(symtable.symtable(test, "test", "exec"))
-    tests.own.update(bound - classes)
-    tests.own.difference_update(classes)
-    free = used - tests.own
+    tests.own.update(found.bound - records)
+    tests.own.difference_update(records)
+    free = (found.free | records) - tests.own
     for name in free:
         tests.namespace.pop(name, None)
-    heads = {name for node in ast.walk(tree) if (name := _head(node))}
-    modules = tests.modules | {name: (CONVENTIONS.get(name, name), "") for name in heads & (OURS | set(CONVENTIONS))}
+    modules = tests.modules | found.modules
     for name in free & set(modules):
         module, attribute = modules[name]
         home = importlib.import_module(module)
         tests.namespace[name] = getattr(home, attribute) if attribute else home
     free -= set(modules)
     pythons = {name for name in free if hasattr(builtins, name)}
-    found = program_names(tests.program, free - pythons)
-    if not found:
+    theirs = program_names(tests.program, free - pythons)
+    if tests.like_pythons:
         named = program_names(tests.program, pythons)
-        found = named if len(named) == 1 else {}
-    tests.namespace.update(found)
+        theirs |= named if len(named) == 1 else {}
+    tests.namespace.update(theirs)
 
 
 def program_names(program: Program, wanted: set[str]) -> dict[str, Any]:
@@ -329,7 +386,7 @@ def _head(node: ast.AST) -> str:
 
 
 def imported(source: str) -> dict[str, tuple[str, str]]:
-    """Names that the program's own import statements give to modules of `OURS` and what is in them."""
+    """Names that the program's own import statements give to modules of `PURE` and what is in them."""
     found: dict[str, tuple[str, str]] = {}
     try:
         body = ast.parse(source).body
@@ -337,8 +394,8 @@ def imported(source: str) -> dict[str, tuple[str, str]]:
         return found
     for node in body:
         if isinstance(node, ast.Import):
-            found |= {(n.asname or n.name): (n.name, "") for n in node.names if n.name in OURS}
-        elif isinstance(node, ast.ImportFrom) and node.module in OURS and not node.level:
+            found |= {(n.asname or n.name): (n.name, "") for n in node.names if n.name in PURE}
+        elif isinstance(node, ast.ImportFrom) and node.module in PURE and not node.level:
             module = importlib.import_module(node.module)
             found |= {(n.asname or n.name): (node.module, n.name) for n in node.names if hasattr(module, n.name)}
     return found
@@ -378,7 +435,7 @@ def main(fd: int, limits: Limits, folders: list[str]) -> None:
         for _ in tests:
             say(reason)
         return
-    shared = Tests(program, namespace, set(), imported(source))
+    shared = share(program, namespace, source, tests)
     for test in tests:
         say(examine(shared, test))
 

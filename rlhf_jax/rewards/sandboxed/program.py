@@ -5,6 +5,7 @@ Whoever holds this process holds these answers and no more: expected values neve
 
 import importlib
 import operator
+import os
 import socket
 import sys
 import types
@@ -54,6 +55,7 @@ def main(fd: int, limits: Limits, folders: list[str]) -> None:
     """Runs the program that comes first, then answers until the link ends."""
     sys.path.extend(folders)
     sys.argv[:] = ["solution"]
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's: each thread wants address space
     link = Link(socket.socket(fileno=fd))
     confine(limits)
     link.send(b"A", b"ready")

@@ -1,6 +1,7 @@
 """Whether two formulas are equal, by math-verify: https://github.com/huggingface/Math-Verify.
 
-Worker processes load this file. Math-verify's own time limits are signals, which only a main thread may set. They are off, and the process is killed.
+Worker processes load this file. Math-verify's own time limits are signals, which only a main
+thread may set. They are off, and the process is killed.
 """
 
 import logging

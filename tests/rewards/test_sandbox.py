@@ -1,0 +1,97 @@
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from attacks import ATTACKS, TESTS, attack
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.rewards import sandbox, seccomp
+from rlhf_jax.rewards.code import run_tests
+
+RIGHT = "def add(a, b): return a + b\n"
+SCRIPT = """
+from rlhf_jax.rewards.code import run_tests
+run_tests("while True: pass", ["assert 1"], time_limit=600, memory_limit=2**28)
+"""
+
+
+@pytest.fixture(autouse=True)
+def bubblewrap():
+    if shutil.which("bwrap") is None:
+        if os.environ.get("CI"):
+            pytest.fail("bubblewrap is not installed: install the system's package bubblewrap, as .ci/run does")
+        pytest.skip("bubblewrap is not installed")
+
+
+@pytest.mark.parametrize("one", ATTACKS, ids=lambda one: f"{one.kind}: {one.name}")
+def test_an_attack_scores_nothing_and_leaves_nothing(one):
+    found = attack(one, time_limit=1.5)
+    assert (found.passed, found.processes, found.files) == (0, [], []) and found.seconds < 15, found
+
+
+def test_a_right_program_passes_the_same_tests():
+    assert run_tests(RIGHT, TESTS, time_limit=5.0, memory_limit=2**28) == (3, 3, "")
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import threading\nthread = threading.Thread(target=print); thread.start(); thread.join()\n",
+        "import tempfile\nwith tempfile.NamedTemporaryFile() as f: f.write(b'x' * 2**20)\n",
+        "import asyncio\nasyncio.run(asyncio.sleep(0))\n",
+        "import re, json, random, heapq, numpy\nnumpy.zeros(10).sum()\n",
+    ],
+)
+def test_what_a_program_may_do(program):
+    found = run_tests(program + RIGHT, TESTS, time_limit=20.0, memory_limit=2**29)
+    assert found.passed == 3, found
+
+
+def test_without_bubblewrap_it_refuses_unless_told_by_name(monkeypatch):
+    monkeypatch.setattr(sandbox.shutil, "which", lambda _: None)
+    with pytest.raises(UserError, match=r"bubblewrap .* is not installed.*unsafe_without_sandbox=True"):
+        run_tests(RIGHT, TESTS, time_limit=5.0, memory_limit=2**28)
+    found = run_tests(RIGHT, TESTS, time_limit=20.0, memory_limit=2**28, unsafe_without_sandbox=True)
+    assert found == (3, 3, "")
+
+
+def test_a_sandbox_that_cannot_be_made_is_told_in_its_own_words(monkeypatch, tmp_path):
+    fake = tmp_path / "bwrap"
+    fake.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sandbox.shutil, "which", lambda _: str(fake))
+    with pytest.raises(UserError, match="no sandbox can be made here: bwrap: No permissions"):
+        run_tests(RIGHT, TESTS, time_limit=5.0, memory_limit=2**28)
+
+
+def test_a_processor_that_is_not_known_is_refused():
+    with pytest.raises(UserError, match="knows the system calls of x86_64 and aarch64, not those of m68k"):
+        seccomp.filter_calls("m68k")
+    assert len(seccomp.filter_calls("aarch64")) % 8 == len(seccomp.filter_calls("x86_64")) % 8 == 0
+
+
+def test_sandboxes_end_with_the_process_that_made_them():
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT], start_new_session=True)
+    try:
+        wait_for(lambda: len(children(process.pid)) == 2)
+        mine = [pid for child in children(process.pid) for pid in (child, *children(child))]
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in mine))
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for(condition, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
