@@ -16,6 +16,7 @@ from rlhf_jax.data.rejects import BadRow, Place
 from rlhf_jax.data.sources import Broken, read_source
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import ifeval, math
+from rlhf_jax.rewards.quantity import quantity
 
 Rows = list[tuple[Place, dict[str, Any]]]
 Reasons = dict[str, list[int]]
@@ -121,7 +122,8 @@ def read_math_problems(path: str, limit: int | None) -> list[MathProblem]:
 
     def read(place: Place, row: dict[str, Any]) -> MathProblem:
         found = MathProblem(_text(place, row, "question"), _text(place, row, "answer"))
-        math.grade("", found.answer)  # for its errors
+        if quantity(math.right_answer(found.answer)) is None:
+            raise ValueError(f"the answer {found.answer!r} has no number")
         return found
 
     return _read_each(path, limit, read)

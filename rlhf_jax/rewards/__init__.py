@@ -12,11 +12,10 @@ HOMES = {
     "ifeval_reward": "ifeval",
     "tag_reward": "format",
     "boxed_reward": "format",
-    "length_penalty": "format",
-    "overlong_penalty": "format",
-    "repetition_penalty": "format",
+    "length_reward": "format",
+    "repetition_reward": "format",
 }
-"""Reward functions with TRL's signature -> their modules."""
+"""Functions with TRL's signature, and makers of such functions -> their modules."""
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+from rlhf_jax.rewards.text import Text, text_of
+
 
 class Followed(NamedTuple):
     """Whether each of a prompt's instructions was followed."""
@@ -296,3 +298,23 @@ CHECKS: dict[str, Callable[..., bool]] = {
     "startend:end_checker": _end_checker,
     "startend:quotation": _quotation,
 }
+
+
+def ifeval_reward(
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    *,
+    instruction_id_list: Sequence[Sequence[str] | None],
+    kwargs: Sequence[Sequence[Mapping[str, Any]] | None],
+    **columns: Any,
+) -> list[float | None]:
+    """The share of its prompt's instructions that each completion follows, strictly; with TRL's signature.
+
+    The columns are those of IFEval's published prompts. None, the reward does not apply, for a row without
+    instructions. Raises ValueError as `follow` does.
+    """
+    scores: list[float | None] = []
+    for completion, names, arguments in zip(completions, instruction_id_list, kwargs, strict=True):
+        strict = follow(names, arguments or [{}] * len(names), text_of(completion)).strict if names else ()
+        scores.append(sum(strict) / len(strict) if strict else None)
+    return scores

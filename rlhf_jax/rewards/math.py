@@ -100,7 +100,7 @@ def right_answer(answer: str | float) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last \\boxed{…} or \\fbox{…} holds, None without one that is closed."""
+    """The content of the last \\boxed{…} or \\fbox{…}, None without one that is closed."""
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
         return None
@@ -198,7 +198,7 @@ def _are_words(given: str, right: str) -> bool:
 
 
 def _last_side(formula: str) -> str:
-    """What stands after the last "=" outside of brackets: 3 of x = 1 + 2 = 3."""
+    """The part after the last "=" outside of brackets: 3 of x = 1 + 2 = 3."""
     sides = re.split(r"(?<![<>!\\])=|\\approx", formula)
     return sides[-1]
 

@@ -50,9 +50,9 @@ def odd(n):
         if i % 2: yield i
 def fail(kind): raise kind("no")
 def point(): return Point(1, 2)
-def kinds(): return {1: 2.5, "a": (True, None, b"x"), (1,): {1, 2}, 2: frozenset("ab"), 3: 1j, 4: [[]], 5: -(10**400)}
+def kinds(): return {1: 2.5, "a": (True, None, b"x"), (1,): {1, 2}, 2: frozenset("ab"), 3: 1j, 4: [[]]}
 def kin(x): return [collections.Counter(x), collections.OrderedDict(a=1), collections.deque([1]), range(3), slice(1)]
-def values(): return [decimal.Decimal("1.5"), fractions.Fraction(1, 3), datetime.date(2020, 1, 2), datetime.timedelta(1)]
+def values(): return [decimal.Decimal("1.5"), fractions.Fraction(1, 3), datetime.date(2020, 1, 2)]
 def twice(): x = []; return [x, x]
 def sum(a, b): return a * b
 def main(): return __name__
@@ -65,25 +65,60 @@ if __name__ == "__main__": raise SystemExit
     [
         ("assert same(3) == 3", "assert same(x='é\\ud800') == 'é\\ud800'", "assert math.isclose(same(0.1), 0.1)"),
         ("assert same(float('nan')) != 0 and same(-0.0) == 0", "assert same(True) is True and same(None) is None"),
-        ("s = Stack()", "s.push(3); s.push(4)", "assert s.pop() == 4 and len(s) == 1", "assert list(s) == [3] and s[0] == 3"),
-        ("s = Stack()\ns.size = 5\nassert s.size == 5", "assert isinstance(Stack(), Stack) and not isinstance(3, Stack)"),
+        (
+            "s = Stack()",
+            "s.push(3); s.push(4)",
+            "assert s.pop() == 4 and len(s) == 1",
+            "assert list(s) == [3] and s[0] == 3",
+        ),
+        (
+            "s = Stack()\ns.size = 5\nassert s.size == 5",
+            "assert isinstance(Stack(), Stack) and not isinstance(3, Stack)",
+        ),
         ("root = Node(1)", "root.left = Node(2, Node(3))", "assert depth(root) == 3 and root.left.value == 2"),
         ("assert depth(None) == 0 and same(root := Node(1)) is root", "assert str(Node(1)).startswith('Node')"),
-        ("a = [3, 1, 2]\nb = a\nsort(a, reverse=True)\nassert b == [3, 2, 1]", "d = {'a': 1}\nupdate(d)\nassert d == {'b': 1}"),
+        (
+            "a = [3, 1, 2]\nb = a\nsort(a, reverse=True)\nassert b == [3, 2, 1]",
+            "d = {'a': 1}\nupdate(d)\nassert d == {'b': 1}",
+        ),
         ("xs = [1]\nassert same(xs) is xs", "x, y = twice()\nassert x is y and x == []"),
         ("assert apply(lambda x: x * 2, [1, 2]) == [2, 4]", "out = []\napply(out.append, [1])\nassert out == [1]"),
-        ("assert apply(abs, [-1]) == [1]", "assert both(lambda x, f: f(x) + 1, 1) == 2", "assert apply(str.upper, 'a') == ['A']"),
-        ("assert list(odd(6)) == [1, 3, 5] and 3 in odd(6)", "assert next(iter(odd(3))) == 1", "assert set(odd(3)) == {1}"),
+        (
+            "assert apply(abs, [-1]) == [1]",
+            "assert both(lambda x, f: f(x) + 1, 1) == 2",
+            "assert apply(str.upper, 'a') == ['A']",
+        ),
+        (
+            "assert list(odd(6)) == [1, 3, 5] and 3 in odd(6)",
+            "assert next(iter(odd(3))) == 1",
+            "assert set(odd(3)) == {1}",
+        ),
         ("try:\n    fail(KeyError)\n    assert False\nexcept KeyError:\n    pass", "assert point() == (1, 2)"),
-        ("assert kinds() == {1: 2.5, 'a': (True, None, b'x'), (1,): {1, 2}, 2: frozenset('ab'), 3: 1j, 4: [[]], 5: -(10**400)}",),
-        ("import collections\nassert kin('aab')[0] == collections.Counter(a=2, b=1) and kin('')[2:] == [collections.deque([1]), range(3), slice(1)]",),
-        ("assert [str(v) for v in values()] == ['1.5', '1/3', '2020-01-02', '1 day, 0:00:00']", "assert values()[1] * 3 == 1"),
+        (
+            "assert kinds() == {1: 2.5, 'a': (True, None, b'x'), (1,): {1, 2}, 2: frozenset('ab'), 3: 1j, 4: [[]]}",
+            "assert same(-(10**400)) == -(10**400) and same(10**20 - 1) == 10**20 - 1",
+        ),
+        (
+            "assert kin('aab')[:2] == [collections.Counter(a=2, b=1), collections.OrderedDict(a=1)]",
+            "assert kin('')[2:] == [collections.deque([1]), range(3), slice(1)]",
+        ),
+        (
+            "assert [str(v) for v in values()] == ['1.5', '1/3', '2020-01-02']",
+            "assert values()[1] * 3 == 1",
+        ),
         ("assert sum(3, 4) == 12",),
         ("class Pair:\n    def __init__(self, a):\n        self.left = a\nassert depth(Pair(Pair(None))) == 2",),
-        ("def check(candidate):\n    for i in range(3):\n        assert candidate(i) == i\ncheck(same)", "assert main() != '__main__'"),
-        ("assert collections.Counter(same('aa')) == {'a': 2}", "from math import pi\nassert same(pi) == pi", "assert [same(i) for i in (1,)] == [1]"),
+        (
+            "def check(candidate):\n    for i in range(3):\n        assert candidate(i) == i\ncheck(same)",
+            "assert main() != '__main__'",
+        ),
+        (
+            "assert collections.Counter(same('aa')) == {'a': 2}",
+            "from math import pi\nassert same(pi) == pi",
+            "assert [same(i) for i in (1,)] == [1]",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_tests_of_a_right_program_do(tests):
     assert run(ALL, *tests) == (len(tests), len(tests), "")
 

@@ -1,4 +1,4 @@
-"""What a process in a sandbox does to itself before anything that is not trusted runs in it."""
+"""The limits that a process in a sandbox sets itself, before anything that is not trusted runs in it."""
 
 import os
 import resource
@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 
 class Limits(NamedTuple):
-    """What a program may take. No limit can be raised again."""
+    """The most that a process may take. No limit can be raised again."""
 
     cpu_seconds: int
     memory: int
     """Bytes of address space."""
     file_bytes: int
-    """Of a file, and of all that is in /tmp."""
+    """Size of a file, and of all that is in /tmp."""
     files: int
     """Open at the same time."""
 

@@ -12,8 +12,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from .limits import Limits, confine
-from .wire import Breach, Link, contents, decode, encode
+from rlhf_jax.rewards.sandboxed.limits import Limits, confine
+from rlhf_jax.rewards.sandboxed.wire import Breach, Link, contents, decode, encode
 
 
 class Callback:
@@ -102,7 +102,7 @@ def main(fd: int, limits: Limits, folders: list[str]) -> None:
 
 
 def raised(error: BaseException) -> tuple[str, tuple[str, ...], str]:
-    """What an exception of the program becomes: the names of its classes, and a line."""
+    """An exception of the program as data: the names of its classes, and a line."""
     try:
         text = str(error)
     except BaseException:
@@ -112,7 +112,7 @@ def raised(error: BaseException) -> tuple[str, tuple[str, ...], str]:
 
 
 def names(namespace: dict[str, Any], wanted: tuple[str, ...]) -> dict[str, Any]:
-    """Those of the names that the program has."""
+    """The program's objects by name; without the names that it does not have."""
     return {name: namespace[name] for name in wanted if name in namespace}
 
 
@@ -122,6 +122,7 @@ def define(namespace: dict[str, Any], source: str) -> None:
 
 
 def call(namespace: dict[str, Any], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Calls a function of the program."""
     return function(*args, **kwargs)
 
 

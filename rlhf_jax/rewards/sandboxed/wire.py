@@ -26,7 +26,7 @@ BASES: tuple[type, ...] = (int, float, complex, str, bytes, tuple, frozenset)
 """Types whose subclasses are sent as themselves: a named tuple is a tuple."""
 
 Refer = Callable[[Any], tuple[bytes, str]]
-"""What stands for an object that is not plain: a letter of "hcg" and a name. Raises NotPlain."""
+"""A function that gives what stands for an object that is not plain: a letter of "hcg" and a name. Raises NotPlain."""
 Resolve = Callable[[str, str], Any]
 
 
@@ -45,7 +45,7 @@ class Link:
         self._end = end
 
     def send(self, kind: bytes, message: bytes) -> None:
-        """Sends a question (Q) or an answer (A). Raises Breach when nobody reads."""
+        """Sends a question (Q) or an answer (A). Raises Breach when nobody reads, NotPlain for too much data."""
         if len(message) > LARGEST:
             raise NotPlain(f"{len(message)} bytes of data: more than {LARGEST}")
         try:
@@ -183,8 +183,8 @@ def decode(message: bytes, known: list[Any], resolve: Resolve) -> Any:
 
 
 def contents(item: Any) -> tuple[Any, ...]:
-    """What `fill` makes the object from again: items, or pairs."""
-    return tuple(dict.items(item)) if isinstance(item, dict) else tuple(item)
+    """The items, or pairs, from which `fill` makes the object again."""
+    return tuple(item.items()) if isinstance(item, dict) else tuple(item)
 
 
 def fill(item: Any, content: Iterable[Any]) -> None:
@@ -192,7 +192,7 @@ def fill(item: Any, content: Iterable[Any]) -> None:
     item.clear()
     if isinstance(item, dict):
         for key, value in content:
-            dict.__setitem__(item, key, value)
+            item[key] = value
     elif isinstance(item, set):
         item.update(content)
     else:
