@@ -212,7 +212,8 @@ class RewardFlags(Flags):
     """Folders or hub names of reward models (…ForSequenceClassification with one label), of any size; one with another
     tokenizer reads text."""
     reward: str | tuple[str, ...] | None = None
-    """Python functions FILE.py:NAME: reward(prompts, completions, **columns) -> list[float | None], as in TRL."""
+    """Checkers by name: math (column answer), code (column tests), ifeval, tag, boxed. Or Python functions
+    FILE.py:NAME: reward(prompts, completions, **columns) -> list[float | None], as in TRL."""
     reward_weights: tuple[float, ...] = ()
     """Weights of the reward models, then of the functions, in their order; by default 1 each."""
     reward_time_limit: float = 10.0
@@ -456,7 +457,7 @@ class GroupConfig(RunFlags, SamplingFlags, ReferenceFlags, ModelFlags, PromptFla
         """Raises UserError for prompts without a reward."""
         super().__post_init__()
         if self.prompts and not (self.reward_model or self.reward):
-            raise UserError("there is no reward: give --reward FILE.py:NAME, --reward-model FOLDER, or both")
+            raise UserError("there is no reward: give --reward math or FILE.py:NAME, or --reward-model FOLDER")
 
 
 def names(sources: str | tuple[str, ...] | None) -> tuple[str, ...]:

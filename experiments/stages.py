@@ -24,7 +24,7 @@ from rlhf_jax.hosts import from_first
 from rlhf_jax.log import Run
 from rlhf_jax.preference import ImplicitReward, PreferenceLoss, Trained, train_preferences
 from rlhf_jax.pretrained import Pretrained, load_policy
-from rlhf_jax.rewards.python import Limits
+from rlhf_jax.rewards.python import CHECKERS, Limits, is_function
 from rlhf_jax.rewards.reward import Reward
 from rlhf_jax.sampling.sampler import make_sampler
 from rlhf_jax.tasks.measure import (
@@ -158,8 +158,10 @@ def open_rewards(
     """
     models, functions = names(cfg.reward_model), names(cfg.reward)
     watched = names(cfg.watch)
-    files = [text.rpartition(":")[0] if ".py:" in text else text for text in (*functions, *watched)]
-    run.inputs(reward_model=models, reward=files[: len(functions)], watch=files[len(functions) :])
+    # The checkers that are here already are part of the commit.
+    own, seen = ([text for text in some if text not in CHECKERS] for some in (functions, watched))
+    run.inputs(reward_model=models, reward=[text.rpartition(":")[0] for text in own],
+               watch=[text.rpartition(":")[0] if is_function(text) else text for text in seen])  # fmt: skip
     others = []
     if not models and not functions and isinstance(task, World) and verifiable:
         others = [task.checker()]

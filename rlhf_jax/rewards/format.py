@@ -46,22 +46,6 @@ def tag_share(text: str, tags: Sequence[str]) -> float:
     return sum(text.count(mark) == 1 for mark in marks) / len(marks)
 
 
-def overlong_penalty(length: int, *, max_length: int, buffer: int) -> float:
-    """Soft punishment of answers that come near the limit, or that are cut off at it.
-
-        0                                  |y| ≤ L_max − L_cache
-        ((L_max − L_cache) − |y|) / L_cache    between
-        −1                                 |y| > L_max
-
-    `length` |y|, `max_length` L_max and `buffer` L_cache are numbers of tokens. Raises ValueError unless
-    0 < L_cache ≤ L_max.
-    Reference: Yu et al. 2025, "DAPO", eq. 13, https://arxiv.org/abs/2503.14476.
-    """
-    if not 0 < buffer <= max_length:
-        raise ValueError(f"a buffer of {buffer} tokens: it must be in 1 … {max_length}, the most that an answer has")
-    return max(-1.0, min(0.0, (max_length - buffer - length) / buffer))
-
-
 def length_penalty(length: int, *, target: int, rate: float) -> float:
     """−rate · max(0, |y| − target) / target: nothing up to a length, then in proportion to what is above it.
 
@@ -73,7 +57,7 @@ def length_penalty(length: int, *, target: int, rate: float) -> float:
 
 
 def length_reward(penalty: Callable[[int], float], count: Count) -> RewardFunction:
-    """A penalty of lengths as a reward: `partial(overlong_penalty, max_length=…, buffer=…)`, and what counts."""
+    """A penalty of lengths as a reward: `partial(length_penalty, target=…, rate=…)`, and what counts."""
 
     def reward(prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
         return [penalty(count(text_of(completion))) for completion in completions]

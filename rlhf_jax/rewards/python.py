@@ -18,6 +18,7 @@ import numpy as np
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import from_first
+from rlhf_jax.rewards import HOMES
 from rlhf_jax.rewards.reward import Columns, Completion, HostScores, Prompt, Reward, refuse_failures
 from rlhf_jax.rewards.worker import Reply, Setup
 from rlhf_jax.rewards.workers import Failed, Pool
@@ -49,11 +50,28 @@ class Limits(NamedTuple):
     """Answers in a call."""
 
 
+CHECKERS = {name.removesuffix("_reward"): name for name in HOMES if name.endswith("_reward")}
+"""The reward functions that are here already, as flags name them: math, code, ifeval, tag, boxed."""
+
+
+def is_function(text: str) -> bool:
+    """Whether a flag's text names a function, and not a folder."""
+    return text in CHECKERS or ".py:" in text
+
+
 def parse(text: str) -> Function:
-    """Reads "FILE.py:NAME" and the file. Raises UserError for another form and a file that cannot be read."""
+    """Reads "FILE.py:NAME" and the file, or the file of one of the CHECKERS by its name.
+
+    Raises UserError for another form and a file that cannot be read.
+    """
+    if text in CHECKERS:
+        text = f"{Path(__file__).with_name(HOMES[CHECKERS[text]])}.py:{CHECKERS[text]}"
     path, colon, name = text.rpartition(":")
     if not colon or not path or not name.isidentifier():
-        raise UserError(f"reward {text!r}: a function is named as FILE.py:NAME, such as rewards.py:brevity")
+        raise UserError(
+            f"reward {text!r}: a function is named as FILE.py:NAME, such as rewards.py:brevity; a checker that is here"
+            f" already as {', '.join(CHECKERS)}"
+        )
     try:
         source = Path(path).read_bytes()
     except OSError as error:

@@ -9,7 +9,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, Precision
 from rlhf_jax.pretrained import Pretrained, load_policy, load_reward_model
 from rlhf_jax.rewards.model import check_reads, model_reward, same_tokenizer, text_model_reward
-from rlhf_jax.rewards.python import Limits, parse, python_reward
+from rlhf_jax.rewards.python import Limits, is_function, parse, python_reward
 from rlhf_jax.rewards.reward import Reward, check_rewards
 from rlhf_jax.tasks.measure import PolicySampler, make_watch
 from rlhf_jax.tasks.task import Task
@@ -71,7 +71,7 @@ def load_rewards(
         rewards = [reward for reward, _ in found] + [of_function(text, next(told)) for text in functions]
         rewards += others
         check_rewards(rewards)
-        scorers = [of_function(text, 1.0) if ".py:" in text else of_folder(text, 1.0)[0] for text in watched]
+        scorers = [of_function(text, 1.0) if is_function(text) else of_folder(text, 1.0)[0] for text in watched]
         critic = next((own for _, own in found if own is not None), None)
         yield Rewards(rewards, critic, make_watch(task, sampler, scorers) if scorers else None)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import rlhf_jax.rewards
 from rlhf_jax.rewards import boxed_reward, ifeval_reward, length_reward, repetition_reward, tag_reward
-from rlhf_jax.rewards.format import has_tags, length_penalty, overlong_penalty, repetition_penalty, tag_share
+from rlhf_jax.rewards.format import has_tags, length_penalty, repetition_penalty, tag_share
 
 
 def said(text):
@@ -46,20 +46,6 @@ def test_one_box(text, score):
     assert boxed_reward(["p", "p"], [text, said(text)]) == [score, score]
 
 
-@pytest.mark.parametrize(
-    ("length", "penalty"),
-    [(0, 0.0), (80, 0.0), (81, -0.05), (90, -0.5), (99, -0.95), (100, -1.0), (101, -1.0), (500, -1.0)],
-)
-def test_the_soft_overlong_punishment_by_hand(length, penalty):
-    assert overlong_penalty(length, max_length=100, buffer=20) == pytest.approx(penalty)
-
-
-@pytest.mark.parametrize("buffer", [0, -1, 101])
-def test_a_buffer_that_does_not_fit_is_refused(buffer):
-    with pytest.raises(ValueError, match="buffer"):
-        overlong_penalty(1, max_length=100, buffer=buffer)
-
-
 @pytest.mark.parametrize(("length", "penalty"), [(0, 0.0), (10, 0.0), (15, -1.0), (20, -2.0), (110, -20.0)])
 def test_the_penalty_of_length_by_hand(length, penalty):
     assert length_penalty(length, target=10, rate=2.0) == penalty
@@ -68,8 +54,8 @@ def test_the_penalty_of_length_by_hand(length, penalty):
 
 
 def test_lengths_are_counted_by_the_function_that_is_given():
-    reward = length_reward(partial(overlong_penalty, max_length=4, buffer=2), lambda text: len(text.split()))
-    assert reward(["p", "p", "p"], ["a b", "a b c", said("a b c d e")], x=[]) == [0.0, -0.5, -1.0]
+    reward = length_reward(partial(length_penalty, target=2, rate=1.0), lambda text: len(text.split()))
+    assert reward(["p", "p", "p"], ["a b", "a b c", said("a b c d e")], x=[]) == [0.0, -0.5, -1.5]
 
 
 @pytest.mark.parametrize(

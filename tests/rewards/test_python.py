@@ -44,6 +44,22 @@ def each(line):
     )
 
 
+@pytest.mark.parametrize(
+    "name, columns, right, wrong",
+    [
+        ("math", {"answer": "#### 4"}, "2 + 2 is 4", "5"),
+        ("ifeval", {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}, "no", "no, no"),
+        ("boxed", {}, "\\boxed{1}", "1"),
+        ("tag", {}, "<think>a</think><answer>b</answer>", "b"),
+    ],
+)
+def test_checkers_go_by_their_names(name, columns, right, wrong):
+    limits = LIMITS._replace(start_seconds=60.0, seconds=20.0)
+    with python_reward(parse(name), limits, name=name, weight=1.0, failed_score=-1.0, max_failed_share=1.0) as reward:
+        found = reward.on_texts(["p", "p"], [right, wrong], {key: [value] * 2 for key, value in columns.items()})
+    assert found.scores.tolist() == [1.0, 0.0] and found.errors == 0
+
+
 def test_what_a_function_is_given(tmp_path):
     body = (
         "def score(prompts, completions, **columns):\n"
