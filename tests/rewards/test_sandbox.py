@@ -92,3 +92,58 @@ def wait_for(condition, seconds=30.0):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+REFUSED = """
+import ctypes, os, resource, socket, threading
+libc = ctypes.CDLL(None, use_errno=True)
+
+def allowed(names):
+    found = []
+    for name in names:
+        try:
+            if ACTIONS[name]() == -1:
+                raise OSError(ctypes.get_errno())
+        except (OSError, RuntimeError):
+            continue
+        found.append(name)
+    return found
+
+ACTIONS = {
+    "fork": lambda: os.fork() or os._exit(0),
+    "vfork": lambda: os.posix_spawn("/bin/true", ["true"], {}),
+    "ptrace": lambda: libc.ptrace(0, 0, 0, 0),
+    "unshare": lambda: libc.unshare(0x10000000),
+    "keyctl": lambda: libc.syscall(250 if os.uname().machine == "x86_64" else 219, 0, -3, 1),
+    "memfd": lambda: os.memfd_create("x"),
+    "inet": lambda: socket.socket(),
+    "vsock": lambda: socket.socket(40, 1),
+    "root": lambda: open("/x", "w"),
+    "usr": lambda: open("/usr/x", "w"),
+    "dev": lambda: open("/dev/x", "w"),
+    "proc": lambda: os.listdir("/proc"),
+    "limits": lambda: resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40)),
+    "a thread": lambda: threading.Thread(target=print).start(),
+    "tmp": lambda: open("/tmp/x", "w"),
+    "a Unix socket": lambda: socket.socket(socket.AF_UNIX),
+}
+
+def limits():
+    names = ("CPU", "AS", "FSIZE", "NOFILE", "CORE")
+    return [resource.getrlimit(getattr(resource, "RLIMIT_" + name)) for name in names]
+
+def tmp():
+    found = os.statvfs("/tmp")
+    names = set(os.environ) - {"OPENBLAS_NUM_THREADS", "PWD", "LC_CTYPE"}
+    return found.f_blocks * found.f_frsize, os.listdir("/tmp"), names
+"""
+
+
+def test_what_is_refused_and_what_has_a_limit():
+    tests = [
+        "assert allowed(list(ACTIONS)) == ['a thread', 'tmp', 'a Unix socket']",
+        "assert limits() == [(6, 6), (2**29, 2**29), (2**24, 2**24), (64, 64), (0, 0)]",
+        "assert tmp() == (2**24, ['x'], set())",
+    ]
+    found = run_tests(REFUSED, tests, time_limit=5.0, memory_limit=2**29)
+    assert found == (3, 3, "")
