@@ -12,7 +12,7 @@ that is killed when it takes longer than SECONDS (`symbolic/equal.py`).
 import atexit
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ SECONDS = 5.0
 """For one comparison of two formulas; one that takes longer is not equal."""
 START_SECONDS = 120.0
 MEMORY = 2 * 2**30
+JOBS = 2
 LONGEST = 1000
 """Characters of a formula; one that is longer is compared as text alone."""
 MARK = re.compile(r"####[ \t]*\n*(.*)")
@@ -35,6 +36,9 @@ ENVIRONMENT = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$([
 FORMULA = re.compile(r"[\d\s.,+\-−*/^()×÷=]+|[^\n]*\\[A-Za-z]+[^\n]*")
 LOCK = threading.Lock()
 WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+
+
+Equal = Callable[[str, str], bool]
 
 
 class Correct(NamedTuple):
@@ -53,7 +57,21 @@ def math_reward(
 
     `answer`: a text or a number for each completion, as `grade` has it. Raises ValueError as `grade` does.
     """
-    return [float(verify(text_of(one), right)) for one, right in zip(completions, answer, strict=True)]
+    texts = [text_of(completion) for completion in completions]
+    asked: list[tuple[str, str]] = []
+
+    def note(one: str, other: str) -> bool:
+        asked.append((one, other))
+        return False
+
+    for text, right in zip(texts, answer, strict=True):
+        _grade(text, right, note)
+    pairs = list(dict.fromkeys(asked))
+    equal = dict(zip(pairs, symbolically_equal(pairs, jobs=JOBS), strict=True))
+    return [
+        float(_grade(text, right, lambda *pair: equal[pair]).lenient)
+        for text, right in zip(texts, answer, strict=True)
+    ]
 
 
 def verify(response: str, answer: str | float) -> bool:
@@ -70,18 +88,22 @@ def grade(response: str, answer: str | float) -> Correct:
     Hendrycks et al. 2021, "Measuring Mathematical Problem Solving With the MATH Dataset",
     https://arxiv.org/abs/2103.03874.
     """
+    return _grade(response, answer, lambda one, other: symbolically_equal([(one, other)], jobs=1)[0])
+
+
+def _grade(response: str, answer: str | float, equal: Equal) -> Correct:
     right = right_answer(answer)
     marked = MARK.search(response)
     if marked:
-        strict = is_right(marked[1], right, goes_on=True)
+        strict = is_right(marked[1], right, equal, goes_on=True)
         if strict or quantity(right) is None or begins_with_number(marked[1]):
             return Correct(strict, strict)
     boxed = last_boxed(response)
     if boxed is not None:
-        strict = is_right(boxed, right)
+        strict = is_right(boxed, right, equal)
         return Correct(strict, strict)
     said = candidate(response, right)
-    return Correct(False, said is not None and is_right(said, right))
+    return Correct(False, said is not None and is_right(said, right, equal))
 
 
 def right_answer(answer: str | float) -> str:
@@ -137,8 +159,8 @@ def candidate(response: str, right: str) -> str | None:
     return lines[-1].strip(" *.") if lines else None
 
 
-def is_right(given: str, right: str, *, goes_on: bool = False) -> bool:
-    """Whether a text is the answer. `goes_on`: more text may follow a number or a choice."""
+def is_right(given: str, right: str, equal: Equal, *, goes_on: bool = False) -> bool:
+    """Whether a text is the answer. `goes_on`: more text may follow a number. `equal` compares two formulas."""
     wanted = quantity(right)
     found = first_quantity(given) if goes_on and wanted is not None else quantity(given)
     if wanted is not None and found is not None:
@@ -151,7 +173,7 @@ def is_right(given: str, right: str, *, goes_on: bool = False) -> bool:
         return bool(one)
     if not one or len(given) > LONGEST or len(right) > LONGEST or _are_words(given, right):
         return False
-    return symbolically_equal(_formula(given), _formula(right))
+    return equal(_formula(given), _formula(right))
 
 
 def choice_of(text: str) -> str | None:
@@ -172,21 +194,26 @@ def normal(text: str) -> str:
     return re.sub(r"\s+", "", text).rstrip(".,")
 
 
-def symbolically_equal(one: str, other: str) -> bool:
-    """Whether two formulas are equal, by computer algebra; False when that cannot be found out within SECONDS.
+def symbolically_equal(pairs: Sequence[tuple[str, str]], *, jobs: int) -> list[bool]:
+    """Whether the two formulas of each pair are equal, by computer algebra; False where SECONDS do not suffice.
 
-    From any thread. Raises UserError when the process that does it cannot be started.
+    From any thread, in up to `jobs` processes. Raises UserError when one cannot be started.
     """
+    found = [False] * len(pairs)
+    if not pairs:
+        return found
     with LOCK:
-        (_, reply), *_ = _pool().map([([""], [one], {"answer": [other]})], [SECONDS])
-    return not isinstance(reply, Failed) and reply[0] == "scores" and reply[1] == [1.0]
+        requests = [([""], [one], {"answer": [other]}) for one, other in pairs]
+        for number, reply in _pool(jobs).map(requests, [SECONDS] * len(pairs)):
+            found[number] = not isinstance(reply, Failed) and reply[0] == "scores" and reply[1] == [1.0]
+    return found
 
 
 @cache
-def _pool() -> Pool:
+def _pool(jobs: int) -> Pool:
     path = Path(__file__).with_name("symbolic") / "equal.py"
     setup = Setup(str(path), "equal", path.read_bytes(), MEMORY, str(Path(__file__).parents[2]))
-    pool = Pool(setup, jobs=1, start_seconds=START_SECONDS)
+    pool = Pool(setup, jobs=jobs, start_seconds=START_SECONDS)
     atexit.register(pool.close)
     return pool
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from rlhf_jax.rewards.code import run_tests
 
 TESTS = ("assert add(2, 3) == 5", "assert add(10, 5) == 15", "assert add('a', 'b') == 'ab'")
 MARK = "left-behind-by-a-hostile-program"
+RIGHT = "def add(a, b): return a + b\n"
 
 
 class Attack(NamedTuple):
@@ -30,7 +32,7 @@ class Attack(NamedTuple):
 def read() -> list[Attack]:
     """The attacks in attacks.txt: "=== kind: name", the program, and its tests where it has others than `TESTS`."""
     text = Path(__file__).with_name("attacks.txt").read_text(encoding="utf-8")
-    for sign, value in (("@MARK@", MARK), ("@FILE@", __file__), ("@FOLDER@", os.getcwd())):
+    for sign, value in (("@MARK@", MARK), ("@FILE@", __file__), ("@FOLDER@", str(Path(__file__).parents[1]))):
         text = text.replace(sign, value)
     found = []
     for part in text.removeprefix("=== ").split("\n=== "):
@@ -110,7 +112,15 @@ def main() -> None:
             f"| {found.seconds:.1f} | {said} |",
             flush=True,
         )
-    sys.exit(1 if bad else 0)
+    start, count = time.monotonic(), 200
+    with ThreadPoolExecutor(2) as pool:
+        right = list(pool.map(lambda _: run_tests(RIGHT, TESTS, time_limit=10.0, memory_limit=2**28), range(count)))
+    rate = count / (time.monotonic() - start)
+    passed = sum(found.passed == found.total for found in right)
+    print(
+        f"\nA right program, {count} times, two at a time: {passed} pass all {len(TESTS)} tests; {rate:.0f} programs a second."
+    )
+    sys.exit(1 if bad or passed < count else 0)
 
 
 if __name__ == "__main__":

@@ -129,12 +129,14 @@ def test_texts_and_messages_are_scored_with_trls_signature():
         ["a", "b", [{"role": "user", "content": "c"}]], ["#### 2", "3", messages], answer=["2", 2, "2"], x=[]
     )
     assert found == [1.0, 0.0, 1.0]
+    formulas = ["\\boxed{1+x}", "\\boxed{1-x}", "so $x+1$", "#### x + 1", "none"]
+    assert math_reward([""] * 5, formulas, answer=["x+1"] * 5) == [1.0, 0.0, 1.0, 1.0, 0.0]
     with pytest.raises(ValueError):
         math_reward(["a"], ["2"], answer=[])
 
 
 def test_a_formula_without_end_is_wrong_in_time_off_the_main_thread():
-    assert symbolically_equal("1+x", "x+1")
+    assert symbolically_equal([("1+x", "x+1"), ("x", "y")], jobs=1) == [True, False]
     found = {}
 
     def ask():

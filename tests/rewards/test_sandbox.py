@@ -6,13 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
-from attacks import ATTACKS, TESTS, attack
+from attacks import ATTACKS, RIGHT, TESTS, attack
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import sandbox, seccomp
 from rlhf_jax.rewards.code import run_tests
 
-RIGHT = "def add(a, b): return a + b\n"
 SCRIPT = """
 from rlhf_jax.rewards.code import run_tests
 run_tests("while True: pass", ["assert 1"], time_limit=600, memory_limit=2**28)
