@@ -68,10 +68,11 @@ def math_reward(
         _grade(text, right, note)
     pairs = list(dict.fromkeys(asked))
     equal = dict(zip(pairs, symbolically_equal(pairs, jobs=JOBS), strict=True))
-    return [
-        float(_grade(text, right, lambda *pair: equal[pair]).lenient)
-        for text, right in zip(texts, answer, strict=True)
-    ]
+
+    def known(one: str, other: str) -> bool:
+        return equal[one, other]
+
+    return [float(_grade(text, right, known).lenient) for text, right in zip(texts, answer, strict=True)]
 
 
 def verify(response: str, answer: str | float) -> bool:

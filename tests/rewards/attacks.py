@@ -5,7 +5,6 @@ python tests/rewards/attacks.py > experiments/results/sandbox.md
 
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -70,12 +69,15 @@ def attack(one: Attack, *, time_limit: float) -> Result:
 
 def _processes() -> list[str]:
     """Processes of sandboxes, or with the attackers' mark, that are children of this process or of nobody."""
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    lines = [line.split(None, 2) for line in listed.splitlines()[1:]]
-    ours = [
-        line for line in lines if line[1] in ("1", str(os.getpid())) and ("sandboxed" in line[2] or MARK in line[2])
-    ]
-    return [line[2][:80] for line in ours]
+    orphans = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = folder.joinpath("stat").read_text().rpartition(")")[2].split()[1]
+            command = folder.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue  # it has ended
+        orphans += [command] if parent in ("1", str(os.getpid())) else []
+    return [command[:80] for command in orphans if "sandboxed" in command or MARK in command]
 
 
 def _files() -> set[str]:
@@ -117,9 +119,7 @@ def main() -> None:
         right = list(pool.map(lambda _: run_tests(RIGHT, TESTS, time_limit=10.0, memory_limit=2**28), range(count)))
     rate = count / (time.monotonic() - start)
     passed = sum(found.passed == found.total for found in right)
-    print(
-        f"\nA right program, {count} times, two at a time: {passed} pass all {len(TESTS)} tests; {rate:.0f} programs a second."
-    )
+    print(f"\nA right program, {count} times, two at a time: {passed} pass all tests; {rate:.0f} programs a second.")
     sys.exit(1 if bad or passed < count else 0)
 
 
