@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -127,7 +128,8 @@ def stop(sandboxed: Sequence[Sandboxed]) -> None:
         process.wait()
         for stream in (process.stdin, process.stdout):
             if stream is not None:
-                stream.close()
+                with suppress(BrokenPipeError):  # of what was still to be written
+                    stream.close()
         with open(errors, "rb", buffering=0) as pipe:
             # Without a sandbox a process may have got away with its end.
             while select.select([pipe], [], [], 5.0)[0] and pipe.read(65536):
