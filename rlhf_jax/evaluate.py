@@ -21,7 +21,7 @@ class Rate(NamedTuple):
     high: float
 
 
-def wilson_interval(successes: float, trials: float) -> Rate:
+def wilson_interval(successes: float | int, trials: float | int) -> Rate:
     """The 95% score interval of a binomial proportion, with z = 1.96:
 
         (p̂ + z²/2n ± z √(p̂(1−p̂)/n + z²/4n²)) / (1 + z²/n)
