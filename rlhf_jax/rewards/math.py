@@ -30,7 +30,7 @@ JOBS = 2
 LONGEST = 1000
 """Characters of a formula; one that is longer is compared as text alone."""
 MARK = re.compile(r"####[ \t]*\n*(.*)")
-CHOICE = re.compile(r"\(?\s*([A-Z])\s*(?:[).:]\s*.*)?", re.DOTALL)
+CHOICE = re.compile(r"\(?\s*([A-Z])\s*(?:(?:[).:]|\s+(?:because|since|as)\b)\s*.*)?", re.DOTALL)
 SAID = re.compile(r"(?i:(?:answer|result|solution)\s*(?:is|:|=)+|therefore,?|\*\*answer\*\*:?)[\s:*]*(?=\S)")
 ENVIRONMENT = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$([^$\n]+?)(?<!\\)\$", re.DOTALL)
 FORMULA = re.compile(r"[\d\s.,+\-−*/^()×÷=]+|[^\n]*\\[A-Za-z]+[^\n]*")
@@ -154,9 +154,12 @@ def candidate(response: str, right: str) -> str | None:
         text = text[said[-1] :].strip()
         formulas = [next(filter(None, match.groups())) for match in ENVIRONMENT.finditer(text)]
         return formulas[0] if formulas else re.split(r"(?<=[^A-Z])[.!](?:\s|$)|\n", text)[0].strip(" *.")
+    lines = [line for line in text.splitlines() if line.strip()]
+    letters = set(re.findall(r"\(([A-Z])\)", lines[-1])) if lines and choice_of(right) else set()
+    if len(letters) == 1:
+        return letters.pop()
     if formulas:
         return formulas[-1]
-    lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1].strip(" *.") if lines else None
 
 

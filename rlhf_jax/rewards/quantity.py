@@ -14,9 +14,9 @@ NUMBER = re.compile(
     (?P<percent>\s?(?:%|per\s?cent\b|percentage\b|pct\b))?""",
     re.VERBOSE | re.ASCII | re.IGNORECASE,
 )
-UNIT = re.compile(r"\s*(?P<unit>(?:[A-Za-z°]+\.?(?:\^\{?[23]\}?|[²³])?(?:/[A-Za-z]+)?\s*)*)\.?\s*", re.ASCII)
+UNIT = re.compile(r"\s*(?P<unit>(?:[A-Za-z°€£¥¢]+\.?(?:\^\{?[23]\}?|[²³])?(?:/[A-Za-z]+)?\s*)*)\.?\s*", re.ASCII)
 GOES_ON = re.compile(r"[.,;:]?(?:\s*$|\s+(?!(?:or|and|to)\b)[(]?[A-Za-z]{2}|\n)")
-WORD = re.compile(r"[A-Za-z]+", re.ASCII)
+WORD = re.compile(r"[A-Za-z]+|[°€£¥¢]", re.ASCII)
 NOT_UNITS = frozenset("or and to of plus minus times not but if is sqrt sin cos tan log".split())
 UNITS = {
     name: unit
@@ -31,7 +31,7 @@ UNITS = {
         "ml": "ml milliliter milliliters", "l": "l liter liters litre litres",
         "s": "s sec second seconds", "min": "min minute minutes", "h": "h hr hrs hour hours",
         "d": "day days", "wk": "week weeks", "mo": "month months", "y": "year years",
-        "dollar": "dollar dollars usd", "euro": "euro euros eur", "cent": "cent cents",
+        "dollar": "dollar dollars usd", "euro": "€ euro euros eur", "cent": "¢ cent cents", "£": "£", "¥": "¥",
         "°": "° degree degrees",
     }.items()
     for name in names.split()
@@ -116,9 +116,9 @@ def _head(text: str) -> str:
 def _is_unit(words: str, *, apart: bool) -> bool:
     """Whether words after a number say what is counted: a unit, or words of a language, and not letters of algebra."""
     found = WORD.findall(words)
-    if len(found) == 1 and found[0].lower() in UNITS:
+    if all(word.lower() in UNITS for word in found):
         return True
-    return not found or (apart and len(found[0]) > 2 and not NOT_UNITS.intersection(words.lower().split()))
+    return apart and len(found[0]) > 2 and not NOT_UNITS.intersection(words.lower().split())
 
 
 def _fraction(match: re.Match[str]) -> str:

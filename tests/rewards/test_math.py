@@ -40,7 +40,8 @@ RIGHT = [
     ("1.2e3", "1200"), ("1.2 \\times 10^3", "1200"), ("0.333333", "1/3"),
     # currency, units, per cent
     ("$18", "18"), ("\\$18.00", "18"), ("18 dollars", "$18"), ("€5", "5"), ("5 cm", "5"), ("5\\text{ cm}", "5 cm"),
-    ("5 centimeters", "5 cm"), ("12 apples", "12"), ("90^\\circ", "90"), ("90 degrees", "90^\\circ"), ("5m", "5"),
+    ("5 centimeters", "5 cm"), ("12 apples", "12"), ("90^\\circ", "90"), ("90 degrees", "90^\\circ"),
+    ("5m", "5"), ("10 m/s", "10"), ("10 €", "€10"),
     ("15 \\mbox{ cm}^2", "15"), ("50%", "50"), ("50\\%", "0.5"), ("50 percent", "50%"), ("0.5", "50%"), ("50", "50%"),
     # fractions and mixed numbers
     ("1/2", "\\frac{1}{2}"), ("\\dfrac12", "0.5"), ("-\\frac{1}{2}", "-1/2"), ("\\frac{-1}{2}", "-0.5"),
@@ -61,7 +62,8 @@ RIGHT = [
 ]  # fmt: skip
 WRONG = [
     ("4", "-4"), ("-4", "4"), ("1,80", "180"), ("1800", "1,801"), ("0.33", "1/3"), ("18.01", "18"), ("5", "0.5"),
-    ("5 cm", "5 km"), ("5 hours", "5 min"), ("5!", "5"), ("€5", "$5"), ("50%", "5"), ("50", "0.5"), ("5", "50%"),
+    ("5 cm", "5 km"), ("5 hours", "5 min"), ("5!", "5"), ("€5", "$5"), ("5 €", "$5"), ("50%", "5"), ("50", "0.5"),
+    ("5", "50%"),
     ("2/1", "1/2"), ("1/2", "1 1/2"), ("11/2", "1 1/2"), ("1 1/0", "1"), ("x+1", "x-1"), ("x", "y"), ("5x", "5"),
     ("5xy", "5"), ("5 x", "5"), ("5\\pi", "5"), ("2^3", "23"), ("\\sqrt{3}", "3"), ("5i", "5"), ("x=4", "5"),
     ("4 or 5", "4"), ("4, 5", "4"), ("4, 5", "5"), ("\\{1,2,3\\}", "1,2"), ("1", "1,2"), ("\\pm 2", "2"),
@@ -115,6 +117,18 @@ def test_strict_and_lenient(response, correct):
 def test_an_answer_with_nothing_in_it_is_refused(answer):
     with pytest.raises(ValueError, match="the answer"):
         grade("4", answer)
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        ("The answer is (B).", True), ("Answer: B", True), ("**B**", True), ("The correct option is (B) 12", True),
+        ("The answer is B or C", False), ("(A) is wrong, so (C)", False), ("(A) or (B)", False), ("Because", False),
+        ("The answer is B because A is wrong.", True),
+    ],
+)  # fmt: skip
+def test_a_choice_in_a_sentence(response, right):
+    assert verify(response, "B") is verify(response, "\\text{(B)}") is right
 
 
 def test_the_content_of_the_last_box():
