@@ -1,6 +1,7 @@
 import ast
 import gzip
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,6 +9,11 @@ import pytest
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import code_reward
 from rlhf_jax.rewards.code import find_program, run_tests
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("bwrap") is None,
+    reason="bubblewrap is not installed: install the system's package bubblewrap, as .ci/run does",
+)
 
 SECONDS, MEMORY = 20.0, 512 * 2**20
 
