@@ -169,16 +169,21 @@ class PromptFlags(DataFlags):
     """Prompts to answer."""
 
     prompts: str | tuple[str, ...] | None = None
-    """Files, folders or names on the Hub with a column prompt; by default the prompts of the other files."""
+    """Files, folders or names on the Hub with a column prompt, question, problem or instruction; by default the
+    prompts of the other files."""
     prompts_format: str | None = None
-    """prompts; by default recognised."""
+    """prompts, questions, problems or instructions; by default recognised."""
     prompts_columns: tuple[str, ...] = ()
-    """Names of the columns in the files, OURS=THEIRS."""
+    """Names of the columns in the files, OURS=THEIRS, also those that a checker reads: prompt=Body answer=Answer."""
+    prompt_suffix: str = ""
+    """A text put behind each prompt, such as "Put the answer behind ####."."""
 
     def sources(self) -> dict[str, Source]:
         """All files that the flags name, by their kind. Raises UserError for flags about files that are not given."""
         own = source("prompts", self.prompts, self.prompts_format, self.prompts_columns)
-        return own | super().sources()
+        if self.prompt_suffix and not own:
+            raise UserError("--prompt-suffix is about the files of --prompts, and there are none")
+        return {kind: files._replace(suffix=self.prompt_suffix) for kind, files in own.items()} | super().sources()
 
 
 @dataclass(frozen=True)

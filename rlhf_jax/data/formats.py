@@ -3,7 +3,7 @@
     demonstrations   messages | conversations | prompt, completion | instruction, output[, input] | text
     comparisons      prompt, chosen, rejected | instruction, chosen, rejected[, input] | chosen, rejected
                      prompt, responses, ranks | prompt, responses, scores
-    prompts          prompt
+    prompts          prompt | question | problem | instruction[, input]
     unpaired         prompt, completion, label
 
 A prompt, chosen or rejected is text, a list of messages {"role", "content"}, or a transcript of "\\n\\nHuman:" and
@@ -12,6 +12,7 @@ tools, a system text and a history (`columns`). Texts are kept as they are, spac
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from rlhf_jax.data import columns
@@ -192,6 +193,16 @@ def _prompt(row: Mapping[str, Any], place: Place) -> Prompt:
     return Prompt(calling(prompt, tools), place, tools)
 
 
+def _asked(field: str, row: Mapping[str, Any], place: Place) -> Prompt:
+    """A prompt whose column has another name, as sets of problems have it."""
+    return _prompt({**row, "prompt": row[field]}, place)
+
+
+def _instruction(row: Mapping[str, Any], place: Place) -> Prompt:
+    tools = row_tools(row)
+    return Prompt(calling(require_prompt(in_context(row, user_turn(row), "instruction")), tools), place, tools)
+
+
 def _unpaired(row: Mapping[str, Any], place: Place) -> Unpaired:
     if not isinstance(row["label"], bool):
         raise BadRow(f"field 'label' is {type_name(row['label'])}, not true or false")
@@ -218,9 +229,14 @@ FORMATS = {
     "ranking": Format("comparisons", ("prompt", "responses", "ranks"), columns.COMMON, _ranked),
     "scored": Format("comparisons", ("prompt", "responses", "scores"), columns.COMMON, _ranked),
     "prompts": Format("prompts", ("prompt",), columns.COMMON, _prompt),
+    "questions": Format("prompts", ("question",), columns.COMMON, partial(_asked, "question")),
+    "problems": Format("prompts", ("problem",), columns.COMMON, partial(_asked, "problem")),
+    "instructions": Format("prompts", ("instruction",), ("input", *columns.COMMON), _instruction),
     "unpaired": Format("unpaired", ("prompt", "completion", "label"), columns.COMMON, _unpaired),
 }
-COLUMNS = {column for format in FORMATS.values() for column in (*format.columns, *format.optional)}
+REWARDED = ("answer", "tests", "instruction_id_list", "kwargs")
+"""Columns beside a prompt that the checkers here read."""
+COLUMNS = {column for format in FORMATS.values() for column in (*format.columns, *format.optional)} | {*REWARDED}
 
 
 def recognise(columns: set[str], kind: str) -> str | None:
@@ -233,6 +249,8 @@ def recognise(columns: set[str], kind: str) -> str | None:
     fitting = {name for name, format in FORMATS.items() if columns.issuperset(format.columns)}
     if kind == "prompts":
         fitting = {name for name in fitting if FORMATS[name].kind == kind}
+        if "prompts" in fitting:
+            return "prompts"
     largest = {
         name for name in fitting
         if not any(set(FORMATS[name].columns) < set(FORMATS[other].columns) for other in fitting)

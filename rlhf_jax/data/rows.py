@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
-from rlhf_jax.data.formats import COLUMNS, FORMATS, known, normalise, not_read, recognise
+from rlhf_jax.data.formats import COLUMNS, FORMATS, REWARDED, known, normalise, not_read, recognise
 from rlhf_jax.data.rejects import BadRow, Place, Rejects, one_line
 from rlhf_jax.data.sources import Broken, read_source
 from rlhf_jax.errors import UserError
@@ -112,7 +112,8 @@ def _usable(
         if renamed.get(ours, ours) not in fields:
             raise BadRow(f"field {renamed.get(ours, ours)!r} is missing")
     named = _rename(fields, renamed)
-    return Read(number, normalise(format, named, place), fields, not_read(format, named))
+    rewarded = {ours: named[ours] for ours in renamed if ours in REWARDED and ours in named}
+    return Read(number, normalise(format, named, place), {**fields, **rewarded}, not_read(format, named))
 
 
 def parse_columns(columns: Sequence[str]) -> dict[str, str]:

@@ -46,6 +46,8 @@ class Source(NamedTuple):
     columns: tuple[str, ...] = ()
     """OURS=THEIRS."""
     weights: tuple[float, ...] = ()
+    suffix: str = ""
+    """Text put behind each prompt."""
 
 
 class TextTask:
@@ -130,7 +132,8 @@ class TextTask:
     def _prompts(self) -> PromptSets:
         parts: Sequence[list[Any]]
         if "prompts" in self._sources:
-            rows = [(read.row, read.fields) for some in self._read("prompts") for read, _ in some]
+            suffix = self._sources["prompts"].suffix
+            rows = [(with_suffix(read.row, suffix), read.fields) for some in self._read("prompts") for read, _ in some]
             parts = self._split([(row.prompt, (row, fields)) for row, fields in rows], self._rng(3))
         elif "comparisons" in self._sources:
             parts = [[(as_prompt(read), read.fields) for read, _ in part] for part in self._compared()]
@@ -327,9 +330,21 @@ def as_prompt(read: Read) -> Prompt:
     return Prompt(read.row.prompt, read.row.place, read.row.tools)
 
 
+def with_suffix(prompt: Prompt, suffix: str) -> Prompt:
+    """The prompt with a text behind its last message, in a paragraph of its own."""
+    if not suffix:
+        return prompt
+    *before, last = prompt.prompt
+    return prompt._replace(prompt=(*before, {**last, "content": f"{last['content']}\n\n{suffix}"}))
+
+
 def prompt_text(read: Read, column: str) -> str | list[dict[str, Any]]:
-    """A prompt as it stands in that column of its row: a text, or messages, as where other columns stand before it."""
-    given = read.fields.get(column)
-    if isinstance(given, str) and len(messages({"prompt": given}, "prompt")) == len(read.row.prompt):
+    """A prompt as rewards get it: as it stands in that column of its row, where nothing was put before or behind it.
+
+    Otherwise it is the text of its only message, or else messages.
+    """
+    given, turns = read.fields.get(column), read.row.prompt
+    if isinstance(given, str) and tuple(messages({"prompt": given}, "prompt")) == tuple(turns):
         return given
-    return [dict(turn) for turn in read.row.prompt]
+    alone = len(turns) == 1 and turns[0]["role"] == "user" and isinstance(turns[0]["content"], str)
+    return turns[0]["content"] if alone and not isinstance(given, list) else [dict(turn) for turn in turns]

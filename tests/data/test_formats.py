@@ -60,6 +60,12 @@ GOOD = {
         Comparison((HELLO,), ((HI,), (HO,)), (1, 0), PLACE),
     ),
     "prompts": ({"prompt": [SYSTEM, HELLO]}, Prompt((SYSTEM, HELLO), PLACE)),
+    "questions": ({"question": "hello"}, Prompt((HELLO,), PLACE)),
+    "problems": ({"problem": "hello"}, Prompt((HELLO,), PLACE)),
+    "instructions": (
+        {"instruction": "hello", "input": "x"},
+        Prompt(({"role": "user", "content": "hello\n\nx"},), PLACE),
+    ),
     "unpaired": ({"prompt": "hello", "completion": "hi", "label": False}, Unpaired((HELLO,), (HI,), False, PLACE)),
 }  # fmt: skip
 
@@ -193,7 +199,7 @@ def test_nothing_is_guessed(tmp_path):
     assert read.row.prompt == ({"role": "user", "content": "a"},) and read.fields == {"question": "a", "answer": "b"}
     with pytest.raises(UserError, match="'preference' is no format of demonstrations"):
         find_format(unknown, "demonstrations", format="preference")
-    for wrong in ("prompt", "prompt=", "question=prompt"):
+    for wrong in ("prompt", "prompt=", "query=prompt"):
         with pytest.raises(UserError, match="is not OURS=THEIRS"):
             parse_columns([wrong])
     with pytest.raises(UserError, match=r"unknown:1: field 'reply' is missing"):

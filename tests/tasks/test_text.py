@@ -196,11 +196,26 @@ def test_rankings_and_prompts_of_their_own(files, tmp_path):
     assert 0 <= metrics["reward_model_val_accuracy"] <= 1
 
 
+def test_problems_with_a_suffix_and_an_answer_under_another_name(files, tmp_path):
+    rows = [{"question": f"why {n}?", "prompt_id": n, "Right": str(n)} for n in range(30)]
+    cfg = ppo.Config(
+        **{name: files[name] for name in ("model", "max_length", "max_new_tokens")},
+        prompts=lines(tmp_path / "problems.jsonl", rows), prompts_columns=("answer=Right",), prompt_suffix="Think.",
+        reward="unread.py:length",
+    )  # fmt: skip
+    sets = (task := task_of(cfg, tmp_path / "task")).prompts()
+    for row, asked in zip(sets.train.row, task.base.read_prompts(sets.train), strict=True):
+        given = sets.rows[row]
+        # A reward gets the prompt as the model reads it, and the answer by the name it asks for.
+        assert given.prompt in asked and given.prompt == f"why {given.columns['answer']}?\n\nThink."
+        assert given.columns["Right"] == given.columns["answer"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"demonstrations_format": "preference"}, "'preference' is no format of demonstrations"),
-        ({"demonstrations_columns": "question=prompt"}, "'question=prompt' is not OURS=THEIRS"),
+        ({"demonstrations_columns": "query=prompt"}, "'query=prompt' is not OURS=THEIRS"),
         ({"demonstrations_weights": 0.5}, "2 weights for 1 sources"),
         ({"demonstrations": "no.jsonl"}, "no.jsonl"),
         ({"max_length": 100_000}, "is more than the model's"),
