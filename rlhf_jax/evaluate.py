@@ -169,8 +169,10 @@ def pass_at_k(right: ArrayLike, samples: int, k: int) -> Float[np.ndarray, " P"]
     return 1.0 - np.prod(np.maximum(samples - found[:, None] - drawn, 0.0) / (samples - drawn), axis=1)
 
 
-def best_of_n_kl(n: ArrayLike) -> Float[np.ndarray, "*S"]:
+def best_of_n_kl(n: Any) -> Any:
     """An upper bound of KL(best of n ‖ policy) in nats a response: log n − (n − 1)/n. It is exact without ties.
+
+    For a number n, or an array of them.
 
     Reference: Stiennon et al. 2020, appendix G.3, https://arxiv.org/abs/2009.01325; that it is a bound, Beirami et al.
     2024, https://arxiv.org/abs/2401.01879.

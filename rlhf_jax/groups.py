@@ -356,7 +356,7 @@ def train_groups(
             metrics["skipped"] = int(metrics["skipped"])
             seconds = time.perf_counter() - began
             loop.watch_skipped(step, metrics["skipped"], scored.completions)
-            metrics |= group_metrics(base, scored, numbers.group_size)
+            metrics |= group_metrics(scored, base.ended(scored.completions), numbers.group_size)
             metrics |= {"groups": groups, "skipped": (step + 1) * updates - int(policy.step)}
             if judge is not None:
                 metrics["utility"] = judge(scored.prompts, scored.completions).mean()
@@ -380,13 +380,14 @@ def draw_rows(count: int, number: int, seed: Sequence[int]) -> Int[np.ndarray, "
     return np.concatenate([*whole, rng.choice(count, number % count, replace=False)]).astype(int)
 
 
-def group_metrics(base: Pretrained, scored: Scored, group_size: int) -> dict[str, Any]:
+def group_metrics(scored: Scored, ended: Bool[np.ndarray, " B"], group_size: int) -> dict[str, Any]:
     """Metrics of scored groups: scores, groups without a signal, ends, lengths, and of a checker pass@1 and pass@k.
 
+    `ended` says of each answer whether it ended by itself.
     A reward counts as a checker when all of its scores are 0 or 1; the first one of these is taken. Lengths are then
     also those of right and of wrong answers.
     """
-    lengths, ended = scored.completions.mask.sum(axis=1), base.ended(scored.completions)
+    lengths = scored.completions.mask.sum(axis=1)
     metrics: dict[str, Any] = {
         "score": scored.scores.mean(),
         "silent": 1.0 - has_signal(scored.scores, group_size).mean(),

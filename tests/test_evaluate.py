@@ -102,7 +102,7 @@ def test_clusters_hold_their_95_percent_where_independent_trials_do_not():
         hits = rng.binomial(counts, rng.beta(0.5 * 0.7, 0.5 * 0.3, 40))
         _, low, high = clustered_rate(hits, counts)
         inside.append(low <= 0.7 <= high)
-        _, low, high = wilson_interval(hits.sum(), counts.sum())
+        _, low, high = wilson_interval(int(hits.sum()), int(counts.sum()))
         independent.append(low <= 0.7 <= high)
     assert np.mean(independent) < 0.9 < 0.925 < np.mean(inside) < 0.985
 

@@ -78,16 +78,12 @@ def test_metrics_by_hand():
     mask = np.arange(3)[None] < np.array([1, 2, 3, 3, 1, 1])[:, None]
     some = some._replace(completions=some.completions._replace(mask=mask))
 
-    class Base:
-        def ended(self, completions):
-            return np.array([True] * 3 + [False] * 3)
-
-    metrics = group_metrics(Base(), some, 2)
+    metrics = group_metrics(some, np.array([True] * 3 + [False] * 3), 2)
     assert metrics["silent"] == pytest.approx(2 / 3) and metrics["ended"] == 0.5
     assert metrics["pass@1"] == pytest.approx(3 / 6) and metrics["pass@2"] == pytest.approx(2 / 3)
     assert metrics["length_right"] == 1.0 and metrics["length_wrong"] == pytest.approx(8 / 3)
     # A score that is no verdict says nothing of right and wrong.
-    assert "pass@1" not in group_metrics(Base(), scored([0.5, 0, 1, 1]), 2)
+    assert "pass@1" not in group_metrics(scored([0.5, 0, 1, 1]), np.ones(4, bool), 2)
 
 
 def answers(advantages):
@@ -150,7 +146,9 @@ def test_a_sampler_that_computes_otherwise_is_weighed():
     given = (logprobs, batch.old_logprobs, batch.ref_logprobs, batch.advantages, MASK)
     weights = np.minimum(np.exp(np.float64(batch.old_logprobs - batch.sampler_logprobs)), 1.1)
     numbers = {"beta": 0.04, "reduce": sequence_mean, **BOTH}
-    loss, _ = grpo.algorithm(grpo.GRPO(sampler_cap=1.1), NUMBERS).loss(logprobs, batch)
+    loss, _ = grpo.algorithm(grpo.GRPO(sampler_cap=1.1), NUMBERS).loss(
+        jnp.asarray(logprobs), jax.tree.map(jnp.asarray, batch)
+    )
     assert_allclose(loss, oracles.grpo_loss(*given, weights=weights, **numbers), rtol=1e-4)
     assert abs(loss - oracles.grpo_loss(*given, **numbers)) > 1e-3
 

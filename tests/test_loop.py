@@ -23,9 +23,9 @@ from rlhf_jax.tasks import simulated
 from rlhf_jax.train import make_train_step
 
 RATES = {
-    "cosine": [0.0, 0.05, 0.1, 0.1 * (1 + np.cos(np.pi / 6)) / 2, 0.075],
-    "linear": [0.0, 0.05, 0.1, 0.1 * 5 / 6, 0.1 * 4 / 6],
-    "constant": [0.0, 0.05, 0.1, 0.1, 0.1],
+    "cosine": [0.05, 0.1, 0.1, 0.1 * (1 + np.cos(np.pi / 6)) / 2, 0.075],
+    "linear": [0.05, 0.1, 0.1, 0.1 * 5 / 6, 0.1 * 4 / 6],
+    "constant": [0.05, 0.1, 0.1, 0.1, 0.1],
 }
 """A learning rate of 0.1 over 8 steps, of which a quarter warm up: at each of the first five."""
 
@@ -117,8 +117,8 @@ def test_every_stage_takes_them(monkeypatch, tmp_path):
     with open(tmp_path / "run" / "metrics.jsonl", encoding="utf-8") as file:
         iterations = [row for line in file if (row := json.loads(line))["stage"] == "ppo"]
     np.testing.assert_allclose(iterations[0]["kl_k1"], 0.0, atol=1e-5)
-    # A line of warm-up to 5e-4 and down to zero over 8 updates: 0 at the first, in the middle of an iteration later.
-    assert iterations[0]["learning_rate"] == 0.0 and 0 < iterations[1]["learning_rate"] < 5e-4
+    # One update of warm-up, which has the whole rate, then a line down to zero over 8 updates.
+    assert iterations[0]["learning_rate"] == pytest.approx(5e-4) and 0 < iterations[1]["learning_rate"] < 5e-4
 
 
 def loop_of(run, *, max_skipped):

@@ -56,7 +56,7 @@ def run_tests(
     program: str,
     tests: Sequence[str],
     *,
-    time_limit: float,
+    time_limit: float | int,
     memory_limit: int,
     unsafe_without_sandbox: bool = False,
 ) -> TestRun:
@@ -93,7 +93,7 @@ def code_reward(
     completions: Sequence[Text],
     *,
     tests: Sequence[Sequence[str]],
-    time_limit: float = 10.0,
+    time_limit: float | int = 10.0,
     memory_limit: int = 512 * 2**20,
     jobs: int | None = None,
     unsafe_without_sandbox: bool = False,
@@ -130,7 +130,7 @@ def find_program(prompt: Text, completion: Text) -> str:
     return text_of(prompt) + text if first[:1].isspace() else text
 
 
-def _verdicts(running: Sequence[Sandboxed], message: bytes, count: int, time_limit: float) -> list[str]:
+def _verdicts(running: Sequence[Sandboxed], message: bytes, count: int, time_limit: float | int) -> list[str]:
     """Why each test failed, "" where it passed. Raises UserError when the sandboxes do not start."""
     process = running[-1].process
     assert process.stdin is not None and process.stdout is not None

@@ -75,12 +75,12 @@ def math_reward(
     return [float(_grade(text, right, known).lenient) for text, right in zip(texts, answer, strict=True)]
 
 
-def verify(response: str, answer: str | float) -> bool:
+def verify(response: str, answer: Any) -> bool:
     """Whether a response has the right answer, leniently. Raises ValueError as `grade` does."""
     return grade(response, answer).lenient
 
 
-def grade(response: str, answer: str | float) -> Correct:
+def grade(response: str, answer: Any) -> Correct:
     """Compares what a response arrives at with the answer, as values: 18 is $18.00, 1/2 is \\frac{1}{2}.
 
     `answer` is a number, a formula, a word or a letter, or a solution that ends in the demanded form. Raises
@@ -92,7 +92,7 @@ def grade(response: str, answer: str | float) -> Correct:
     return _grade(response, answer, lambda one, other: symbolically_equal([(one, other)], jobs=1)[0])
 
 
-def _grade(response: str, answer: str | float, equal: Equal) -> Correct:
+def _grade(response: str, answer: Any, equal: Equal) -> Correct:
     right = right_answer(answer)
     marked = MARK.search(response)
     if marked:
@@ -107,7 +107,7 @@ def _grade(response: str, answer: str | float, equal: Equal) -> Correct:
     return Correct(False, said is not None and is_right(said, right, equal))
 
 
-def right_answer(answer: str | float) -> str:
+def right_answer(answer: Any) -> str:
     """The answer without the solution that leads to it. Raises ValueError when there is nothing in it."""
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise ValueError(f"the answer {answer!r} is neither a text nor a number")

@@ -25,7 +25,7 @@ def test_margins_are_in_the_loss():
     batch = jax.tree.map(jnp.asarray, pack_rankings(rankings, length=16, pad_id=0))
     rewards = ranking_rewards(model, params, batch)
     chosen, rejected = (rewards[np.arange(3), np.asarray(side)] for side in ([0, 0, 1], [1, 1, 0]))
-    expected, _ = bradley_terry_loss(chosen, rejected, margin=np.array([0.0, 2.0, 0.5], np.float32))
+    expected, _ = bradley_terry_loss(chosen, rejected, margin=jnp.asarray([0.0, 2.0, 0.5]))
     without, _ = bradley_terry_loss(chosen, rejected)
     frozen, trainable = cfg.split_trainable(params, jax.random.key(1))
     state = make_state(model, trainable, cfg.make_optimizer(1))

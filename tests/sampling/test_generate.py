@@ -130,8 +130,8 @@ def test_decoding_ends_with_the_last_row(batch):
         )  # fmt: skip
         return int(steps), int(completions.mask.sum(axis=1).max())
 
-    assert steps(None) == (new, new)
-    early = [steps(eos) for eos in range(1, 5)]
+    assert steps(()) == (new, new)
+    early = [steps((eos,)) for eos in range(1, 5)]
     assert all(n == longest for n, longest in early)
     assert min(early)[0] < new
 

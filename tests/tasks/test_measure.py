@@ -6,22 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.flags import RunFlags as Flags
 from rlhf_jax.batches import Prompts
+from rlhf_jax.log import Run
 from rlhf_jax.sampling.sampler import numpy_completions
 from rlhf_jax.tasks.measure import compare_policies
 from rlhf_jax.tasks.simulated import Sizes, World
 from rlhf_jax.tasks.task import PromptSets, with_choice
 
 SIZES = Sizes(demonstrations=12, validation=6, compared=8, heldout_pairs=6, prompts=10, heldout=6, ranked=2, layers=1)
-
-
-class Folder:
-    """A run that only has a folder."""
-
-    first = True
-
-    def __init__(self, folder):
-        self.dir = folder
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +47,10 @@ def test_each_policy_samples_with_keys_of_its_own_on_the_prompts_it_is_given(wor
         return numpy_completions(tokens, np.arange(4)[None] < np.ones((len(tokens), 1)), np.zeros(tokens.shape))
 
     sets = world.prompts()._replace(heldout=world.prompts().choice, shifted=None)
-    found = compare_policies(
-        Folder(tmp_path), world, ("sft", "A"), ("ppo", "B"), sampler, lambda prompts, answers: np.ones(6), sets
-    )
+    with Run(tmp_path, Flags(), name="x") as run:
+        found = compare_policies(
+            run, world, ("sft", "A"), ("ppo", "B"), sampler, lambda prompts, answers: np.ones(6), sets
+        )
     numbers = [number for _, _, number in asked]
     assert [params for params, _, _ in asked] == ["A", "B"] and len(set(numbers)) == 2
     assert all(rows == sets.heldout.row.tolist() for _, rows, _ in asked)
