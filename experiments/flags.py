@@ -404,6 +404,9 @@ class GroupFlags(Flags):
     """Parts of an iteration's answers, one optimiser step each."""
     temperature: float = 1.0
     """The temperature of sampling and of every log-probability."""
+    pass_samples: int | None = None
+    """Answers to each held-out prompt at the end, before and after training, for pass@1 to pass@n. By default 8 in the
+    controlled world, else none."""
     slots: int | None = None
     """Answers that are sampled at once, whole groups of them. By default all; fewer need less memory, and a slot whose
     answer has ended takes the next prompt. On a mesh all are sampled at once."""
@@ -414,6 +417,8 @@ class GroupFlags(Flags):
         at_least(self, groups=1, group_size=2, epochs=1, minibatches=1, temperature=1e-3, evaluations=1)
         if self.steps is not None:
             at_least(self, steps=1)
+        if self.pass_samples is not None:
+            at_least(self, pass_samples=0)
         super().__post_init__()
 
 

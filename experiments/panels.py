@@ -370,6 +370,16 @@ def preference_report(stage: str, who: str) -> Report:
     return Report(headlines, (preference(stage),), side_by_side(stage, who), preference_rules(stage, who), numbers)
 
 
+def pass_numbers(stage: str, who: str) -> dict[str, str]:
+    """The meaning of the numbers that only an algorithm without a critic has."""
+    found = {f"{stage}_seconds": f"Seconds of the last {who} iteration."}
+    for name, what in (("start", BEFORE["start"]), (stage, f"the policy after {who}")):
+        found |= {
+            f"{name}_pass@{k}": f"Held-out prompts that {what} solves in one of {k} answers." for k in (1, 2, 4, 8)
+        }
+    return found
+
+
 def group_report(stage: str, who: str) -> Report:
     """The report of an algorithm without a critic."""
     rewarded = Section(
@@ -425,5 +435,5 @@ def group_report(stage: str, who: str) -> Report:
     )
     return Report(
         (truth(stage, who),), (rewarded,), side_by_side(stage, who), rules,
-        policy_numbers(stage, who) | {f"{stage}_seconds": f"Seconds of the last {who} iteration."},
+        policy_numbers(stage, who) | pass_numbers(stage, who),
     )  # fmt: skip

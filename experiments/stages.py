@@ -265,10 +265,11 @@ def group_stage(cfg: Any, stage: str, who: str, make_algorithm: Callable[[Number
                 cfg, make_algorithm, task, task.base, rewards, run, cfg.seed, stage=stage,
                 reference=open_reference(cfg, task), watch=watch,
             )  # fmt: skip
-            metrics |= task.facts | compare_policies(
-                run, task, ("start", task.base.params), (stage, policy), sampler,
-                make_reward_scorer(task, rewards, None),
-            )  # fmt: skip
+            policies, scorer = (("start", task.base.params), (stage, policy)), make_reward_scorer(task, rewards, None)
+            metrics |= task.facts | compare_policies(run, task, *policies, sampler, scorer)
+            samples = group_defaults(cfg, task.base).pass_samples
+            for name, params in policies if samples else ():
+                metrics |= pass_metrics(task, name, params, sampler, scorer, samples)
         run.summary(metrics)
         export_policy(run, task.base, policy, algorithm=who, metrics=metrics)
     return metrics
@@ -302,5 +303,5 @@ def train_without_critic(
 def group_defaults(cfg: Any, base: Pretrained) -> Any:
     """The flags of an algorithm without a critic, with numbers where none are given."""
     if base.name is None:
-        return or_default(cfg, steps=60, learning_rate=5e-4, lora_rank=0)
-    return or_default(cfg, steps=100, **pretrained_defaults(cfg, base, slower=10.0))
+        return or_default(cfg, steps=60, learning_rate=5e-4, lora_rank=0, pass_samples=8)
+    return or_default(cfg, steps=100, pass_samples=0, **pretrained_defaults(cfg, base, slower=10.0))

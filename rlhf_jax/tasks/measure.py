@@ -12,7 +12,7 @@ from rlhf_jax.batches import Completions, Prompts, Rankings, Tokens
 from rlhf_jax.data.tokens import join, take
 from rlhf_jax.diagnostics import distinct_n, duplicate_share
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluate import win_rate
+from rlhf_jax.evaluate import pass_at_k, win_rate
 from rlhf_jax.log import Run
 from rlhf_jax.models import Transformer
 from rlhf_jax.pretrained import Pretrained
@@ -135,6 +135,22 @@ def make_reward_scorer(task: Task, rewards: Sequence[Reward], no_end_score: floa
         return total if no_end_score is None else np.where(base.ended(completions), total, no_end_score)
 
     return scorer
+
+
+def pass_metrics(
+    task: Task, name: str, policy: Params, sampler: PolicySampler, scorer: AnswerScorer, samples: int
+) -> dict[str, float]:
+    """pass@1, 2, 4, … and pass@samples of a policy on held-out prompts, from so many answers to each.
+
+    {} unless all scores are 0 or 1, as a checker's are. Metrics are called <name>_pass@<k>.
+    """
+    heldout = task.prompts().heldout
+    scores = np.stack([scorer(heldout, sampler(policy, heldout, 200 + number)) for number in range(samples)], axis=1)
+    if not np.isin(scores, (0, 1)).all():
+        return {}
+    ks = [2**i for i in range(samples.bit_length()) if 2**i < samples] + [samples]
+    right = scores.sum(axis=1)
+    return {f"{name}_pass@{k}": float(pass_at_k(right, samples, k).mean()) for k in ks}
 
 
 def make_token_scorer(task: Task, score: Callable[[Tokens], np.ndarray]) -> AnswerScorer:

@@ -10,7 +10,7 @@ from experiments.flags import RunFlags as Flags
 from rlhf_jax.batches import Prompts
 from rlhf_jax.log import Run
 from rlhf_jax.sampling.sampler import numpy_completions
-from rlhf_jax.tasks.measure import compare_policies
+from rlhf_jax.tasks.measure import compare_policies, pass_metrics
 from rlhf_jax.tasks.simulated import Sizes, World
 from rlhf_jax.tasks.task import PromptSets, with_choice
 
@@ -57,3 +57,23 @@ def test_each_policy_samples_with_keys_of_its_own_on_the_prompts_it_is_given(wor
     assert found["win_rate"] == 0.5 and found["sft_ended"] == 1.0
     assert len((tmp_path / "examples.jsonl").read_text().splitlines()) == 6
     assert json.loads((tmp_path / "examples.jsonl").read_text().splitlines()[0])["sft"] == ""
+
+
+def test_pass_at_k_of_a_policy_counts_right_answers_over_samples(world):
+    rows = world.prompts().heldout.row
+
+    def sampler(params, prompts, number):
+        """The n-th sample solves the first n prompts."""
+        right = np.arange(len(rows)) < number - 200
+        tokens = np.where(right[:, None], 1, 0) * np.ones((1, 3), np.int32)
+        return numpy_completions(tokens, np.ones(tokens.shape, bool), np.zeros(tokens.shape))
+
+    def scorer(prompts, completions):
+        return completions.tokens[:, 0].astype(float)
+
+    # Of 4 samples the six prompts have 3, 2, 1, 0, 0 and 0 right ones.
+    found = pass_metrics(world, "grpo", None, sampler, scorer, 4)
+    assert found["grpo_pass@1"] == pytest.approx((3 + 2 + 1) / 4 / 6)
+    assert found["grpo_pass@2"] == pytest.approx((1 + (1 - 1 / 6) + (1 - 3 / 6)) / 6)
+    assert found["grpo_pass@4"] == pytest.approx(3 / 6) and len(found) == 3
+    assert pass_metrics(world, "x", None, sampler, lambda *_: np.full(6, 0.5), 2) == {}
