@@ -25,6 +25,9 @@ ROWS = {
     "ranking": {"prompt": "q", "responses": ["a", "b"], "ranks": [0, 1]},
     "scored": {"prompt": "q", "responses": ["a", "b"], "scores": [1, 0]},
     "prompts": {"prompt": "q"},
+    "questions": {"question": "q"},
+    "problems": {"problem": "q"},
+    "instructions": {"instruction": "q"},
     "unpaired": {"prompt": "q", "completion": "a", "label": True},
 }
 SPOKEN = sorted(set(FORMATS) - {"text"})
@@ -120,7 +123,7 @@ def test_columns_that_nothing_reads_are_counted_and_said_once(tmp_path, tokenize
     rejects = Rejects()
     assert len(list(encode_rows(read_rows(str(path), name, rejects), tokenizer, 400, rejects))) == 3
     # Beside a prompt they are for rewards.
-    expected = {} if name == "prompts" else {"columns not read: id, source": 2}
+    expected = {} if FORMATS[name].kind == "prompts" else {"columns not read: id, source": 2}
     assert {note: n for note, n in rejects.notes().items() if "not read" in note} == expected
     assert sum("columns not read" in line for line in rejects.summary()) == len(expected)
 

@@ -88,4 +88,9 @@ def test_what_a_reward_needs_is_beside_the_prompt(tmp_path, shared_data):
     path = write(tmp_path / "x.jsonl", [tested])
     [read] = read_rows(path, find_format(path, "prompts"), Rejects())
     assert read.fields == tested and read.row.prompt[0]["content"] == "add"
-    assert recognise({"question", "answer"}, "prompts") is None
+    assert recognise({"question", "answer"}, "prompts") == "questions"
+    assert recognise({"query", "answer"}, "prompts") is None
+    # A checker's column may have another name in the file.
+    path = write(tmp_path / "y.jsonl", [{"prompt": "add", "Right": "3"}])
+    [read] = read_rows(path, "prompts", Rejects(), columns=("answer=Right",))
+    assert read.fields == {"prompt": "add", "Right": "3", "answer": "3"}

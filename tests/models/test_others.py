@@ -51,9 +51,14 @@ def model_of(family, kind=Transformer, vocab_size=512):
     return config, random_tree(shapes, 0, 0.3)
 
 
-def alone(module, params, ids):
-    """Our outputs for one row by itself."""
-    return np.asarray(module.apply({"params": params}, jnp.asarray([ids])))[0]
+def alone(module, params, rows):
+    """Our outputs for each row, in one pass; what a row is padded with has a segment of its own."""
+    width = max(map(len, rows))
+    ids = jnp.asarray([[*row, *[0] * (width - len(row))] for row in rows])
+    segments = jnp.asarray([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    positions = jnp.broadcast_to(jnp.arange(width)[None], ids.shape)
+    found = np.asarray(jax.jit(module.apply)({"params": params}, ids, positions, segments))
+    return [out[: len(row)] for out, row in zip(found, rows, strict=True)]
 
 
 def batch_of(folder, texts, side=None):
@@ -63,22 +68,31 @@ def batch_of(folder, texts, side=None):
     return tokenizer, tokenizer(texts, padding=True, return_tensors="pt", **given)
 
 
+def last_of(module, params, tokenizer, texts):
+    """Our output at the last token of each text."""
+    return [out[-1] for out in alone(module, params, [tokenizer(text)["input_ids"] for text in texts])]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("side", [None, *SIDES])
-def test_a_policys_logits_in_a_batch(tokenizer, tmp_path, family, side):
+def test_a_policys_logits_in_a_batch(tokenizer, tmp_path, family):
     config, params = model_of(family)
     save_hf(tmp_path, config, params, tokenizer=tokenizer)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
-    _, batch = batch_of(tmp_path, TEXTS, side)
-    assert len(set(batch["attention_mask"].sum(1).tolist())) > 1
-    if family == "gpt2" and side != "right":  # transformers counts its learned positions from the padding on
-        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        logits = theirs(**batch).logits.numpy()
-    for row, ids, mask in zip(logits, batch["input_ids"].numpy(), batch["attention_mask"].numpy() > 0, strict=True):
-        expected = alone(Transformer(config), params, ids[mask])
-        assert_allclose(row[mask], expected, atol=2e-4, rtol=1e-4)
-    assert logits.std() > 0.1
+    ours = None
+    for side in (None, *SIDES):
+        _, batch = batch_of(tmp_path, TEXTS, side)
+        assert len(set(batch["attention_mask"].sum(1).tolist())) > 1
+        if family == "gpt2" and side != "right":  # transformers counts its learned positions from the padding on
+            batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            logits = theirs(**batch).logits.numpy()
+        masks = batch["attention_mask"].numpy() > 0
+        if ours is None:
+            rows = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"].numpy(), masks, strict=True)]
+            ours = alone(Transformer(config), params, rows)
+        for row, expected, mask in zip(logits, ours, masks, strict=True):
+            assert_allclose(row[mask], expected, atol=2e-4, rtol=1e-4, err_msg=str(side))
+        assert logits.std() > 0.1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -126,23 +140,24 @@ def test_a_policy_samples_by_default_from_all_tokens_at_temperature_1(tokenizer,
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("side", [None, *SIDES])
-def test_rewards_in_a_batch(tokenizer, tmp_path, family, side):
+def test_rewards_in_a_batch(tokenizer, tmp_path, family):
     config, params = model_of(family, ScalarModel)
     params = params | {"head": params["head"] | {"bias": jnp.zeros(())}}
     save_hf_reward_model(tmp_path, config, params, tokenizer=tokenizer)
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert theirs.config.num_labels == 1 and theirs.config.pad_token_id not in (None, theirs.config.eos_token_id)
     ended = [*(text + tokenizer.eos_token for text in TEXTS), TEXTS[0]]  # one was cut before its end
-    reader, batch = batch_of(tmp_path, ended, side)
+    reader, _ = batch_of(tmp_path, ended)
     assert reader.padding_side == "right"
-    if family == "gpt2" and side == "left":  # as for logits
-        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        rewards = theirs(**batch).logits[:, 0].numpy()
-    ours = [alone(ScalarModel(config), params, reader(text)["input_ids"])[-1] for text in ended]
-    assert_allclose(rewards, ours, atol=1e-4)
+    ours = last_of(ScalarModel(config), params, reader, ended)
     assert np.std(ours) > 0.03
+    for side in (None, *SIDES):
+        _, batch = batch_of(tmp_path, ended, side)
+        if family == "gpt2" and side == "left":  # as for logits
+            batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            rewards = theirs(**batch).logits[:, 0].numpy()
+        assert_allclose(rewards, ours, atol=1e-4, err_msg=str(side))
 
 
 def test_a_bias_shifts_all_rewards_alike_and_the_card_says_so(tokenizer, tmp_path):
@@ -153,7 +168,7 @@ def test_a_bias_shifts_all_rewards_alike_and_the_card_says_so(tokenizer, tmp_pat
     _, batch = batch_of(tmp_path, TEXTS)
     with torch.no_grad():
         rewards = theirs(**batch).logits[:, 0].numpy() + theirs.config.reward_bias
-    ours = [alone(ScalarModel(config), params, tokenizer(text)["input_ids"])[-1] for text in TEXTS]
+    ours = last_of(ScalarModel(config), params, tokenizer, TEXTS)
     assert_allclose(rewards, ours, atol=1e-4)
     assert "Reward: the model's logit + 0.75" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
@@ -171,23 +186,24 @@ def adapters(folder, tokenizer, family="llama"):
     return config, with_lora(params, policy), with_lora({"trunk": trunk}, own)
 
 
-@pytest.mark.parametrize("side", [None, *SIDES])
-def test_adapters_in_a_batch_with_pefts_defaults(tokenizer, tmp_path, side):
+def test_adapters_in_a_batch_with_pefts_defaults(tokenizer, tmp_path):
     config, policy, rewards = adapters(tmp_path, tokenizer)
     model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
-    reader, batch = batch_of(tmp_path / "base", TEXTS, side)
-    with torch.no_grad():
-        logits = model(**batch).logits.numpy()
-    for row, ids, mask in zip(logits, batch["input_ids"].numpy(), batch["attention_mask"].numpy() > 0, strict=True):
-        assert_allclose(row[mask], alone(Transformer(config), policy, ids[mask]), atol=2e-4, rtol=1e-4)
-
-    ended = [text + tokenizer.eos_token for text in TEXTS]
-    _, batch = batch_of(tmp_path / "base", ended, side)
     scorer = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "rewards").eval()
-    with torch.no_grad():
-        found = scorer(**batch).logits[:, 0].numpy()
-    ours = [alone(ScalarModel(config), rewards, reader(text)["input_ids"])[-1] for text in ended]
-    assert_allclose(found, ours, atol=1e-4)
+    ended = [text + tokenizer.eos_token for text in TEXTS]
+    reader = AutoTokenizer.from_pretrained(tmp_path / "base")
+    logits_alone = alone(Transformer(config), policy, [reader(text)["input_ids"] for text in TEXTS])
+    rewards_alone = last_of(ScalarModel(config), rewards, reader, ended)
+    for side in (None, *SIDES):
+        _, batch = batch_of(tmp_path / "base", TEXTS, side)
+        with torch.no_grad():
+            logits = model(**batch).logits.numpy()
+        for row, expected, mask in zip(logits, logits_alone, batch["attention_mask"].numpy() > 0, strict=True):
+            assert_allclose(row[mask], expected, atol=2e-4, rtol=1e-4, err_msg=str(side))
+        _, batch = batch_of(tmp_path / "base", ended, side)
+        with torch.no_grad():
+            found = scorer(**batch).logits[:, 0].numpy()
+        assert_allclose(found, rewards_alone, atol=1e-4, err_msg=str(side))
 
 
 # Which token pads.
@@ -249,7 +265,7 @@ def test_a_reward_model_whose_table_has_to_grow(tokenizer, tmp_path):
         _, batch = batch_of(tmp_path, ended, side)
         with torch.no_grad():
             rewards = theirs(**batch).logits[:, 0].numpy()
-        ours = [alone(ScalarModel(config), params, tokenizer(text)["input_ids"])[-1] for text in ended]
+        ours = last_of(ScalarModel(config), params, tokenizer, ended)
         assert_allclose(rewards, ours, atol=1e-4)
     save_hf(tmp_path / "policy", *model_of("llama", vocab_size=size), tokenizer=tokenizer)
     assert load_hf(tmp_path / "policy")[0].vocab_size == size
