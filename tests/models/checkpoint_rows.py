@@ -1,7 +1,7 @@
 """What becomes of the rows of a checkpoint's files, made from the tables that the code reads them by.
 
     python tests/models/checkpoint_rows.py > experiments/results/checkpoint_rows.md
-Seconds on a CPU. `test_rows.py` holds the page to this, and the tests that it names to be there.
+Seconds on a CPU. `test_config_rows.py` holds the page to this, and the tests that it names to be there.
 """
 
 import re
@@ -15,7 +15,7 @@ from rlhf_jax.models.tokenizer import SETTINGS, VOCABULARIES
 TESTS = Path(__file__).resolve().parents[1]
 LINES = list[tuple[str, ...]]
 ROWS, STORED, PRETRAINED, PEFT = (
-    f"{file}.py::" for file in ("models/test_rows", "models/test_stored", "test_pretrained", "models/test_peft")
+    f"{file}.py::" for file in ("models/test_config_rows", "models/test_stored", "test_pretrained", "models/test_peft")
 )
 
 ALL = {

@@ -191,4 +191,6 @@ def test_the_page_of_all_rows_is_that_of_the_code_and_names_tests_that_are_there
     path = Path(__file__).resolve().parents[2] / "experiments" / "results" / "checkpoint_rows.md"
     assert path.read_text(encoding="utf-8") == page()
     assert missing_tests(page()) == [] and set(ALL) == READ
-    assert missing_tests("models/test_rows.py::test_nothing of it") == ["models/test_rows.py::test_nothing"]
+    assert missing_tests("models/test_config_rows.py::test_nothing of it") == [
+        "models/test_config_rows.py::test_nothing"
+    ]
