@@ -4,7 +4,7 @@ Ouyang et al. 2022 (https://arxiv.org/abs/2203.02155). PPO starts from the SFT e
 scores highest (§3.5). The report also shows the epoch with the lowest validation loss.
     python experiments/pipeline.py
 It takes about 4 minutes on 2 CPU cores. Then open runs/pipeline-<n>/report.html: the true utility rises from 0.8 (SFT;
-its demonstrators have 0.9) to 2.2. The same stages run on real text, which has no true utility:
+its demonstrators have 0.9) to 2.4. The same stages run on real text, which has no true utility:
     python experiments/pipeline.py --model FOLDER --demonstrations FILE --comparisons FILE --on-bad-row=skip
 """
 
