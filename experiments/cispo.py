@@ -59,8 +59,7 @@ class Config(GroupConfig, CISPO):
 def algorithm(cfg: CISPO, numbers: Numbers) -> Algorithm:
     """CISPO's advantages and loss."""
 
-    def advantages(scores: Float[Array, " B"]) -> Float[Array, " B"]:
-        return group_advantages(scores, group_size=numbers.group_size, scale_by_std=True)
+    advantages = partial(group_advantages, group_size=numbers.group_size, scale_by_std=True)
 
     def loss(logprobs: Float[Array, "B T"], answers: Answers) -> tuple[Array, Metrics]:
         return cispo_loss(

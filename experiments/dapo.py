@@ -66,8 +66,7 @@ def algorithm(cfg: DAPO, numbers: Numbers) -> Algorithm:
     longest = numbers.max_new_tokens
     buffer = longest // 5 if cfg.overlong_buffer is None else cfg.overlong_buffer
 
-    def advantages(scores: Float[Array, " B"]) -> Float[Array, " B"]:
-        return group_advantages(scores, group_size=numbers.group_size, scale_by_std=True)
+    advantages = partial(group_advantages, group_size=numbers.group_size, scale_by_std=True)
 
     def loss(logprobs: Float[Array, "B T"], answers: Answers) -> tuple[Array, Metrics]:
         return grpo_loss(

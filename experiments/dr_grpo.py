@@ -55,8 +55,7 @@ class Config(GroupConfig, DrGRPO):
 def algorithm(cfg: DrGRPO, numbers: Numbers) -> Algorithm:
     """Dr. GRPO's advantages and loss."""
 
-    def advantages(scores: Float[Array, " B"]) -> Float[Array, " B"]:
-        return group_advantages(scores, group_size=numbers.group_size, scale_by_std=False)
+    advantages = partial(group_advantages, group_size=numbers.group_size, scale_by_std=False)
 
     def loss(logprobs: Float[Array, "B T"], answers: Answers) -> tuple[Array, Metrics]:
         return grpo_loss(

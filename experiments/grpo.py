@@ -64,8 +64,7 @@ class Config(GroupConfig, GRPO):
 def algorithm(cfg: GRPO, numbers: Numbers) -> Algorithm:
     """GRPO's advantages and loss."""
 
-    def advantages(scores: Float[Array, " B"]) -> Float[Array, " B"]:
-        return group_advantages(scores, group_size=numbers.group_size, scale_by_std=True)
+    advantages = partial(group_advantages, group_size=numbers.group_size, scale_by_std=True)
 
     def loss(logprobs: Float[Array, "B T"], answers: Answers) -> tuple[Array, Metrics]:
         mask, old = answers.tokens.mask, answers.old_logprobs

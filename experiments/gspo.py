@@ -58,8 +58,7 @@ class Config(GroupConfig, GSPO):
 def algorithm(cfg: GSPO, numbers: Numbers) -> Algorithm:
     """GSPO's advantages and loss."""
 
-    def advantages(scores: Float[Array, " B"]) -> Float[Array, " B"]:
-        return group_advantages(scores, group_size=numbers.group_size, scale_by_std=True)
+    advantages = partial(group_advantages, group_size=numbers.group_size, scale_by_std=True)
 
     def loss(logprobs: Float[Array, "B T"], answers: Answers) -> tuple[Array, Metrics]:
         return gspo_loss(

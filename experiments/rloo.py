@@ -64,8 +64,7 @@ class Config(GroupConfig, RLOO):
 def algorithm(cfg: RLOO, numbers: Numbers) -> Algorithm:
     """RLOO's advantages and loss: the sum of an answer's log-probabilities is that of the answer."""
 
-    def advantages(scores: Float[Array, " B"]) -> Float[Array, " B"]:
-        return leave_one_out_advantages(scores, group_size=numbers.group_size)
+    advantages = partial(leave_one_out_advantages, group_size=numbers.group_size)
 
     def loss(logprobs: Float[Array, "B T"], answers: Answers) -> tuple[Array, Metrics]:
         return reinforce_loss(

@@ -27,6 +27,26 @@ def truncate(logits: Float[Array, "B V"], *, top_k: int | None, top_p: Array | N
     return logits
 
 
+def choose(
+    logits: Float[Array, "B V"],
+    uniform: Float[Array, " B"] | None,
+    *,
+    temperature: Array,
+    top_k: int | None,
+    top_p: Array | None,
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """A token for each row and its log-probability, after `truncate`. Without uniform numbers it is the likeliest one.
+
+    Then the log-probability is that at temperature 1.
+    """
+    if uniform is not None:
+        return draw(truncate(logits / temperature, top_k=top_k, top_p=top_p), uniform)
+    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = truncate(logits, top_k=top_k, top_p=top_p)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
 def draw(logits: Float[Array, "B V"], uniform: Float[Array, " B"]) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """A token of softmax(logits) by inverse CDF, from one uniform number a row, and its log-probability.
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int, PRNGKeyArray
 from rlhf_jax.axes import constrain
 from rlhf_jax.batches import Completions
 from rlhf_jax.models import Transformer, init_cache
-from rlhf_jax.sampling.draw import draw, truncate
+from rlhf_jax.sampling.draw import choose
 from rlhf_jax.sampling.ends import EosId, eos_ids, is_end
 from rlhf_jax.types import ScalarLike
 
@@ -40,13 +40,8 @@ def _generate(
     def next_token(hidden: Array, step: Array) -> tuple[Array, Array]:
         # On a mesh each device draws for rows of its own, so that nobody searches a vocabulary cut in parts.
         logits = constrain(model.apply({"params": params}, hidden, method="logits")[:, -1], "row")
-        if greedy:
-            tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            logits = truncate(logits, top_k=top_k, top_p=top_p)
-            chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-            return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
-        logits = truncate(logits / temperature, top_k=top_k, top_p=top_p)
-        tokens, chosen = draw(logits, jax.random.uniform(jax.random.fold_in(key, step), (batch,)))
+        uniform = None if greedy else jax.random.uniform(jax.random.fold_in(key, step), (batch,))
+        tokens, chosen = choose(logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p)
         return constrain(tokens, "batch"), constrain(chosen, "batch")
 
     def read(tokens: Array, positions: Array, segment_ids: Array, cache: Any) -> tuple[Array, Any]:
@@ -109,16 +104,40 @@ def generate(
     prompts that are empty or not left-padded, or hold ids outside of the vocabulary, where their values are known;
     and for options that mean nothing.
     """
-    _check(max_new_tokens, temperature, top_k, top_p)
-    _check_ids(model.config.vocab_size, eos_ids(eos_id), pad_id)
-    _check_prompts(prompts, prompt_mask, model.config.vocab_size)
-    greedy = not isinstance(temperature, jax.core.Tracer) and float(temperature) == 0.0
+    check_request(
+        model, prompts, prompt_mask, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        eos_id=eos_id, pad_id=pad_id,
+    )  # fmt: skip
+    greedy = is_greedy(temperature)
     completions, _ = _generate(
         model, params, prompts, prompt_mask, key, jnp.asarray(temperature, jnp.float32),
         None if top_p is None else jnp.asarray(top_p, jnp.float32),
         max_new_tokens=max_new_tokens, greedy=greedy, top_k=top_k, eos_id=eos_ids(eos_id), pad_id=pad_id,
     )  # fmt: skip
     return completions
+
+
+def is_greedy(temperature: ScalarLike) -> bool:
+    """Whether a temperature is known to be 0."""
+    return not isinstance(temperature, jax.core.Tracer) and float(temperature) == 0.0
+
+
+def check_request(
+    model: Transformer,
+    prompts: Any,
+    prompt_mask: Any,
+    *,
+    max_new_tokens: int,
+    temperature: Any,
+    top_k: int | None,
+    top_p: Any,
+    eos_id: EosId,
+    pad_id: int,
+) -> None:
+    """Raises ValueError for prompts and options that `generate` does not take."""
+    _check(max_new_tokens, temperature, top_k, top_p)
+    _check_ids(model.config.vocab_size, eos_ids(eos_id), pad_id)
+    _check_prompts(prompts, prompt_mask, model.config.vocab_size)
 
 
 def _check(max_new_tokens: int, temperature: Any, top_k: int | None, top_p: Any) -> None:

@@ -15,9 +15,9 @@ from jaxtyping import Bool, Int, PRNGKeyArray
 
 from rlhf_jax.batches import Completions
 from rlhf_jax.models import KVCache, Transformer, init_cache
-from rlhf_jax.sampling.draw import draw, truncate
+from rlhf_jax.sampling.draw import choose
 from rlhf_jax.sampling.ends import EosId, eos_ids, is_end
-from rlhf_jax.sampling.generate import _check, _check_ids, _check_prompts
+from rlhf_jax.sampling.generate import check_request, is_greedy
 from rlhf_jax.types import ScalarLike
 
 
@@ -66,13 +66,14 @@ def generate_queued(
     `limits` are the most tokens of each answer; more than `max_new_tokens` counts as that. An answer at its limit is
     cut there. Raises ValueError as `generate` does, and for slots that are not a multiple of the group size.
     """
-    _check(max_new_tokens, temperature, top_k, top_p)
-    _check_ids(model.config.vocab_size, eos_ids(eos_id), pad_id)
-    _check_prompts(prompts, prompt_mask, model.config.vocab_size)
+    check_request(
+        model, prompts, prompt_mask, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        eos_id=eos_id, pad_id=pad_id,
+    )  # fmt: skip
     count = len(prompts) * group_size
     if group_size < 1 or slots < group_size or slots % group_size:
         raise ValueError(f"{slots} slots are not a multiple of the group size, {group_size}")
-    greedy = not isinstance(temperature, jax.core.Tracer) and float(temperature) == 0.0
+    greedy = is_greedy(temperature)
     most = jnp.full(count, max_new_tokens) if limits is None else jnp.minimum(jnp.asarray(limits), max_new_tokens)
     completions, _ = _generate_queued(
         model, params, prompts, prompt_mask, key, jnp.asarray(temperature, jnp.float32),
@@ -120,13 +121,8 @@ def _generate_queued(
     def sample(hidden: Array, row: Array, step: Array) -> tuple[Array, Array]:
         """A token for each row of hidden states, and its log-probability."""
         logits = model.apply({"params": params}, hidden[:, None], method="logits")[:, 0]
-        if greedy:
-            tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            logits = truncate(logits, top_k=top_k, top_p=top_p)
-            chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-            return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
-        logits = truncate(logits / temperature, top_k=top_k, top_p=top_p)
-        return draw(logits, uniform[step, jnp.minimum(row, count - 1)])
+        drawn = None if greedy else uniform[step, jnp.minimum(row, count - 1)]
+        return choose(logits, drawn, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def write(written: Completions, row: Array, step: Array, token: Array, logprob: Array) -> Completions:
         return Completions(
