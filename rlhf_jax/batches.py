@@ -7,6 +7,7 @@ input at (last True of `mask`) + 1, which is where a reward model reads.
 
 from typing import NamedTuple
 
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -96,6 +97,15 @@ class Completions(NamedTuple):
     """True for every sampled token, the EOS included."""
     logprobs: Float[Array, "B N"]
     """Log-probability of each token under the distribution it was sampled from."""
+
+
+class Ended(NamedTuple):
+    """Answers that have ended while others of their batch have not, as numpy arrays."""
+
+    rows: Int[np.ndarray, " N"]
+    """Their numbers in the batch."""
+    tokens: Int[np.ndarray, "N T"]
+    mask: Bool[np.ndarray, "N T"]
 
 
 class Experience(NamedTuple):

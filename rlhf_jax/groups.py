@@ -18,10 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from rlhf_jax.actor_critic import own_part
 from rlhf_jax.adapters import over_trunk
-from rlhf_jax.batches import Completions, Prompts, Tokens
+from rlhf_jax.batches import Completions, Ended, Prompts, Tokens
 from rlhf_jax.data.tokens import join, take
 from rlhf_jax.diagnostics import sampler_gap
-from rlhf_jax.evaluate import pass_at_k
 from rlhf_jax.kl import kl_k1
 from rlhf_jax.log import count_compilations
 from rlhf_jax.loop import Loop, shard_microbatches
@@ -30,23 +29,25 @@ from rlhf_jax.models import Transformer
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.rewards.reward import (
     HostScores,
+    Part,
     Reward,
     check_rewards,
-    host_metrics,
+    joined,
     params_of,
-    score_metrics,
     score_texts,
     score_tokens,
     weighted_sum,
     weights_of,
 )
-from rlhf_jax.rewards.watch import answer_statistics
+from rlhf_jax.rewards.stream import Stream
 from rlhf_jax.sampling import generate
 from rlhf_jax.sampling.queue import generate_queued
+from rlhf_jax.sampling.sampler import numpy_completions
+from rlhf_jax.scored_groups import Scored, group_metrics, has_signal, with_signal
 from rlhf_jax.scoring import response_logprobs, token_scores
 from rlhf_jax.sharding import check_rows, current_mesh, shard_batch, shard_params, to_host
 from rlhf_jax.tasks.measure import as_texts
-from rlhf_jax.tasks.task import Judge, PromptRow, PromptSets
+from rlhf_jax.tasks.task import Judge, PromptSets
 from rlhf_jax.train import make_state, make_train_step, ppo_update
 from rlhf_jax.types import Metrics, Params
 
@@ -111,31 +112,29 @@ class Frozen(NamedTuple):
         return over_trunk(self.trunk, own)
 
 
-class Scored(NamedTuple):
-    """Groups of answers with their scores, as numpy arrays."""
-
-    prompts: Prompts
-    completions: Completions
-    scores: Float[np.ndarray, " B"]
-    each: dict[str, Float[np.ndarray, " B"]]
-    """By reward; NaN where one does not apply."""
-    found: Mapping[str, HostScores]
-
-
 # 1. Rollout and score.
 
 
 def rollout(
-    model: Transformer, base: Pretrained, numbers: Numbers, policy: TrainState, frozen: Frozen, prompts: Prompts,
+    model: Transformer,
+    base: Pretrained,
+    numbers: Numbers,
+    put: Callable[[Ended], None] | None,
+    policy: TrainState,
+    frozen: Frozen,
+    prompts: Prompts,
     key: PRNGKeyArray,
-) -> Completions:  # fmt: skip
-    """`group_size` answers to each prompt, prompt-major. Without a mesh a queue fills slots that have ended."""
+) -> Completions:
+    """`group_size` answers to each prompt, prompt-major. Without a mesh a queue fills slots that have ended.
+
+    `put` is given the answers of the queue as they end.
+    """
     params, size = frozen.over_trunk(policy.params), numbers.group_size
     if current_mesh() is None:
         return generate_queued(
             model, params, prompts.tokens, prompts.mask, key, group_size=size, slots=numbers.slots,
             max_new_tokens=numbers.max_new_tokens, temperature=numbers.temperature, eos_id=base.eos_id,
-            pad_id=base.pad_id,
+            pad_id=base.pad_id, put=put,
         )  # fmt: skip
     repeated = shard_batch(jax.tree.map(lambda x: jnp.repeat(x, size, axis=0), prompts))
     return generate(
@@ -145,53 +144,51 @@ def rollout(
 
 
 def score(
-    base: Pretrained,
     rewards: Sequence[Reward],
-    rows: Sequence[PromptRow],
     on_tokens: Callable[[dict[str, Params], Tokens], dict[str, Array]],
     frozen: Frozen,
     prompts: Prompts,
     completions: Completions,
+    found: Mapping[str, HostScores],
+    *,
+    pad_id: int,
 ) -> Scored:
-    """The weighted sum of all rewards of each answer. `rows` are what `prompts.row` numbers."""
+    """The weighted sum of all rewards of each answer. `found` are the findings of the host rewards."""
     models = {name: frozen.over_trunk(own) for name, own in frozen.rewards.items()}
-    each: dict[str, Any] = {}
+    each: dict[str, Any] = {name: np.float32(some.scores) for name, some in found.items()}
     if models:
-        each |= to_host(on_tokens(models, shard_batch(join(prompts, completions, pad_id=base.pad_id))))
-    found: Mapping[str, HostScores] = {}
-    if len(each) < len(rewards):
-        found = score_texts(rewards, *as_texts(base, rows, prompts, completions))
-        each |= {name: np.float32(some.scores) for name, some in found.items()}
+        each |= to_host(on_tokens(models, shard_batch(join(prompts, completions, pad_id=pad_id))))
     return Scored(prompts, completions, np.asarray(weighted_sum(each, weights_of(rewards))), each, found)
 
 
-def has_signal(scores: Float[np.ndarray, " B"], group_size: int) -> Bool[np.ndarray, " P"]:
-    """Whether the answers to a prompt differ in score: where they do not, every advantage is 0."""
-    groups = scores.reshape(-1, group_size)
-    return (groups != groups[:, :1]).any(axis=1)
+def sample_and_score(
+    sample: Callable[[], Completions],
+    stream: Stream | None,
+    rewards: Sequence[Reward],
+    texts: Callable[[Prompts, Completions], tuple[Any, Any, Any]],
+    prompts: Prompts,
+) -> tuple[Completions, dict[str, HostScores]]:
+    """Samples by sample(); returns the answers as numpy arrays, and the findings of the host rewards.
 
-
-def with_signal(parts: Sequence[Scored], prompts: int, group_size: int) -> Scored:
-    """So many groups of several rounds: those with a signal first, then others, each in the order it was sampled.
-
-    What was counted on the host is of all rounds.
+    With a `stream`, which sample() fills, they read answers while others are sampled. `texts(prompts, completions)`
+    are their arguments; `prompts` has a row for each answer.
     """
-    arrays = jax.tree.map(lambda *x: np.concatenate(x), *(part._replace(found={}) for part in parts))
-    groups = np.argsort(~has_signal(arrays.scores, group_size), kind="stable")[:prompts]
-    rows = (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)
-    found = {name: added([part.found[name] for part in parts]) for name in parts[0].found}
-    return jax.tree.map(lambda x: x[rows], arrays)._replace(found=found)
+    if stream is None:
+        completions = to_host(sample())
+        host = any(not reward.traceable for reward in rewards)
+        return completions, score_texts(rewards, *texts(prompts, completions)) if host else {}
 
+    def score_part(part: Part, ended: Ended) -> dict[str, HostScores]:
+        answers = numpy_completions(ended.tokens, ended.mask, np.zeros(ended.mask.shape, np.float32))
+        return score_texts(rewards, *texts(take(prompts, part.rows), answers), part)
 
-def added(parts: Sequence[HostScores]) -> HostScores:
-    """The findings of a host reward in several rounds, as one."""
-    return HostScores(
-        np.concatenate([part.scores for part in parts]),
-        sum(part.errors for part in parts),
-        sum(part.timeouts for part in parts),
-        sum(part.shortened for part in parts),
-        next((part.first_error for part in parts if part.first_error), ""),
-    )
+    with stream.scored(score_part, len(prompts.row)) as future:
+        completions = to_host(sample())
+    parts, found = zip(*future.result(), strict=True)
+    host_rewards = [reward for reward in rewards if not reward.traceable]
+    return completions, {
+        reward.name: joined(reward, parts, [some[reward.name] for some in found]) for reward in host_rewards
+    }
 
 
 # 2. Advantages, and what the update needs.
@@ -319,7 +316,8 @@ def train_groups(
     first = reference if reference is not None else {} if adapters else base.params
     reads = algorithm.kl_in_loss or bool(algorithm.kl_in_reward)
     frozen = shard_params(Frozen(first if reads else {}, own, trunk))
-    sample = jax.jit(partial(rollout, model, base, numbers))
+    stream = Stream() if current_mesh() is None and not all(reward.traceable for reward in rewards) else None
+    sample = jax.jit(partial(rollout, model, base, numbers, None if stream is None else stream.put))
     learn_fn = jax.jit(partial(learn, algorithm, model, numbers, base.pad_id), donate_argnums=0)
     on_tokens = jax.jit(partial(score_tokens, tuple(reward._replace(params=None) for reward in rewards)))
     warned: set[str] = set()
@@ -331,9 +329,11 @@ def train_groups(
         for number in range(algorithm.rounds):
             rows = draw_rows(len(sets.train.row), numbers.prompts, [seed, step, number])
             sample_key = jax.random.fold_in(jax.random.fold_in(key, 2 * step + 1), number)
-            completions = to_host(sample(policy, frozen, to_host(take(sets.train, rows)), sample_key))
-            prompts = to_host(take(sets.train, np.repeat(rows, numbers.group_size)))
-            parts.append(score(base, rewards, sets.rows, on_tokens, frozen, prompts, completions))
+            asked, prompts = (to_host(take(sets.train, some)) for some in (rows, rows.repeat(numbers.group_size)))
+            ask = partial(sample, policy, frozen, asked, sample_key)
+            completions, found = sample_and_score(ask, stream, rewards, partial(as_texts, base, sets.rows), prompts)
+            some = score(rewards, on_tokens, frozen, prompts, completions, found, pad_id=base.pad_id)
+            parts.append(some)
             signals += int(has_signal(parts[-1].scores, numbers.group_size).sum())
             if signals >= numbers.prompts:
                 break
@@ -378,30 +378,3 @@ def draw_rows(count: int, number: int, seed: Sequence[int]) -> Int[np.ndarray, "
     rng = np.random.default_rng(seed)
     whole = [rng.permutation(count) for _ in range(number // count)]
     return np.concatenate([*whole, rng.choice(count, number % count, replace=False)]).astype(int)
-
-
-def group_metrics(scored: Scored, ended: Bool[np.ndarray, " B"], group_size: int) -> dict[str, Any]:
-    """Metrics of scored groups: scores, groups without a signal, ends, lengths, and of a checker pass@1 and pass@k.
-
-    `ended` says of each answer whether it ended by itself.
-    A reward counts as a checker when all of its scores are 0 or 1; the first one of these is taken. Lengths are then
-    also those of right and of wrong answers.
-    """
-    lengths = scored.completions.mask.sum(axis=1)
-    metrics: dict[str, Any] = {
-        "score": scored.scores.mean(),
-        "silent": 1.0 - has_signal(scored.scores, group_size).mean(),
-        "ended": ended.mean(),
-        **answer_statistics(scored.prompts, scored.completions),
-        **{name: float(value) for name, value in score_metrics(scored.each).items()},
-        **host_metrics(scored.found),
-    }
-    checked = next((some for some in scored.each.values() if np.isin(some, (0, 1)).all()), None)
-    if checked is None:
-        return metrics
-    right = checked.reshape(-1, group_size).sum(axis=1)
-    metrics["pass@1"] = checked.mean()
-    metrics[f"pass@{group_size}"] = pass_at_k(right, group_size, group_size).mean()
-    for name, some in (("right", checked == 1), ("wrong", checked == 0)):
-        metrics[f"length_{name}"] = lengths[some].mean() if some.any() else np.nan
-    return metrics

@@ -21,9 +21,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from rlhf_jax.axes import MESH_AXES, parameter_axes, partition_spec, parts
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts import many
+from rlhf_jax.hosts import gather, many
 
 Tree = TypeVar("Tree")
+Item = TypeVar("Item")
 
 
 def make_mesh(sizes: str = "", *, devices: Sequence[Any] | None = None) -> Mesh:
@@ -125,6 +126,28 @@ def host_share() -> tuple[int, int]:
     if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) != ways:
         return 0, 1
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
+
+
+def in_shares(function: Callable[[Item], Any], items: Sequence[Item]) -> list[Any]:
+    """[function(item) for item in items], each called once: by a process whose `host_share` has the item's number.
+
+    All processes get all values, which JSON can hold. There are as many items as shares.
+    Raises UserError in every process when a call raises it in one.
+    """
+    number = host_share()[0]
+    numbers = gather(number)
+    said: dict[str, Any] | None = None
+    if numbers.index(number) == jax.process_index():
+        try:
+            said = {"value": function(items[number])}
+        except UserError as error:
+            said = {"error": str(error)}
+    heard = [some for some in gather(said) if some is not None]
+    for some in heard:
+        if "error" in some:
+            raise UserError(some["error"])
+    order = sorted(set(numbers), key=numbers.index)
+    return [heard[order.index(share)]["value"] for share in range(len(items))]
 
 
 def shard_host_rows(tree: Tree, *, axis: int = 0) -> Tree:

@@ -20,17 +20,14 @@ from rlhf_jax.groups import (
     Answers,
     Frozen,
     Numbers,
-    Scored,
     draw_rows,
-    group_metrics,
-    has_signal,
     learn,
-    with_signal,
 )
 from rlhf_jax.masking import constant_mean, sequence_mean
 from rlhf_jax.models import Transformer
 from rlhf_jax.rewards.reward import HostScores
 from rlhf_jax.sampling.sampler import numpy_completions
+from rlhf_jax.scored_groups import Scored, group_metrics, has_signal, with_signal
 from rlhf_jax.tasks.simulated import Sizes, World
 from rlhf_jax.train import make_state
 

@@ -42,7 +42,7 @@ LEVELS = (
         "verdict",
         "optimizers",
     },
-    {"tasks", "groups"},
+    {"tasks", "groups", "scored_groups"},
     {"cli"},
 )
 BASES = {"jax", "jaxtyping", "rlhf_jax"} | sys.stdlib_module_names

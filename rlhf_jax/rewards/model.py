@@ -20,7 +20,16 @@ from rlhf_jax.data.tokens import Ids
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, ScalarModel
 from rlhf_jax.pretrained import Pretrained
-from rlhf_jax.rewards.reward import Columns, Completion, HostScores, Prompt, Reward, refuse_failures
+from rlhf_jax.rewards.reward import (
+    Columns,
+    Completion,
+    HostScores,
+    Part,
+    Prompt,
+    Reward,
+    first_failure,
+    refuse_failures,
+)
 from rlhf_jax.scoring import response_rewards, score_documents
 from rlhf_jax.types import Params
 
@@ -71,27 +80,29 @@ def text_model_reward(
     score = jax.jit(partial(_model_scores, ScalarModel(config)))
     pad_id = Pretrained(config, params, tokenizer).pad_id
 
-    def on_texts(prompts: Sequence[Prompt], completions: Sequence[Completion], columns: Columns) -> HostScores:
+    def on_texts(
+        prompts: Sequence[Prompt], completions: Sequence[Completion], columns: Columns, part: Part | None = None
+    ) -> HostScores:
         pairs: dict[int, tuple[Ids, Ids]] = {}
         failures: dict[int, str] = {}
         shortened = 0
+        part = part or Part(np.arange(len(prompts)), len(prompts))
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             try:
                 *pair, cut = encode_answer(prompt, completion, tokenizer, max_length)
             except BadRow as error:
-                failures[row] = str(error)
+                failures[int(part.rows[row])] = str(error)
             else:
                 pairs[row] = (pair[0], pair[1])
                 shortened += cut > 0
-        refuse_failures(name, failures, len(prompts), max_failed_share)
+        refuse_failures(name, failures, part.total, max_failed_share)
         scores = np.full(len(prompts), failed_score)
         scores[list(pairs)] = score_documents(
             score, params, list(pairs.values()), batch_size=batch_size, longest=max_length, pad_id=pad_id
         )
-        first = f"answer {min(failures)}: {failures[min(failures)]}" if failures else ""
-        return HostScores(scores, errors=len(failures), shortened=shortened, first_error=first)
+        return HostScores(scores, errors=len(failures), shortened=shortened, first_error=first_failure(failures))
 
-    return Reward(name, weight, on_texts=on_texts)
+    return Reward(name, weight, on_texts=on_texts, max_failed_share=max_failed_share)
 
 
 def encode_answer(

@@ -9,19 +9,31 @@ time: a score must not depend on the other answers. What it prints goes to stand
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts import from_first
+from rlhf_jax.hosts import many
 from rlhf_jax.rewards import HOMES
-from rlhf_jax.rewards.reward import Columns, Completion, HostScores, Prompt, Reward, refuse_failures
+from rlhf_jax.rewards.reward import (
+    Columns,
+    Completion,
+    HostScores,
+    Part,
+    Prompt,
+    Reward,
+    first_failure,
+    joined,
+    refuse_failures,
+)
 from rlhf_jax.rewards.worker import Reply, Setup
 from rlhf_jax.rewards.workers import Failed, Pool
+from rlhf_jax.sharding import host_share, in_shares
 
 
 class Function(NamedTuple):
@@ -91,19 +103,28 @@ def python_reward(
     one batch fail.
     """
     with _pool(function, limits) as pool:
+        score_some = partial(
+            score_answers, pool, function, limits, failed_score=failed_score, max_failed_share=max_failed_share
+        )
 
-        def score_here(*texts: Any) -> tuple[list[float], int, int, int, str]:
-            found = score_answers(
-                pool, function, limits, *texts, failed_score=failed_score, max_failed_share=max_failed_share
-            )
-            return found.scores.tolist(), found.errors, found.timeouts, found.shortened, found.first_error
+        def score(
+            prompts: Sequence[Prompt], completions: Sequence[Completion], columns: Columns, part: Part | None = None
+        ) -> HostScores:
+            size = len(completions)
+            if not many():
+                return score_some(prompts, completions, columns, part or Part(np.arange(size), size))
+            # Each process asks the function about the answers that its devices have.
+            parts = [Part(rows, size) for rows in np.array_split(np.arange(size), host_share()[1])]
 
-        def score(prompts: Sequence[Prompt], completions: Sequence[Completion], columns: Columns) -> HostScores:
-            # Of many processes the first asks the function, so that all train on the same scores.
-            scores, errors, timeouts, shortened, first = from_first(lambda: score_here(prompts, completions, columns))
-            return HostScores(np.asarray(scores, np.float64), errors, timeouts, shortened, first)
+            def score_share(mine: Part) -> list[Any]:
+                found = score_some(*_rows(mine.rows, prompts, completions, columns), mine)
+                return list(found._replace(scores=found.scores.tolist()))
 
-        yield Reward(name, weight, on_texts=score)
+            found = [HostScores(np.asarray(scores), *rest) for scores, *rest in in_shares(score_share, parts)]
+            return joined(reward, parts, found)
+
+        reward = Reward(name, weight, on_texts=score, max_failed_share=max_failed_share)
+        yield reward
 
 
 def score_answers(
@@ -113,11 +134,12 @@ def score_answers(
     prompts: Sequence[Prompt],
     completions: Sequence[Completion],
     columns: Columns,
+    part: Part,
     *,
     failed_score: float,
     max_failed_share: float,
 ) -> HostScores:
-    """Scores of a batch. Where a call fails, its answers are tried one by one, so that only the culprits have failed.
+    """Scores of a part of a batch. Where a call fails, its answers are tried one by one: only culprits have failed.
 
     Raises UserError as `python_reward` does.
     """
@@ -125,10 +147,14 @@ def score_answers(
     count = len(completions)
     scores = np.full(count, np.nan)
     failures: dict[int, Failed] = {}
+
+    def reasons() -> dict[int, str]:
+        return {int(part.rows[row]): why.reason for row, why in failures.items()}
+
     chunks = [range(start, min(start + limits.chunk, count)) for start in range(0, count, limits.chunk)]
     again: list[range] = []
     for calls in (chunks, again):  # the first fills the second
-        requests = [_request(rows, prompts, completions, columns) for rows in calls]
+        requests = [_rows(rows, prompts, completions, columns) for rows in calls]
         for number, reply in pool.map(requests, [len(rows) * limits.seconds for rows in calls]):
             rows, outcome = calls[number], _outcome(function, reply)
             if isinstance(outcome, Failed) and len(rows) > 1:
@@ -140,16 +166,18 @@ def score_answers(
                 for row, value in zip(rows, outcome, strict=True):
                     if value is not None and not math.isfinite(value):
                         failures[row] = Failed(f"it returned {value}", timeout=False)
-            refuse_failures(str(function), {n: why.reason for n, why in failures.items()}, count, max_failed_share)
+            refuse_failures(str(function), reasons(), part.total, max_failed_share)
     scores[list(failures)] = failed_score
     timeouts = sum(why.timeout for why in failures.values())
-    first = f"answer {min(failures)}: {failures[min(failures)].reason}" if failures else ""
-    return HostScores(scores, len(failures) - timeouts, timeouts, first_error=first)
+    return HostScores(scores, len(failures) - timeouts, timeouts, first_error=first_failure(reasons()))
 
 
-def _request(rows: range, prompts: Sequence[Prompt], completions: Sequence[Completion], columns: Columns) -> Any:
-    part = slice(rows.start, rows.stop)
-    return list(prompts[part]), list(completions[part]), {name: list(v[part]) for name, v in columns.items()}
+def _rows(
+    rows: Iterable[int], prompts: Sequence[Prompt], completions: Sequence[Completion], columns: Columns
+) -> tuple[list[Prompt], list[Completion], dict[str, list[Any]]]:
+    rows = list(rows)
+    of_columns = {name: [values[row] for row in rows] for name, values in columns.items()}
+    return [prompts[row] for row in rows], [completions[row] for row in rows], of_columns
 
 
 def _pool(function: Function, limits: Limits) -> Pool:

@@ -5,11 +5,11 @@ Python function, a verifier, a model with another tokenizer) runs on the host, b
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from rlhf_jax.batches import Tokens
 from rlhf_jax.errors import UserError
@@ -38,6 +38,31 @@ class HostScores(NamedTuple):
     """Why the first of those answers has no score of its own."""
 
 
+class Part(NamedTuple):
+    """Where answers stand in a batch that is scored part by part."""
+
+    rows: Int[np.ndarray, " N"]
+    """Their numbers."""
+    total: int
+    """Answers of the batch."""
+
+
+class TextScorer(Protocol):
+    """Scores answers by their texts, on the host."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Completion],
+        columns: Columns,
+        part: Part | None = None,
+    ) -> HostScores:
+        """Scores of answers, whose arguments `trl_forms` makes. They are a whole batch, or a part of one.
+
+        Raises UserError where more than the reward's `max_failed_share` of the batch fails.
+        """
+
+
 class Reward(NamedTuple):
     """A scorer of answers: by their tokens, with parameters, or by their texts. One of the two functions is None."""
 
@@ -48,8 +73,10 @@ class Reward(NamedTuple):
     """score(params, tokens): traceable. NaN where it does not apply."""
     params: Params = None
     """The parameters of `on_tokens`: an argument of the compiled program, not a constant in it."""
-    on_texts: Callable[[Sequence[Prompt], Sequence[Completion], Columns], HostScores] | None = None
-    """score(prompts, completions, columns): on the host, its arguments as `trl_forms` makes them."""
+    on_texts: TextScorer | None = None
+    """score(prompts, completions, columns), on the host."""
+    max_failed_share: float = 1.0
+    """The share of a batch's answers on which `on_texts` may fail."""
 
     @property
     def traceable(self) -> bool:
@@ -88,14 +115,45 @@ def score_tokens(
 
 
 def score_texts(
-    rewards: Sequence[Reward], prompts: Sequence[Prompt], completions: Sequence[Completion], columns: Columns
+    rewards: Sequence[Reward],
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    columns: Columns,
+    part: Part | None = None,
 ) -> dict[str, HostScores]:
-    """Name -> what each host reward found; the traceable ones are left out.
+    """Name -> what each host reward found, on a whole batch or a part; the traceable rewards are left out.
 
     Raises UserError where a reward fails on more answers than it may.
     """
     scorers = {reward.name: reward.on_texts for reward in rewards if reward.on_texts is not None}
-    return {name: score(prompts, completions, columns) for name, score in scorers.items()}
+    return {name: score(prompts, completions, columns, part) for name, score in scorers.items()}
+
+
+def joined(reward: Reward, parts: Sequence[Part], found: Sequence[HostScores]) -> HostScores:
+    """The findings on all parts of a batch as one.
+
+    Raises UserError where more than the reward's `max_failed_share` of the batch has failed.
+    """
+    count = parts[0].total
+    scores = np.full(count, np.nan)
+    for part, some in zip(parts, found, strict=True):
+        scores[part.rows] = some.scores
+    whole = added(found)._replace(scores=scores)
+    failed = whole.errors + whole.timeouts
+    if failed > reward.max_failed_share * count:
+        raise UserError(too_many_failed(reward.name, failed, count, reward.max_failed_share, whole.first_error))
+    return whole
+
+
+def added(parts: Sequence[HostScores]) -> HostScores:
+    """The findings of a host reward on several batches, one after the other."""
+    return HostScores(
+        np.concatenate([part.scores for part in parts]),
+        sum(part.errors for part in parts),
+        sum(part.timeouts for part in parts),
+        sum(part.shortened for part in parts),
+        next((part.first_error for part in parts if part.first_error), ""),
+    )
 
 
 def weighted_sum(
@@ -164,8 +222,16 @@ def trl_forms(prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[list[Pro
 def refuse_failures(who: str, failures: Mapping[int, str], count: int, max_share: float) -> None:
     """Raises UserError when more than `max_share` of `count` answers failed. `failures`: answer -> why."""
     if len(failures) > max_share * count:
-        first = min(failures)
-        raise UserError(
-            f"{who}: it failed on {len(failures)} of {count} answers ({len(failures) / count:.0%}; at most "
-            f"{max_share:.0%} may); answer {first}: {failures[first]}"
-        )
+        raise UserError(too_many_failed(who, len(failures), count, max_share, first_failure(failures)))
+
+
+def first_failure(failures: Mapping[int, str]) -> str:
+    """The first answer that failed, and why; "" without one."""
+    return f"answer {min(failures)}: {failures[min(failures)]}" if failures else ""
+
+
+def too_many_failed(who: str, failed: int, count: int, max_share: float, first: str) -> str:
+    """The message that says so."""
+    return (
+        f"{who}: it failed on {failed} of {count} answers ({failed / count:.0%}; at most {max_share:.0%} may); {first}"
+    )

@@ -44,6 +44,7 @@ class Pool:
     def __init__(self, setup: Setup, *, jobs: int, start_seconds: float):
         self._setup, self._jobs, self._start_seconds = setup, jobs, start_seconds
         self._workers: list[_Worker] = []
+        self._ended = False
         try:
             self._fill(jobs)
         except BaseException:
@@ -54,6 +55,7 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended = True  # a call that another thread is in starts no new workers
         self.close()
 
     def map(self, requests: Sequence[Any], seconds: Sequence[float]) -> Iterator[tuple[int, Reply | Failed]]:
@@ -101,6 +103,8 @@ class Pool:
 
     def _fill(self, count: int, busy: Container[Connection] = ()) -> None:
         """Replaces workers that have died, so that there are `count`; one that is busy is left to who waits for it."""
+        if self._ended:
+            raise RuntimeError("the pool has ended")
         idle = [worker for worker in self._workers if worker.link not in busy]
         for worker in idle:
             if worker.process.poll() is not None:

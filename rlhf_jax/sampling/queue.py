@@ -5,15 +5,18 @@ new prompt is laid into the columns just before it. So no slot has a place of it
 The prompt of a group is read once for all of its answers.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.experimental import io_callback
 from jaxtyping import Bool, Int, PRNGKeyArray
 
-from rlhf_jax.batches import Completions
+from rlhf_jax.batches import Completions, Ended
 from rlhf_jax.models import KVCache, Transformer, init_cache
 from rlhf_jax.sampling.draw import choose
 from rlhf_jax.sampling.ends import EosId, eos_ids, is_end
@@ -58,13 +61,16 @@ def generate_queued(
     eos_id: EosId,
     pad_id: int,
     limits: Int[Array, " N"] | None = None,
+    put: Callable[[Ended], None] | None = None,
 ) -> Completions:
     """`group_size` answers to each of P left-padded prompts, N = P · group_size, prompt-major; `slots` at once.
 
     They are the tokens that `generate` gives for the prompts, each repeated `group_size` times, with the same key,
     whatever the slots. (Rounding in matrix products of other shapes can turn a draw that is decided in the last bit.)
     `limits` are the most tokens of each answer; more than `max_new_tokens` counts as that. An answer at its limit is
-    cut there. Raises ValueError as `generate` does, and for slots that are not a multiple of the group size.
+    cut there. `put` is given the answers that end as they do, each once, from another thread and while others are
+    still sampled: it must not wait.
+    Raises ValueError as `generate` does, and for slots that are not a multiple of the group size.
     """
     check_request(
         model, prompts, prompt_mask, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
@@ -79,14 +85,14 @@ def generate_queued(
         model, params, prompts, prompt_mask, key, jnp.asarray(temperature, jnp.float32),
         None if top_p is None else jnp.asarray(top_p, jnp.float32), jnp.maximum(most, 1).astype(jnp.int32),
         group_size=group_size, slots=min(slots, count), max_new_tokens=max_new_tokens, greedy=greedy, top_k=top_k,
-        eos_id=eos_ids(eos_id), pad_id=pad_id,
+        eos_id=eos_ids(eos_id), pad_id=pad_id, put=put,
     )  # fmt: skip
     return completions
 
 
 @partial(
     jax.jit,
-    static_argnames=("model", "group_size", "slots", "max_new_tokens", "greedy", "top_k", "eos_id", "pad_id"),
+    static_argnames=("model", "group_size", "slots", "max_new_tokens", "greedy", "top_k", "eos_id", "pad_id", "put"),
 )
 def _generate_queued(
     model: Transformer,
@@ -105,6 +111,7 @@ def _generate_queued(
     top_k: int | None,
     eos_id: tuple[int, ...],
     pad_id: int,
+    put: Callable[[Ended], None] | None = None,
 ) -> tuple[Completions, Array]:
     """Completions, and how many decoding steps were run."""
     number, width = prompts.shape
@@ -134,6 +141,14 @@ def _generate_queued(
     def goes_on(row: Array, emitted: Array, token: Array) -> Array:
         return (row < count) & ~is_end(token, eos_id) & (emitted < limits[row])
 
+    def tell(row: Array, busy: Array, written: Completions) -> None:
+        """Puts the answers among `row` that have just ended."""
+        if put is None:
+            return
+        ended = (row < count) & ~busy
+        some = row, ended, written.tokens[row], written.mask[row]
+        jax.lax.cond(ended.any(), lambda: io_callback(partial(_put, put), None, *some), lambda: None)
+
     def free(state: _State) -> Array:
         return slots - state.busy.sum()
 
@@ -154,15 +169,17 @@ def _generate_queued(
         row = jnp.where(jnp.repeat(real, group_size), row, count)
         zero = jnp.zeros_like(row)
         token, logprob = sample(jnp.repeat(hidden[:, -1], group_size, axis=0), row, zero)
+        busy, written = goes_on(row, zero + 1, token), write(state.written, row, zero, token, logprob)
+        tell(row, busy, written)
         return state._replace(
             cache=_laid(state.cache, cache, slot, group_size, ring),
             row=state.row.at[slot].set(row),
             emitted=state.emitted.at[slot].set(1),
             length=state.length.at[slot].set(jnp.repeat(lengths[chosen], group_size)),
             token=state.token.at[slot].set(token),
-            busy=state.busy.at[slot].set(goes_on(row, zero + 1, token)),
+            busy=state.busy.at[slot].set(busy),
             asked=state.asked + at_once,
-            written=write(state.written, row, zero, token, logprob),
+            written=written,
         )
 
     def decode(state: _State) -> _State:
@@ -175,12 +192,14 @@ def _generate_queued(
         row = jnp.where(state.busy, state.row, count)
         step = jnp.minimum(state.emitted, max_new_tokens - 1)
         token, logprob = sample(hidden[:, -1], row, step)
+        busy, written = goes_on(row, state.emitted + 1, token), write(state.written, row, step, token, logprob)
+        tell(row, busy, written)
         return state._replace(
             cache=cache,
             emitted=state.emitted + 1,
             token=token,
-            busy=goes_on(row, state.emitted + 1, token),
-            written=write(state.written, row, step, token, logprob),
+            busy=busy,
+            written=written,
             steps=state.steps + 1,
         )
 
@@ -196,6 +215,11 @@ def _generate_queued(
     )  # fmt: skip
     state = jax.lax.while_loop(lambda s: s.busy.any() | (s.asked < number), turn, start)
     return jax.tree.map(lambda x: x[:count], state.written), state.steps
+
+
+def _put(put: Callable[[Ended], None], rows: Array, ended: Array, tokens: Array, mask: Array) -> None:
+    which = np.asarray(ended)
+    put(Ended(*(np.asarray(x)[which] for x in (rows, tokens, mask))))
 
 
 def _laid(ring: KVCache, read: KVCache, slot: Array, group_size: int, size: int) -> KVCache:

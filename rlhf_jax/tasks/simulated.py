@@ -13,7 +13,7 @@ from rlhf_jax.data.tokens import pack_sequences, pad_prompts, pad_sequences, tak
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import FLOAT32, ModelConfig, Precision
 from rlhf_jax.pretrained import Pretrained
-from rlhf_jax.rewards.reward import Columns, Completion, HostScores, Prompt, Reward
+from rlhf_jax.rewards.reward import Columns, Completion, HostScores, Part, Prompt, Reward
 from rlhf_jax.sharding import host_share
 from rlhf_jax.simulation import Annotators, Demonstrators, agreement_rate, calibrate_noise, ceiling
 from rlhf_jax.simulation.world import Problem, draw_problems, is_exact, make_tokenizer, utilities
@@ -116,7 +116,9 @@ class World:
         """
         problems = {problem.prompt: problem for problem in self._problems}
 
-        def score(prompts: Sequence[Prompt], completions: Sequence[Completion], columns: Columns) -> HostScores:
+        def score(
+            prompts: Sequence[Prompt], completions: Sequence[Completion], columns: Columns, part: Part | None = None
+        ) -> HostScores:
             pairs = zip(prompts, completions, strict=True)
             return HostScores(np.array([float(is_exact(problems[str(p)], str(c))) for p, c in pairs]))
 

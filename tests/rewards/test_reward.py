@@ -38,7 +38,7 @@ def length(params, tokens):
     return params * tokens.mask.sum(axis=1)
 
 
-def texts(prompts, completions, columns):
+def texts(prompts, completions, columns, part=None):
     rows = zip(prompts, completions, columns["a"], strict=True)
     return HostScores(np.array([float(len(p) + len(c) + a) for p, c, a in rows]), errors=1)
 

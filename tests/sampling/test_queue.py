@@ -83,3 +83,16 @@ def test_a_slot_does_not_wait_for_the_longest_answer():
 def test_slots_that_cannot_be_are_refused(slots):
     with pytest.raises(ValueError, match=f"{slots} slots are not a multiple of the group size, 2"):
         queued(*prompts_of(PROMPTS), slots)
+
+
+def test_answers_are_put_as_they_end_each_once():
+    prompts, mask = prompts_of(24, seed=1)
+    put = []
+    found = queued(prompts, mask, 4, eos_id=4, put=put.append)
+    jax.effects_barrier()
+    assert len(put) > 6  # not all together
+    rows = np.concatenate([ended.rows for ended in put])
+    assert sorted(rows) == list(range(24 * GROUP))
+    assert_array_equal(np.concatenate([ended.mask for ended in put]), found.mask[rows])
+    assert_array_equal(np.concatenate([ended.tokens for ended in put]), found.tokens[rows])
+    assert_same(found, static(prompts, mask, eos_id=4))
