@@ -1,4 +1,7 @@
-"""2 and 4 processes train as one does, go on from each other's checkpoints, and say so when one of them is killed."""
+"""2 and 4 processes train as one does, go on from each other's checkpoints, and say so when one of them is killed.
+
+They train by SFT, PPO, and GRPO with a reward in Python.
+"""
 
 import faulthandler
 import gc
@@ -20,20 +23,24 @@ import numpy as np
 import pytest
 from jax._src import cache_key
 
-from experiments import ppo, sft
+from experiments import grpo, ppo, sft
 from experiments.flags import RunFlags
+from experiments.grpo import GRPO
 from experiments.ppo import PPO
 from experiments.sft import SFT
+from experiments.stages import group_defaults
 from rlhf_jax import checkpoint, hosts
 from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import UserError
+from rlhf_jax.groups import train_groups
 from rlhf_jax.log import Run
 from rlhf_jax.loop import set_data_state
 from rlhf_jax.metrics import CLOCKS, read_metrics
 from rlhf_jax.models import ScalarModel, Transformer
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.rewards.model import model_reward
+from rlhf_jax.rewards.python import Limits, parse, python_reward
 from rlhf_jax.sharding import create, host_share, make_mesh, shard_host_rows, to_host
 from rlhf_jax.tasks import simulated
 from rlhf_jax.tasks.task import Demonstrations, PromptSets
@@ -41,7 +48,7 @@ from rlhf_jax.tasks.task import Demonstrations, PromptSets
 LIMIT = 240
 """Seconds after which a process that has not ended says where it is, and ends."""
 ROWS = 4
-STEPS = {"sft": [1, 6], "ppo": [1, 2]}
+STEPS = {"sft": [1, 6], "ppo": [1, 2], "grpo": [1, 2]}
 """What is logged."""
 
 
@@ -49,6 +56,7 @@ STEPS = {"sft": [1, 6], "ppo": [1, 2]}
 class Config(RunFlags):
     sft: SFT = field(default_factory=lambda: SFT(steps=6, batch_size=ROWS, save_every=2))
     ppo: PPO = field(default_factory=lambda: PPO(steps=2, responses=ROWS, minibatches=1, epochs=1, save_every=1))
+    grpo: GRPO = field(default_factory=lambda: GRPO(steps=2, groups=2, group_size=ROWS, save_every=1))
     only_sft: bool = False
 
 
@@ -116,9 +124,39 @@ def run_one(world):
                     [model_reward(base.config, scores, name="model", weight=1.0)], run, cfg.seed, max_new_tokens=8,
                     critic=(base.config, scores),
                 )  # fmt: skip
+                metrics |= by_groups(cfg, base._replace(params=trained.params), world.prompts, run)
                 run.summary(metrics)
 
     run_main(main, Config)
+
+
+REWARD = """
+import os
+def even(prompts, completions, **columns):
+    with open(os.environ["SCORED"], "a") as file:
+        file.writelines(f"{os.getppid()}\\n" for _ in completions)
+    return [len(text) % 2 for text in completions]
+"""
+
+
+def by_groups(cfg, base, prompts, run):
+    """GRPO, whose reward notes for each answer which process asked for its score."""
+    path = Path(cfg.run_dir).with_suffix(".py")
+    if run.first:
+        path.write_text(REWARD, encoding="utf-8")
+    hosts.from_first(lambda: None)
+    os.environ["SCORED"] = str(path.with_suffix(f".scored{jax.process_index()}"))
+    filled = group_defaults(cfg.grpo, base)
+    numbers = filled.numbers(8)
+    limits = Limits(seconds=10)
+    with python_reward(
+        parse(f"{path}:even"), limits, name="even", weight=1.0, failed_score=0.0, max_failed_share=0.0
+    ) as reward:
+        return train_groups(
+            grpo.algorithm(cfg.grpo, numbers), numbers, base, prompts, [reward], filled.make_group_loop(run, "grpo"),
+            cfg.seed, split=filled.split_trainable, adapters=False, optimizer=filled.make_group_optimizer(),
+            evaluations=1,
+        )[1]  # fmt: skip
 
 
 def new(model):
@@ -200,7 +238,7 @@ def lives(folder):
     spread(world, folder, "back", 1, "--resume")
     # Of what two did, PPO's first iteration stays.
     shutil.copytree(folder / "two", folder / "four")
-    for gone in ("sft", "sft_epochs", "ppo/2"):
+    for gone in ("sft", "sft_epochs", "ppo/2", "grpo"):
         shutil.rmtree(folder / "four" / "checkpoints" / gone)
     spread(world, folder, "four", 4, "--resume", "--mesh", "fsdp=4")
     hosts.HEARTBEAT_SECONDS = 10
@@ -273,9 +311,18 @@ def assert_same(*runs):
 def test_processes_do_what_one_does(runs, name, processes):
     """Four of them with each parameter cut in four, and PPO's first iteration that of two."""
     folder, _ = runs
-    assert_same(folder / name, folder / "alone", {"sft", "ppo"})
+    assert_same(folder / name, folder / "alone", set(STEPS))
     assert f"run: {folder / name}" in said(folder, name, 0, "out")
     assert [said(folder, name, number, "out") for number in range(1, processes)] == [[]] * (processes - 1)
+
+
+def test_each_answer_is_scored_once_by_a_process_that_has_it(runs):
+    """Two iterations of 2 · 4 answers; alone the one process scores all."""
+    folder, _ = runs
+    for name, processes in (("alone", 1), ("two", 2), ("four", 4)):
+        asked = [path.read_text(encoding="utf-8").split() for path in sorted(folder.glob(f"{name}.scored*"))]
+        assert [len(some) for some in asked] == [2 * 8 // processes] * processes
+        assert len({process for some in asked for process in some}) == processes
 
 
 def test_one_goes_on_from_what_two_have_done(runs):
@@ -305,7 +352,7 @@ if __name__ == "__main__":
     print(f"after one was killed the other ended in {ended - killed:.1f} s")
     for name in ("two", "four"):
         largest = {}
-        for what, ours, theirs in compared(folder / name, folder / "alone", {"sft", "ppo"}):
+        for what, ours, theirs in compared(folder / name, folder / "alone", set(STEPS)):
             what = what.partition(":")[0]
             largest[what] = max(largest.get(what, 0.0), float(np.abs(np.subtract(ours, theirs)).max()))
         print(name, {what: f"{difference:.1e}" for what, difference in largest.items()})
