@@ -41,10 +41,11 @@ from rlhf_jax.rewards.reward import (
 )
 from rlhf_jax.rewards.stream import Stream
 from rlhf_jax.sampling import generate
+from rlhf_jax.sampling.ends import EosId
 from rlhf_jax.sampling.queue import generate_queued
 from rlhf_jax.sampling.sampler import numpy_completions
 from rlhf_jax.scored_groups import Scored, group_metrics, has_signal, with_signal
-from rlhf_jax.scoring import response_logprobs, token_scores
+from rlhf_jax.scoring import in_parts, response_logprobs, token_scores
 from rlhf_jax.sharding import check_rows, current_mesh, shard_batch, shard_params, to_host
 from rlhf_jax.tasks.measure import as_texts
 from rlhf_jax.tasks.task import Judge, PromptSets
@@ -117,13 +118,15 @@ class Frozen(NamedTuple):
 
 def rollout(
     model: Transformer,
-    base: Pretrained,
     numbers: Numbers,
-    put: Callable[[Ended], None] | None,
     policy: TrainState,
     frozen: Frozen,
     prompts: Prompts,
     key: PRNGKeyArray,
+    *,
+    eos_id: EosId,
+    pad_id: int,
+    put: Callable[[Ended], None] | None = None,
 ) -> Completions:
     """`group_size` answers to each prompt, prompt-major. Without a mesh a queue fills slots that have ended.
 
@@ -133,13 +136,13 @@ def rollout(
     if current_mesh() is None:
         return generate_queued(
             model, params, prompts.tokens, prompts.mask, key, group_size=size, slots=numbers.slots,
-            max_new_tokens=numbers.max_new_tokens, temperature=numbers.temperature, eos_id=base.eos_id,
-            pad_id=base.pad_id, put=put,
+            max_new_tokens=numbers.max_new_tokens, temperature=numbers.temperature, eos_id=eos_id, pad_id=pad_id,
+            put=put,
         )  # fmt: skip
     repeated = shard_batch(jax.tree.map(lambda x: jnp.repeat(x, size, axis=0), prompts))
     return generate(
         model, params, repeated.tokens, repeated.mask, key, max_new_tokens=numbers.max_new_tokens,
-        temperature=numbers.temperature, eos_id=base.eos_id, pad_id=base.pad_id,
+        temperature=numbers.temperature, eos_id=eos_id, pad_id=pad_id,
     )  # fmt: skip
 
 
@@ -205,15 +208,15 @@ def shape(
     scores: Float[Array, " B"],
 ) -> tuple[Answers, Metrics]:
     """Advantages of answers, and log-probabilities before the update."""
-    mask = tokens.mask
-    old_logprobs, entropy = token_scores(
-        model, frozen.over_trunk(policy.params), tokens, temperature=numbers.temperature
-    )
+    mask, parts = tokens.mask, numbers.minibatches * numbers.accumulate  # as many rows at once as in training
+    scores_of = partial(token_scores, model, frozen.over_trunk(policy.params), temperature=numbers.temperature)
+    old_logprobs, entropy = in_parts(scores_of, tokens, parts)
     metrics = {"entropy": masked_mean(entropy, mask), "length": mask.sum(axis=1).mean(dtype=jnp.float32)}
     ref_logprobs = None
     if algorithm.kl_in_loss or algorithm.kl_in_reward:
         reference = frozen.over_trunk(frozen.reference)
-        ref_logprobs = response_logprobs(model, reference, tokens, temperature=numbers.temperature)
+        logprobs_of = partial(response_logprobs, model, reference, temperature=numbers.temperature)
+        ref_logprobs = in_parts(logprobs_of, tokens, parts)
         kl = masked_sum(kl_k1(old_logprobs, ref_logprobs), mask, axis=1)
         metrics["kl_k1"] = kl.mean()
         scores -= algorithm.kl_in_reward * kl
@@ -317,7 +320,8 @@ def train_groups(
     reads = algorithm.kl_in_loss or bool(algorithm.kl_in_reward)
     frozen = shard_params(Frozen(first if reads else {}, own, trunk))
     stream = Stream() if current_mesh() is None and not all(reward.traceable for reward in rewards) else None
-    sample = jax.jit(partial(rollout, model, base, numbers, None if stream is None else stream.put))
+    put = None if stream is None else stream.put
+    sample = jax.jit(partial(rollout, model, numbers, eos_id=base.eos_id, pad_id=base.pad_id, put=put))
     learn_fn = jax.jit(partial(learn, algorithm, model, numbers, base.pad_id), donate_argnums=0)
     on_tokens = jax.jit(partial(score_tokens, tuple(reward._replace(params=None) for reward in rewards)))
     warned: set[str] = set()

@@ -5,6 +5,7 @@ No pass makes a [B, T, V] array.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -21,6 +22,8 @@ from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.sampling.sampler import like_lengths
 from rlhf_jax.sharding import shard_batch, to_host
 from rlhf_jax.types import Metrics, Params
+
+Arrays = TypeVar("Arrays")
 
 HEAD_CHUNK = 64  # Columns of time whose logits exist at once.
 
@@ -56,6 +59,20 @@ def token_scores(
         hidden_states(model, params, tokens), head_kernel(params), tokens.targets, chunk_size=HEAD_CHUNK,
         mask=tokens.mask, softcap=model.config.final_softcap, temperature=temperature,
     )  # fmt: skip
+
+
+def in_parts(function: Callable[[Tokens], Arrays], tokens: Tokens, number: int) -> Arrays:
+    """function(tokens), computed for B / number rows at a time, in the memory of one part. For traced code.
+
+    `function` returns arrays [B, …]. Raises ValueError when the rows do not divide.
+    """
+    if number == 1:
+        return function(tokens)
+    if len(tokens.inputs) % number:
+        raise ValueError(f"{len(tokens.inputs)} rows do not divide into {number} parts")
+    parts = jax.tree.map(lambda x: x.reshape(number, -1, *x.shape[1:]), tokens)
+    found = jax.lax.map(function, shard_batch(parts, axis=1))
+    return shard_batch(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found))
 
 
 def sft_objective(model: Transformer, params: Params, tokens: Tokens) -> tuple[Float[Array, ""], Metrics]:

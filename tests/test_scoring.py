@@ -1,11 +1,14 @@
 """Forward passes in batches give what one pass over all rows gives."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhf_jax.data.tokens import pad_sequences
-from rlhf_jax.scoring import mean_in_batches, score_documents, score_in_batches
+from rlhf_jax.scoring import in_parts, mean_in_batches, score_documents, score_in_batches
 
 DOCUMENTS = [([n % 5 + 1] * (n % 7 + 1), [n % 3 + 6] * (n % 4 + 1)) for n in range(11)]
 TOKENS = pad_sequences(DOCUMENTS, length=16, pad_id=0)
@@ -33,3 +36,16 @@ def test_scores_in_batches(batch_size):
 def test_a_mean_over_tokens_weighs_batches_by_their_tokens(batch_size):
     answers = [token for _, response in DOCUMENTS for token in response]
     np.testing.assert_allclose(mean_in_batches(token_mean, batch_size)(3.0, TOKENS), 3.0 * np.mean(answers), rtol=1e-6)
+
+
+def test_what_is_computed_in_parts_keeps_its_rows():
+    tokens = pad_sequences(DOCUMENTS[:6], length=16, pad_id=0)
+
+    def sums(some):
+        assert len(some.inputs) in (2, 6)
+        return some.inputs.sum(axis=1), some.targets * 2
+
+    for whole, parts in zip(sums(tokens), jax.jit(partial(in_parts, sums, number=3))(tokens), strict=True):
+        np.testing.assert_array_equal(whole, parts)
+    with pytest.raises(ValueError, match="6 rows do not divide into 4 parts"):
+        in_parts(sums, tokens, 4)
