@@ -496,7 +496,7 @@ def main(cfg: Config) -> dict[str, float]:
         with open_rewards(cfg, run, task, failed_score=cfg.no_end_score) as (rewards, critic, watch):
             policy, metrics = train(
                 cfg, task.base, task.prompts(), rewards, run, cfg.seed, max_new_tokens=task.max_new_tokens,
-                critic=critic, reference=open_reference(cfg, task), judge=task.judge, watch=watch,
+                critic=critic, reference=open_reference(cfg, run, task), judge=task.judge, watch=watch,
                 demonstrations=task.demonstrations().train if cfg.ptx_coef else None,
             )  # fmt: skip
             metrics |= compare_policies(

@@ -19,7 +19,8 @@ from rlhf_jax.cli import run_with_report
 from rlhf_jax.data.pairs import Examples, paired, singly
 from rlhf_jax.errors import UserError
 from rlhf_jax.export import export_policy
-from rlhf_jax.groups import Algorithm, Numbers, train_groups
+from rlhf_jax.group_loop import train_groups
+from rlhf_jax.groups import Algorithm, Numbers
 from rlhf_jax.hosts import from_first
 from rlhf_jax.log import Run
 from rlhf_jax.preference import ImplicitReward, PreferenceLoss, Trained, train_preferences
@@ -33,6 +34,7 @@ from rlhf_jax.tasks.measure import (
     make_policy_measure,
     make_reward_scorer,
     make_token_scorer,
+    pass_metrics,
 )
 from rlhf_jax.tasks.rewards import Rewards, load_reference, load_rewards
 from rlhf_jax.tasks.simulated import World
@@ -139,7 +141,7 @@ def policy_sampler(cfg: Any, task: Task) -> PolicySampler:
     )  # fmt: skip
 
 
-def open_reference(cfg: Any, task: Task) -> Params | None:
+def open_reference(cfg: Any, run: Run, task: Task) -> Params | None:
     """The parameters of --reference; None where it is what training starts from."""
     if cfg.reference is None:
         return None
@@ -237,7 +239,7 @@ def preference_stage(
             examples = singly(examples) if single else examples
         trained = train_preference(
             cfg, loss, implicit_reward, task.base, examples, comparisons, run, cfg.seed, stage=stage,
-            eval_batch_size=task.eval_batch_size, reference=open_reference(cfg, task), mismatched=single,
+            eval_batch_size=task.eval_batch_size, reference=open_reference(cfg, run, task), mismatched=single,
             measure=make_policy_measure(task, sampler, task.eval_batch_size),
         )  # fmt: skip
         metrics = {f"{stage}_{name}": value for name, value in trained.metrics.items()}
@@ -263,7 +265,7 @@ def group_stage(cfg: Any, stage: str, who: str, make_algorithm: Callable[[Number
         with open_rewards(cfg, run, task, failed_score=0.0, verifiable=True) as (rewards, _, watch):
             policy, metrics = train_without_critic(
                 cfg, make_algorithm, task, task.base, rewards, run, cfg.seed, stage=stage,
-                reference=open_reference(cfg, task), watch=watch,
+                reference=open_reference(cfg, run, task), watch=watch,
             )  # fmt: skip
             policies, scorer = (("start", task.base.params), (stage, policy)), make_reward_scorer(task, rewards, None)
             metrics |= task.facts | compare_policies(run, task, *policies, sampler, scorer)

@@ -1,10 +1,10 @@
 """Reinforcement learning without a critic: groups of answers to each prompt, scored and compared with each other.
 
-The loop that GRPO and its kin share. An algorithm is an `Algorithm`: how scores become advantages, what is maximised,
-and what a step averages over. An iteration is rollout → score → advantages → update in epochs of minibatches.
+The parts that GRPO and its kin share. An algorithm is an `Algorithm`: how scores become advantages, what is maximised,
+and what a step averages over. An iteration is rollout → score → advantages → update in epochs of minibatches; the loop
+is in `group_loop.py`.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,44 +12,30 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax.training.train_state import TrainState
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from rlhf_jax.actor_critic import own_part
 from rlhf_jax.adapters import over_trunk
 from rlhf_jax.batches import Completions, Ended, Prompts, Tokens
-from rlhf_jax.data.tokens import join, take
+from rlhf_jax.data.tokens import join
 from rlhf_jax.diagnostics import sampler_gap
 from rlhf_jax.kl import kl_k1
-from rlhf_jax.log import count_compilations
-from rlhf_jax.loop import Loop, shard_microbatches
+from rlhf_jax.loop import shard_microbatches
 from rlhf_jax.masking import masked_mean, masked_sum
 from rlhf_jax.models import Transformer
-from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.rewards.reward import (
     HostScores,
-    Part,
     Reward,
-    check_rewards,
-    joined,
-    params_of,
-    score_texts,
-    score_tokens,
     weighted_sum,
     weights_of,
 )
-from rlhf_jax.rewards.stream import Stream
 from rlhf_jax.sampling import generate
 from rlhf_jax.sampling.ends import EosId
 from rlhf_jax.sampling.queue import generate_queued
-from rlhf_jax.sampling.sampler import numpy_completions
-from rlhf_jax.scored_groups import Scored, group_metrics, has_signal, with_signal
+from rlhf_jax.scored_groups import Scored
 from rlhf_jax.scoring import in_parts, response_logprobs, token_scores
-from rlhf_jax.sharding import check_rows, current_mesh, shard_batch, shard_params, to_host
-from rlhf_jax.tasks.measure import as_texts
-from rlhf_jax.tasks.task import Judge, PromptSets
-from rlhf_jax.train import make_state, make_train_step, ppo_update
+from rlhf_jax.sharding import current_mesh, shard_batch, to_host
+from rlhf_jax.train import make_train_step, ppo_update
 from rlhf_jax.types import Metrics, Params
 
 
@@ -164,36 +150,6 @@ def score(
     return Scored(prompts, completions, np.asarray(weighted_sum(each, weights_of(rewards))), each, found)
 
 
-def sample_and_score(
-    sample: Callable[[], Completions],
-    stream: Stream | None,
-    rewards: Sequence[Reward],
-    texts: Callable[[Prompts, Completions], tuple[Any, Any, Any]],
-    prompts: Prompts,
-) -> tuple[Completions, dict[str, HostScores]]:
-    """Samples by sample(); returns the answers as numpy arrays, and the findings of the host rewards.
-
-    With a `stream`, which sample() fills, they read answers while others are sampled. `texts(prompts, completions)`
-    are their arguments; `prompts` has a row for each answer.
-    """
-    if stream is None:
-        completions = to_host(sample())
-        host = any(not reward.traceable for reward in rewards)
-        return completions, score_texts(rewards, *texts(prompts, completions)) if host else {}
-
-    def score_part(part: Part, ended: Ended) -> dict[str, HostScores]:
-        answers = numpy_completions(ended.tokens, ended.mask, np.zeros(ended.mask.shape, np.float32))
-        return score_texts(rewards, *texts(take(prompts, part.rows), answers), part)
-
-    with stream.scored(score_part, len(prompts.row)) as future:
-        completions = to_host(sample())
-    parts, found = zip(*future.result(), strict=True)
-    host_rewards = [reward for reward in rewards if not reward.traceable]
-    return completions, {
-        reward.name: joined(reward, parts, [some[reward.name] for some in found]) for reward in host_rewards
-    }
-
-
 # 2. Advantages, and what the update needs.
 
 
@@ -281,104 +237,3 @@ def learn(
     answers, metrics = shape(algorithm, model, numbers, policy, frozen, tokens, completions, scores)
     policy, updated = update(algorithm, model, numbers, policy, frozen, answers, key)
     return policy, metrics | updated
-
-
-# The loop.
-
-
-def train_groups(
-    algorithm: Algorithm,
-    numbers: Numbers,
-    base: Pretrained,
-    sets: PromptSets,
-    rewards: Sequence[Reward],
-    loop: Loop,
-    seed: int,
-    *,
-    split: Callable[[Params, PRNGKeyArray], tuple[Params, Params]],
-    adapters: bool,
-    optimizer: optax.GradientTransformation,
-    evaluations: int,
-    reference: Params | None = None,
-    judge: Judge | None = None,
-    watch: Callable[[Params, int], dict[str, Any]] | None = None,
-) -> tuple[Params, dict[str, float]]:
-    """Trains `base`; returns the policy's parameters, adapters unmerged, and the last iteration's metrics.
-
-    `split(params, key)` returns (frozen, trainable); `adapters` says that the trainable ones are adapters over the
-    frozen ones. `reference` is by default the policy at the start. `watch(policy, number)` measures at `evaluations`
-    points. Every iteration draws its prompts without repeating one, as far as there are enough.
-    Raises UserError without any reward, and for rows that do not divide into minibatches and over the mesh.
-    """
-    check_rewards(rewards)
-    check_rows(numbers.prompts * numbers.group_size, "answers")
-    model, key = Transformer(base.config), jax.random.key(seed + 6)
-    trunk, trainable = split(base.params, jax.random.fold_in(key, 0))
-    policy = make_state(model, shard_params(trainable), optimizer)
-    own = {name: own_part(params, adapters) for name, params in params_of(rewards).items()}
-    first = reference if reference is not None else {} if adapters else base.params
-    reads = algorithm.kl_in_loss or bool(algorithm.kl_in_reward)
-    frozen = shard_params(Frozen(first if reads else {}, own, trunk))
-    stream = Stream() if current_mesh() is None and not all(reward.traceable for reward in rewards) else None
-    put = None if stream is None else stream.put
-    sample = jax.jit(partial(rollout, model, numbers, eos_id=base.eos_id, pad_id=base.pad_id, put=put))
-    learn_fn = jax.jit(partial(learn, algorithm, model, numbers, base.pad_id), donate_argnums=0)
-    on_tokens = jax.jit(partial(score_tokens, tuple(reward._replace(params=None) for reward in rewards)))
-    warned: set[str] = set()
-
-    def answer(step: int) -> tuple[Scored, int]:
-        """Scored groups, and how many groups were sampled for them."""
-        parts: list[Scored] = []
-        signals = 0
-        for number in range(algorithm.rounds):
-            rows = draw_rows(len(sets.train.row), numbers.prompts, [seed, step, number])
-            sample_key = jax.random.fold_in(jax.random.fold_in(key, 2 * step + 1), number)
-            asked, prompts = (to_host(take(sets.train, some)) for some in (rows, rows.repeat(numbers.group_size)))
-            ask = partial(sample, policy, frozen, asked, sample_key)
-            completions, found = sample_and_score(ask, stream, rewards, partial(as_texts, base, sets.rows), prompts)
-            some = score(rewards, on_tokens, frozen, prompts, completions, found, pad_id=base.pad_id)
-            parts.append(some)
-            signals += int(has_signal(parts[-1].scores, numbers.group_size).sum())
-            if signals >= numbers.prompts:
-                break
-        whole = parts[0] if len(parts) == 1 else with_signal(parts, numbers.prompts, numbers.group_size)
-        return whole, len(parts) * numbers.prompts
-
-    updates = numbers.epochs * numbers.minibatches
-    policy = loop.restore(policy)
-    with count_compilations() as compilations:
-        for step in loop:
-            began = time.perf_counter()
-            scored, groups = answer(step)
-            for name, some in scored.found.items():
-                if some.first_error and name not in warned:
-                    loop.run.warn(f"reward {name}: {some.first_error}")
-                    warned.add(name)
-            batch = shard_batch((scored.prompts, scored.completions, scored.scores))
-            policy, trained = learn_fn(policy, frozen, *batch, jax.random.fold_in(key, 2 * step + 2))
-            metrics: dict[str, Any] = {**trained}
-            metrics["skipped"] = int(metrics["skipped"])
-            seconds = time.perf_counter() - began
-            loop.watch_skipped(step, metrics["skipped"], scored.completions)
-            metrics |= group_metrics(scored, base.ended(scored.completions), numbers.group_size)
-            metrics |= {"groups": groups, "skipped": (step + 1) * updates - int(policy.step)}
-            if judge is not None:
-                metrics["utility"] = judge(scored.prompts, scored.completions).mean()
-            evaluated = (step + 1) % max(1, loop.steps // evaluations) == 0 or loop.is_last(step)
-            if watch is not None and evaluated:
-                metrics |= watch(frozen.over_trunk(policy.params), step + 1)
-            metrics |= {
-                "seconds": seconds,
-                "tokens_per_second": int(scored.completions.mask.sum()) / seconds,
-                "compilations": compilations(),
-            }
-            loop.end_step(step, policy, metrics, evaluated=evaluated, best=float(metrics["score"]))
-    found = {f"{loop.stage}_{name}": value for name, value in loop.last_metrics().items()}
-    return frozen.over_trunk(policy.params), found
-
-
-def draw_rows(count: int, number: int, seed: Sequence[int]) -> Int[np.ndarray, " P"]:
-    """So many of `count` rows, none twice while there are enough."""
-    rng = np.random.default_rng(seed)
-    whole = [rng.permutation(count) for _ in range(number // count)]
-    return np.concatenate([*whole, rng.choice(count, number % count, replace=False)]).astype(int)

@@ -15,12 +15,12 @@ from experiments import cispo, dapo, dr_grpo, grpo, gspo, rloo
 from rlhf_jax import losses
 from rlhf_jax.batches import Prompts, Tokens
 from rlhf_jax.errors import UserError
+from rlhf_jax.group_loop import draw_rows
 from rlhf_jax.groups import (
     Algorithm,
     Answers,
     Frozen,
     Numbers,
-    draw_rows,
     learn,
 )
 from rlhf_jax.masking import constant_mean, sequence_mean

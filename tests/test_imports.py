@@ -42,7 +42,7 @@ LEVELS = (
         "verdict",
         "optimizers",
     },
-    {"tasks", "groups", "scored_groups"},
+    {"tasks", "groups", "group_loop", "scored_groups"},
     {"cli"},
 )
 BASES = {"jax", "jaxtyping", "rlhf_jax"} | sys.stdlib_module_names

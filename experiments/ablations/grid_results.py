@@ -30,7 +30,7 @@ class Cells(NamedTuple):
         cells = {seed: self.values.get((seed, variant), {}) for seed in self.seeds}
         return {seed: np.asarray(cell[name], np.float64) for seed, cell in cells.items() if name in cell}
 
-    def numbers(self, variant: Any, name: str) -> Float[np.ndarray, "N *S"]:
+    def numbers(self, variant: Any, name: str) -> Float[np.ndarray, " N *S"]:
         """The same as one array."""
         return np.array(list(self.by_seed(variant, name).values()), np.float64)
 

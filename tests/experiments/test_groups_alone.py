@@ -71,11 +71,13 @@ def test_grpo_alone_and_resumed_is_grpo(given, tmp_path):
 def test_dapo_draws_again_where_no_group_has_a_signal_and_counts_it(given, tmp_path):
     flags, folder = given
     flags = flags | SHORT | {"reward": f"{folder / 'rewards.py'}:nothing", "rounds": 3, "overlong_buffer": 0}
-    flags["slots"] = 8
-    dapo.main(dapo.Config(run_dir=str(tmp_path / "run"), **flags))
+    flags |= {"slots": 8, "pass_samples": 2, "reference": flags["model"]}
+    metrics = dapo.main(dapo.Config(run_dir=str(tmp_path / "run"), **flags))
     rows = metrics_of(tmp_path / "run")
     assert [row["groups"] for row in rows] == [12, 12] and rows[0]["silent"] == 1.0
     assert rows[0]["grad_norm"] == 0.0
+    passed = {f"{who}_pass@{k}" for who in ("start", "dapo") for k in (1, 2)}
+    assert passed <= set(metrics) and all(metrics[name] == 0 for name in passed)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from rlhf_jax import checkpoint, hosts
 from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import UserError
-from rlhf_jax.groups import train_groups
+from rlhf_jax.group_loop import train_groups
 from rlhf_jax.log import Run
 from rlhf_jax.loop import set_data_state
 from rlhf_jax.metrics import CLOCKS, read_metrics

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_jax.batches import Ended, Prompts
 from rlhf_jax.errors import UserError
-from rlhf_jax.groups import sample_and_score
+from rlhf_jax.group_loop import sample_and_score
 from rlhf_jax.rewards.reward import HostScores, Part, Reward, joined, score_texts
 from rlhf_jax.rewards.stream import Stream
 from rlhf_jax.sampling.sampler import numpy_completions
