@@ -24,7 +24,7 @@ from experiments.flags import Flags, GroupConfig, Groups
 from experiments.stages import group_stage
 from rlhf_jax.advantages import group_advantages
 from rlhf_jax.cli import on_mesh, run_main
-from rlhf_jax.errors import at_least
+from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.groups import Algorithm, Answers, Numbers
 from rlhf_jax.losses import grpo_loss
 from rlhf_jax.rewards.lengths import overlong_penalty
@@ -42,7 +42,8 @@ class DAPOFlags(Flags):
     rounds: int = 4
     """So many times prompts are drawn, at most, until every group has a signal; 1 draws once."""
     overlong_buffer: int | None = None
-    """Tokens before the limit over which the punishment grows to −1. By default a fifth of max-new-tokens; 0: none."""
+    """Tokens before the limit over which the punishment grows to −1. An answer's end
+    counts as a token. By default a fifth of max-new-tokens; 0: no punishment."""
 
     def __post_init__(self) -> None:
         at_least(self, clip_eps_low=0, clip_eps_high=0, rounds=1)
@@ -55,6 +56,9 @@ class DAPOFlags(Flags):
 class DAPO(Groups, DAPOFlags):
     """The flags of the stage."""
 
+    minibatches: int = 4
+    """Parts of an iteration's answers, one optimiser step each. In a single step no ratio leaves 1."""
+
 
 @dataclass(frozen=True)
 class Config(GroupConfig, DAPO):
@@ -62,9 +66,14 @@ class Config(GroupConfig, DAPO):
 
 
 def algorithm(cfg: DAPO, numbers: Numbers) -> Algorithm:
-    """DAPO's advantages, loss, punishment and rounds."""
+    """DAPO's advantages, loss, punishment and rounds.
+
+    Raises UserError for a buffer that is longer than an answer may be.
+    """
     longest = numbers.max_new_tokens
     buffer = longest // 5 if cfg.overlong_buffer is None else cfg.overlong_buffer
+    if buffer > longest:
+        raise UserError(f"--overlong-buffer {buffer} is more than --max-new-tokens {longest}")
 
     advantages = partial(group_advantages, group_size=numbers.group_size, scale_by_std=True)
 

@@ -347,7 +347,7 @@ class Training(Flags):
         schedule = self.make_schedule(steps * updates)
         return Loop(
             run, stage, steps=steps, save_every=self.save_every, keep=self.keep or 3, max_skipped=self.max_skipped,
-            show=show, learning_rate=lambda step: schedule(step * updates), log_every=log_every,
+            show=show, learning_rate=lambda step: schedule(step * updates), log_every=log_every, updates=updates,
         )  # fmt: skip
 
     def check_parts(self, rows: int, what: str) -> None:

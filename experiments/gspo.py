@@ -16,7 +16,7 @@ from pathlib import Path
 if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from experiments.flags import Flags, GroupConfig, Groups
 from experiments.stages import group_stage
@@ -66,7 +66,10 @@ def algorithm(cfg: GSPO, numbers: Numbers) -> Algorithm:
             clip_eps_low=cfg.clip_eps_low, clip_eps_high=cfg.clip_eps_high,
         )  # fmt: skip
 
-    return Algorithm(advantages, loss, averaged=lambda mask: mask.any(axis=1).sum())
+    def rows(mask: Bool[Array, "B T"]) -> Int[Array, ""]:
+        return mask.any(axis=1).sum()
+
+    return Algorithm(advantages, loss, averaged=rows, metrics_averaged=rows)
 
 
 @on_mesh

@@ -258,20 +258,28 @@ def preference_stage(
 
 
 def group_stage(cfg: Any, stage: str, who: str, make_algorithm: Callable[[Numbers], Algorithm]) -> dict[str, float]:
-    """A run of one algorithm without a critic: reads, trains, compares the policy with where it started, exports."""
+    """A run of one algorithm without a critic: reads, trains, compares the policy with where it started, exports.
+
+    Raises UserError for a reference that the algorithm does not read.
+    """
     with run_with_report(cfg, stage, group_report(stage, who)) as run:
         task = open_task(cfg, run, first="sft")
         sampler = policy_sampler(cfg, task)
+        algorithm = make_algorithm(cfg.numbers(task.max_new_tokens))
+        if cfg.reference is not None and not (algorithm.kl_in_loss or algorithm.kl_in_reward):
+            raise UserError(f"--reference is not used: {who} has no KL to a reference here (no beta, or --beta 0)")
+        reference = open_reference(cfg, run, task)
         with open_rewards(cfg, run, task, failed_score=0.0, verifiable=True) as (rewards, _, watch):
             policy, metrics = train_without_critic(
-                cfg, make_algorithm, task, task.base, rewards, run, cfg.seed, stage=stage,
-                reference=open_reference(cfg, run, task), watch=watch,
-            )  # fmt: skip
+                cfg, algorithm, task, task.base, rewards, run, cfg.seed, stage=stage, reference=reference, watch=watch
+            )
+            measured = make_policy_measure(task, sampler, task.eval_batch_size)(policy, task.base.params, 100)
+            metrics[f"{stage}_heldout_kl"] = float(measured["kl_k1"])
             policies, scorer = (("start", task.base.params), (stage, policy)), make_reward_scorer(task, rewards, None)
             metrics |= task.facts | compare_policies(run, task, *policies, sampler, scorer)
             samples = group_defaults(cfg, task.base).pass_samples
             for name, params in policies if samples else ():
-                metrics |= pass_metrics(task, name, params, sampler, scorer, samples)
+                metrics |= pass_metrics(task, name, params, sampler, rewards, samples)
         run.summary(metrics)
         export_policy(run, task.base, policy, algorithm=who, metrics=metrics)
     return metrics
@@ -279,7 +287,7 @@ def group_stage(cfg: Any, stage: str, who: str, make_algorithm: Callable[[Number
 
 def train_without_critic(
     cfg: Any,
-    make_algorithm: Callable[[Numbers], Algorithm],
+    algorithm: Algorithm,
     task: Task,
     base: Pretrained,
     rewards: Sequence[Reward],
@@ -296,7 +304,7 @@ def train_without_critic(
     keep_freed_memory()
     numbers = filled.numbers(task.max_new_tokens)
     return train_groups(
-        make_algorithm(numbers), numbers, base, task.prompts(), rewards, filled.make_group_loop(run, stage), seed,
+        algorithm, numbers, base, task.prompts(), rewards, filled.make_group_loop(run, stage), seed,
         split=filled.split_trainable, adapters=bool(filled.lora_rank), optimizer=filled.make_group_optimizer(),
         evaluations=filled.evaluations, reference=reference, judge=task.judge, watch=watch,
     )  # fmt: skip

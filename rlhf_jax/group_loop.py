@@ -13,6 +13,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from rlhf_jax.actor_critic import own_part
 from rlhf_jax.batches import Completions, Ended, Prompts, Tokens
+from rlhf_jax.data.order import EpochOrder
 from rlhf_jax.data.tokens import take
 from rlhf_jax.groups import Algorithm, Frozen, Numbers, learn, rollout, score
 from rlhf_jax.log import count_compilations
@@ -31,7 +32,7 @@ from rlhf_jax.rewards.reward import (
 )
 from rlhf_jax.rewards.stream import Stream
 from rlhf_jax.sampling.sampler import numpy_completions
-from rlhf_jax.scored_groups import Scored, group_metrics, has_signal, with_signal
+from rlhf_jax.scored_groups import Scored, all_rounds, group_metrics, has_signal, rows_with_signal
 from rlhf_jax.sharding import check_rows, current_mesh, shard_batch, shard_params, to_host
 from rlhf_jax.tasks.measure import as_texts
 from rlhf_jax.tasks.task import Judge, PromptSets
@@ -53,7 +54,9 @@ def compile_programs(
     algorithm: Algorithm, model: Transformer, numbers: Numbers, base: Pretrained, rewards: Sequence[Reward]
 ) -> Programs:
     """Each is compiled when it is first called."""
-    stream = Stream() if current_mesh() is None and not all(reward.traceable for reward in rewards) else None
+    host = [reward for reward in rewards if not reward.traceable]
+    streams = current_mesh() is None and host and all(reward.streams for reward in host)
+    stream = Stream() if streams else None
     put = None if stream is None else stream.put
     return Programs(
         jax.jit(partial(rollout, model, numbers, eos_id=base.eos_id, pad_id=base.pad_id, put=put)),
@@ -95,7 +98,7 @@ def sample_and_score(
 
 def answer(
     programs: Programs,
-    rounds: int,
+    draws: Sequence[Callable[[int], Int[np.ndarray, " P"]]],
     numbers: Numbers,
     base: Pretrained,
     sets: PromptSets,
@@ -103,13 +106,13 @@ def answer(
     policy: TrainState,
     frozen: Frozen,
     key: PRNGKeyArray,
-    seed: Sequence[int],
-) -> tuple[Scored, int]:
-    """Scored groups, and how many groups were sampled for them: more in `rounds`, until enough have a signal."""
+    step: int,
+) -> Scored:
+    """Scored groups of one round or more, until enough have a signal. draws[i](step) are the prompts of round i."""
     parts: list[Scored] = []
     signals = 0
-    for number in range(rounds):
-        rows = draw_rows(len(sets.train.row), numbers.prompts, [*seed, number])
+    for number, draw in enumerate(draws):
+        rows = draw(step)
         asked, prompts = (to_host(take(sets.train, some)) for some in (rows, rows.repeat(numbers.group_size)))
         sample = partial(programs.sample, policy, frozen, asked, jax.random.fold_in(key, number))
         texts = partial(as_texts, base, sets.rows)
@@ -119,8 +122,17 @@ def answer(
         signals += int(has_signal(scored.scores, numbers.group_size).sum())
         if signals >= numbers.prompts:
             break
-    whole = parts[0] if len(parts) == 1 else with_signal(parts, numbers.prompts, numbers.group_size)
-    return whole, len(parts) * numbers.prompts
+    return all_rounds(parts)
+
+
+def prompt_draw(count: int, number: int, seed: Sequence[int]) -> Callable[[int], Int[np.ndarray, " P"]]:
+    """draw(step): so many of `count` prompts. All come, in a new order each time, before one comes again.
+
+    Where there are fewer than `number`, a draw has each at least once.
+    """
+    whole, rest = np.tile(np.arange(count), number // count), number % count
+    order = EpochOrder(seed, count, rest) if rest else None
+    return lambda step: whole if order is None else np.concatenate([whole, order.rows(step)])
 
 
 def train_groups(
@@ -144,8 +156,9 @@ def train_groups(
 
     `split(params, key)` returns (frozen, trainable); `adapters` says that the trainable ones are adapters over the
     frozen ones. `reference` is by default the policy at the start. `watch(policy, number)` measures at `evaluations`
-    points. Every iteration draws its prompts without repeating one, as far as there are enough.
-    Raises UserError without any reward, and for rows that do not divide into minibatches and over the mesh.
+    points. All prompts come before one comes again; each round of an iteration has an order of its own.
+    Metrics of answers are of all that were sampled, in all rounds.
+    Raises UserError without any reward, and for answers that do not divide over the mesh.
     """
     check_rewards(rewards)
     check_rows(numbers.prompts * numbers.group_size, "answers")
@@ -157,6 +170,8 @@ def train_groups(
     reads = algorithm.kl_in_loss or bool(algorithm.kl_in_reward)
     frozen = shard_params(Frozen(first if reads else {}, own, trunk))
     programs = compile_programs(algorithm, model, numbers, base, rewards)
+    count = len(sets.train.row)
+    draws = [prompt_draw(count, numbers.prompts, [seed, number]) for number in range(algorithm.rounds)]
     warned: set[str] = set()
     updates = numbers.epochs * numbers.minibatches
     policy = loop.restore(policy)
@@ -164,21 +179,27 @@ def train_groups(
         for step in loop:
             began = time.perf_counter()
             sample_key, update_key = (jax.random.fold_in(key, 2 * step + i) for i in (1, 2))
-            scored, groups = answer(
-                programs, algorithm.rounds, numbers, base, sets, rewards, policy, frozen, sample_key, [seed, step]
-            )
+            scored = answer(programs, draws, numbers, base, sets, rewards, policy, frozen, sample_key, step)
             for name, some in scored.found.items():
                 if some.first_error and name not in warned:
                     loop.run.warn(f"reward {name}: {some.first_error}")
                     warned.add(name)
-            batch = shard_batch((scored.prompts, scored.completions, scored.scores))
+            sampled = scored.prompts, scored.completions, scored.scores
+            rows, signal = np.arange(len(scored.scores)), np.ones(len(scored.scores), bool)
+            if algorithm.rounds > 1:
+                rows, signal = rows_with_signal(scored.scores, numbers.prompts, numbers.group_size)
+            batch = shard_batch((*to_host(take(sampled, rows)), signal))
             policy, trained = programs.learn(policy, frozen, *batch, update_key)
             metrics: dict[str, Any] = {**trained}
             metrics["skipped"] = int(metrics["skipped"])
             seconds = time.perf_counter() - began
-            loop.watch_skipped(step, metrics["skipped"], scored.completions)
+            loop.watch_skipped(step, metrics["skipped"], batch)
             metrics |= group_metrics(scored, base.ended(scored.completions), numbers.group_size)
-            metrics |= {"groups": groups, "skipped": (step + 1) * updates - int(policy.step)}
+            metrics |= {
+                "groups": len(scored.scores) // numbers.group_size,
+                "learned_groups": int(signal.sum()) // numbers.group_size,
+                "skipped": (step + 1) * updates - int(policy.step),
+            }
             if judge is not None:
                 metrics["utility"] = judge(scored.prompts, scored.completions).mean()
             evaluated = (step + 1) % max(1, loop.steps // evaluations) == 0 or loop.is_last(step)
@@ -192,10 +213,3 @@ def train_groups(
             loop.end_step(step, policy, metrics, evaluated=evaluated, best=float(metrics["score"]))
     found = {f"{loop.stage}_{name}": value for name, value in loop.last_metrics().items()}
     return frozen.over_trunk(policy.params), found
-
-
-def draw_rows(count: int, number: int, seed: Sequence[int]) -> Int[np.ndarray, " P"]:
-    """So many of `count` rows, none twice while there are enough."""
-    rng = np.random.default_rng(seed)
-    whole = [rng.permutation(count) for _ in range(number // count)]
-    return np.concatenate([*whole, rng.choice(count, number % count, replace=False)]).astype(int)

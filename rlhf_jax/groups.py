@@ -59,7 +59,9 @@ class Algorithm(NamedTuple):
     loss: Callable[[Float[Array, "B T"], Answers], tuple[Float[Array, ""], Metrics]]
     """loss(logprobs, answers) -> (loss, metrics); one of `rlhf_jax.losses.grpo`."""
     averaged: Callable[[Bool[Array, "B T"]], Int[Array, ""]]
-    """averaged(mask): the number of things that the loss is a mean over, which weighs its microbatches."""
+    """averaged(mask): how many rows, tokens … the loss is a mean over. A microbatch weighs as many."""
+    metrics_averaged: Callable[[Bool[Array, "B T"]], Int[Array, ""]] = jnp.sum
+    """The same of the loss's metrics; by default tokens."""
     kl_in_loss: bool = False
     """Whether the loss reads the reference."""
     kl_in_reward: float = 0.0
@@ -67,7 +69,8 @@ class Algorithm(NamedTuple):
     penalty: Callable[[Int[Array, " B"]], Float[Array, " B"]] | None = None
     """penalty(lengths in tokens), which is added to the scores."""
     rounds: int = 1
-    """So many times prompts are drawn until every group has a signal (DAPO's dynamic sampling); 1: once."""
+    """The most times that prompts are drawn until there are enough groups with a signal (DAPO's dynamic sampling).
+    With more than one, a group without a signal that is taken even so has the advantages 0."""
 
 
 class Numbers(NamedTuple):
@@ -162,8 +165,12 @@ def shape(
     tokens: Tokens,
     completions: Completions,
     scores: Float[Array, " B"],
+    signal: Bool[Array, " B"],
 ) -> tuple[Answers, Metrics]:
-    """Advantages of answers, and log-probabilities before the update."""
+    """Advantages of answers, and log-probabilities before the update.
+
+    An answer without a `signal` has the advantage 0: nothing is to be learned from its group.
+    """
     mask, parts = tokens.mask, numbers.minibatches * numbers.accumulate  # as many rows at once as in training
     scores_of = partial(token_scores, model, frozen.over_trunk(policy.params), temperature=numbers.temperature)
     old_logprobs, entropy = in_parts(scores_of, tokens, parts)
@@ -183,7 +190,8 @@ def shape(
     start, count = mask.shape[1] - completions.tokens.shape[1] - 1, completions.tokens.shape[1]
     sampled = jnp.zeros(mask.shape, jnp.float32).at[:, start : start + count].set(completions.logprobs)
     metrics |= sampler_gap(completions, old_logprobs[:, start : start + count])
-    return Answers(tokens, old_logprobs, ref_logprobs, sampled, algorithm.advantages(scores)), metrics
+    advantages = jnp.where(signal, algorithm.advantages(scores), 0.0)
+    return Answers(tokens, old_logprobs, ref_logprobs, sampled, advantages), metrics
 
 
 # 3. Update.
@@ -207,7 +215,8 @@ def update(
         return algorithm.loss(logprobs, batch)
 
     def averaged(batch: Answers) -> dict[str, Array]:
-        return {"loss": algorithm.averaged(batch.tokens.mask)}
+        mask = batch.tokens.mask
+        return {"loss": algorithm.averaged(mask), "metrics": algorithm.metrics_averaged(mask)}
 
     train_step = make_train_step(loss, counts=averaged if numbers.accumulate > 1 else None)
 
@@ -230,10 +239,11 @@ def learn(
     prompts: Prompts,
     completions: Completions,
     scores: Float[Array, " B"],
+    signal: Bool[Array, " B"],
     key: PRNGKeyArray,
 ) -> tuple[TrainState, Metrics]:
     """Everything after the scores; pure."""
     tokens = join(prompts, completions, pad_id=pad_id)
-    answers, metrics = shape(algorithm, model, numbers, policy, frozen, tokens, completions, scores)
+    answers, metrics = shape(algorithm, model, numbers, policy, frozen, tokens, completions, scores, signal)
     policy, updated = update(algorithm, model, numbers, policy, frozen, answers, key)
     return policy, metrics | updated

@@ -42,15 +42,18 @@ class Loop:
         show: tuple[str, ...],
         learning_rate: Callable[[Any], Any] | None = None,
         log_every: int = 1,
+        updates: int = 1,
     ) -> None:
-        """`save_every` and `log_every` count steps. The last `keep` checkpoints are kept, and the best one.
+        """`save_every` and `log_every` count steps, each with so many `updates` of the parameters.
+
+        The last `keep` checkpoints are kept, and the best one.
 
         `max_skipped` steps in a row whose loss or gradient is not finite end the run; 0 allows any number.
         """
         self.run, self.stage, self.steps, self.first = run, stage, steps, 0
         self._save_every, self._keep, self._max_skipped = save_every, keep, max_skipped
         self._show, self._learning_rate, self._log_every = show, learning_rate, log_every
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row, self._updates = 0, updates
         if learning_rate is not None:
             learning_rate(0)  # its few operations are compiled now, not after the first step
         self._last_step: tuple[int, Any, Any] | None = None
@@ -93,7 +96,7 @@ class Loop:
             if self._learning_rate is not None:
                 known["learning_rate"] = float(self._learning_rate(step))
             if isinstance(state, TrainState):
-                known["skipped"] = step + 1 - int(state.step)
+                known["skipped"] = (step + 1) * self._updates - int(state.step)
             self.run.log(self.stage, step + 1, {**metrics, **known})
         due = self._save_every and (step + 1) % self._save_every == 0
         if self.run.stopping or evaluated or due:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.evaluate import pass_at_k
@@ -25,29 +25,38 @@ class Scored(NamedTuple):
 
 
 def has_signal(scores: Float[np.ndarray, " B"], group_size: int) -> Bool[np.ndarray, " P"]:
-    """Whether the answers to a prompt differ in score: where they do not, every advantage is 0."""
+    """Whether the answers to a prompt differ in score."""
     groups = scores.reshape(-1, group_size)
     return (groups != groups[:, :1]).any(axis=1)
 
 
-def with_signal(parts: Sequence[Scored], prompts: int, group_size: int) -> Scored:
-    """So many groups of several rounds: those with a signal first, then others, each in the order it was sampled.
-
-    What was counted on the host is of all rounds.
-    """
+def all_rounds(parts: Sequence[Scored]) -> Scored:
+    """The groups of several rounds as one."""
+    if len(parts) == 1:
+        return parts[0]
     arrays = jax.tree.map(lambda *x: np.concatenate(x), *(part._replace(found={}) for part in parts))
-    groups = np.argsort(~has_signal(arrays.scores, group_size), kind="stable")[:prompts]
+    return arrays._replace(found={name: added([part.found[name] for part in parts]) for name in parts[0].found})
+
+
+def rows_with_signal(
+    scores: Float[np.ndarray, " B"], prompts: int, group_size: int
+) -> tuple[Int[np.ndarray, " N"], Bool[np.ndarray, " N"]]:
+    """The rows of so many groups, and whether each one's group has a signal.
+
+    Those with a signal come first, then others, each in the order it was sampled.
+    """
+    signal = has_signal(scores, group_size)
+    groups = np.argsort(~signal, kind="stable")[:prompts]
     rows = (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)
-    found = {name: added([part.found[name] for part in parts]) for name in parts[0].found}
-    return jax.tree.map(lambda x: x[rows], arrays)._replace(found=found)
+    return rows, signal[groups].repeat(group_size)
 
 
 def group_metrics(scored: Scored, ended: Bool[np.ndarray, " B"], group_size: int) -> dict[str, Any]:
     """Metrics of scored groups: scores, groups without a signal, ends, lengths, and of a checker pass@1 and pass@k.
 
     `ended` says of each answer whether it ended by itself.
-    A reward counts as a checker when all of its scores are 0 or 1; the first one of these is taken. Lengths are then
-    also those of right and of wrong answers.
+    The first reward that `is_checker` is taken. Lengths are then also those of right and of wrong answers. A group in
+    which the checker does not apply to every answer is left out of both.
     """
     lengths = scored.completions.mask.sum(axis=1)
     metrics: dict[str, Any] = {
@@ -58,12 +67,20 @@ def group_metrics(scored: Scored, ended: Bool[np.ndarray, " B"], group_size: int
         **{name: float(value) for name, value in score_metrics(scored.each).items()},
         **host_metrics(scored.found),
     }
-    checked = next((some for some in scored.each.values() if np.isin(some, (0, 1)).all()), None)
+    checked = next((some for some in scored.each.values() if is_checker(some)), None)
     if checked is None:
         return metrics
     right = checked.reshape(-1, group_size).sum(axis=1)
-    metrics["pass@1"] = checked.mean()
-    metrics[f"pass@{group_size}"] = pass_at_k(right, group_size, group_size).mean()
-    for name, some in (("right", checked == 1), ("wrong", checked == 0)):
+    right = right[~np.isnan(right)]
+    if len(right):
+        metrics["pass@1"] = right.mean() / group_size
+        metrics[f"pass@{group_size}"] = pass_at_k(right, group_size, group_size).mean()
+    for name, value in (("right", 1), ("wrong", 0)):
+        some = checked == value
         metrics[f"length_{name}"] = lengths[some].mean() if some.any() else np.nan
     return metrics
+
+
+def is_checker(scores: Float[np.ndarray, "..."]) -> bool:
+    """Whether a reward says right or wrong: all of its scores are 1 or 0, but for those to which it does not apply."""
+    return bool(np.isin(scores, (0, 1)).any() and (np.isin(scores, (0, 1)) | np.isnan(scores)).all())

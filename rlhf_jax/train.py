@@ -43,7 +43,8 @@ def make_train_step(loss_fn: LossFn, *, counts: Counts | None = None) -> Callabl
 
         L = Σᵢ Σₖ (nᵢₖ / Σⱼ nⱼₖ) Lᵢₖ,   Lᵢₖ term k of microbatch i, a mean over nᵢₖ things
 
-    counts(microbatch) gives the nᵢₖ by name: "loss", and those terms and metrics that are means over something else.
+    counts(microbatch) gives the nᵢₖ by name: "loss", those terms and metrics that are means over something else, and
+    under "metrics", perhaps, that of all metrics without a name of their own.
     They must depend on data only. Metrics that are integers are added, those called "…_max" are maxima.
     """
 
@@ -116,7 +117,7 @@ def _joined(
     """A metric of the whole batch from those of its parts."""
     if jnp.issubdtype(x.dtype, jnp.integer):
         return add(x)
-    return most(x) if name.endswith("_max") else add(x * shares.get(name, shares["loss"]))
+    return most(x) if name.endswith("_max") else add(x * shares.get(name, shares.get("metrics", shares["loss"])))
 
 
 def _accumulated(

@@ -15,7 +15,7 @@ from experiments import cispo, dapo, dr_grpo, grpo, gspo, rloo
 from rlhf_jax import losses
 from rlhf_jax.batches import Prompts, Tokens
 from rlhf_jax.errors import UserError
-from rlhf_jax.group_loop import draw_rows
+from rlhf_jax.group_loop import prompt_draw
 from rlhf_jax.groups import (
     Algorithm,
     Answers,
@@ -27,7 +27,7 @@ from rlhf_jax.masking import constant_mean, sequence_mean
 from rlhf_jax.models import Transformer
 from rlhf_jax.rewards.reward import HostScores
 from rlhf_jax.sampling.sampler import numpy_completions
-from rlhf_jax.scored_groups import Scored, group_metrics, has_signal, with_signal
+from rlhf_jax.scored_groups import Scored, all_rounds, group_metrics, has_signal, rows_with_signal
 from rlhf_jax.tasks.simulated import Sizes, World
 from rlhf_jax.train import make_state
 
@@ -56,18 +56,22 @@ def test_a_group_has_a_signal_when_its_scores_differ():
 
 
 def test_groups_with_a_signal_come_first_and_all_that_was_asked_is_counted():
-    found = with_signal([scored([1, 1, 0, 1]), scored([0, 0, 1, 0], start=2)], prompts=3, group_size=2)
-    assert found.prompts.row.tolist() == [1, 1, 3, 3, 0, 0]
-    assert found.scores.tolist() == [0, 1, 1, 0, 1, 1] == found.each["a"].tolist()
-    assert found.completions.tokens[:, 0].tolist() == [2, 3, 2, 3, 0, 1]
-    assert found.found["a"].errors == 2 and len(found.found["a"].scores) == 8
+    whole = all_rounds([scored([1, 1, 0, 1]), scored([0, 0, 1, 0], start=2)])
+    assert whole.prompts.row.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert whole.scores.tolist() == [1, 1, 0, 1, 0, 0, 1, 0] == whole.each["a"].tolist()
+    assert whole.found["a"].errors == 2 and len(whole.found["a"].scores) == 8
+    rows, signal = rows_with_signal(whole.scores, prompts=3, group_size=2)
+    assert rows.tolist() == [2, 3, 6, 7, 0, 1] and signal.tolist() == [True] * 4 + [False] * 2
 
 
-def test_no_prompt_is_drawn_twice_while_there_are_others():
-    assert len(set(draw_rows(20, 16, [0, 1]).tolist())) == 16
-    counts = np.bincount(draw_rows(3, 7, [0, 1]), minlength=3)
-    assert counts.sum() == 7 and set(counts.tolist()) <= {2, 3}
-    assert draw_rows(20, 4, [0, 1]).tolist() != draw_rows(20, 4, [0, 2]).tolist()
+def test_all_prompts_come_before_one_comes_again():
+    draw = prompt_draw(20, 4, [0, 1])
+    epochs = [np.concatenate([draw(5 * epoch + step) for step in range(5)]).tolist() for epoch in range(2)]
+    assert [sorted(some) for some in epochs] == [list(range(20))] * 2 and epochs[0] != epochs[1]
+    assert prompt_draw(20, 4, [0, 1])(7).tolist() == draw(7).tolist() != prompt_draw(20, 4, [0, 2])(7).tolist()
+    counts = np.bincount(np.concatenate([prompt_draw(3, 7, [0])(step) for step in range(3)]), minlength=3)
+    assert counts.tolist() == [7, 7, 7]
+    assert prompt_draw(3, 6, [0])(1).tolist() == [0, 1, 2] * 2
 
 
 def test_metrics_by_hand():
@@ -79,6 +83,10 @@ def test_metrics_by_hand():
     assert metrics["silent"] == pytest.approx(2 / 3) and metrics["ended"] == 0.5
     assert metrics["pass@1"] == pytest.approx(3 / 6) and metrics["pass@2"] == pytest.approx(2 / 3)
     assert metrics["length_right"] == 1.0 and metrics["length_wrong"] == pytest.approx(8 / 3)
+    # Where the checker does not apply to an answer, its group says nothing of pass@k.
+    some.each["a"][1] = np.nan
+    metrics = group_metrics(some, np.ones(6, bool), 2)
+    assert metrics["pass@1"] == metrics["pass@2"] == 0.5 and metrics["length_wrong"] == 3.0
     # A score that is no verdict says nothing of right and wrong.
     assert "pass@1" not in group_metrics(scored([0.5, 0, 1, 1]), np.ones(4, bool), 2)
 
@@ -173,12 +181,28 @@ def iteration():
     return model, policy, Frozen(params, {}, {}), prompts, completions, base.pad_id
 
 
-def learned(iteration, algorithm, numbers, scores):
+ALL = np.ones(B, bool)
+
+
+def learned(iteration, algorithm, numbers, scores, signal=ALL):
     model, policy, frozen, prompts, completions, pad_id = iteration
     scores = jnp.asarray(scores, jnp.float32)
     return jax.jit(partial(learn, algorithm, model, numbers, pad_id))(
-        policy(), frozen, prompts, completions, scores, jax.random.key(1)
+        policy(), frozen, prompts, completions, scores, signal, jax.random.key(1)
     )
+
+
+def test_nothing_is_learned_from_a_group_without_a_signal(iteration):
+    """Not even from the punishment of its long answers, which makes scores that are alike differ."""
+    cfg, scores, signal = dapo.DAPO(overlong_buffer=6), np.repeat([1.0, 0.0, 0.0, 1.0], 4), np.arange(B) < 8
+    scores[0] = 0.5
+    algorithm = dapo.algorithm(cfg, NUMBERS)
+    some, metrics = learned(iteration, algorithm, NUMBERS, scores, signal)
+    assert metrics["penalty"] < 0 and metrics["grad_norm"] > 0
+    other, _ = learned(iteration, algorithm, NUMBERS, np.where(signal, scores, RNG.normal(size=B)), signal)
+    chex.assert_trees_all_equal(some.params, other.params)
+    whole, _ = learned(iteration, algorithm, NUMBERS, scores)
+    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), whole.params, some.params))) > 1e-6
 
 
 def test_where_all_answers_score_alike_nothing_is_learned(iteration):
@@ -204,14 +228,15 @@ def test_an_answer_above_its_group_becomes_likelier_and_one_below_less(iteration
     assert moved[scores == 1].mean() > moved[scores == 0].mean()
 
 
-@pytest.mark.parametrize("module", [grpo, dr_grpo, dapo], ids=["sequences", "rows", "tokens"])
+@pytest.mark.parametrize("module", [grpo, dr_grpo, dapo, gspo], ids=["sequences", "rows", "tokens", "ratios"])
 def test_microbatches_are_the_whole_batch(module, iteration):
     cfg, scores = EQUATIONS[module][0], RNG.normal(size=B)
     algorithm = module.algorithm(cfg, NUMBERS)
     whole, metrics = learned(iteration, algorithm, NUMBERS, scores)
     parts, found = learned(iteration, algorithm, NUMBERS._replace(accumulate=4), scores)
     chex.assert_trees_all_close(parts.params, whole.params, atol=1e-5)
-    assert_allclose(found["loss"], metrics["loss"], rtol=1e-4, atol=1e-6)
+    for name in metrics.keys() - {"skipped"}:
+        assert_allclose(found[name], metrics[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_the_kl_in_the_reward_is_taken_off_each_answers_score(iteration):
@@ -245,7 +270,10 @@ def test_on_eight_devices_an_iteration_is_that_of_one(iteration):
     with jax.set_mesh(make_mesh("data=4,fsdp=2")):
         state = replace(policy(), params=shard_params(policy().params))
         found, sharded = jax.jit(partial(learn, algorithm, model, NUMBERS, pad_id))(
-            state, shard_params(frozen), *shard_batch((prompts, completions, jnp.float32(scores))), jax.random.key(1)
+            state,
+            shard_params(frozen),
+            *shard_batch((prompts, completions, jnp.float32(scores), ALL)),
+            jax.random.key(1),
         )
     chex.assert_trees_all_close(jax.device_get(found.params), jax.device_get(whole.params), atol=1e-5)
     assert_allclose(sharded["loss"], metrics["loss"], atol=1e-5)

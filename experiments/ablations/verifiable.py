@@ -10,7 +10,6 @@ utility as training goes on. Expect right answers to become more, and form and t
 
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -92,9 +91,8 @@ def one(cfg: Config, begun: Any, seed: int, variant: Variant, run: Run) -> dict[
     else:
         module, flags_of = METHODS[variant.algorithm]
         flags = flags_of(steps=cfg.steps)
-        policy, _ = train_without_critic(
-            flags, partial(module.algorithm, flags), task, base, rewards, run, seed, stage=variant.algorithm
-        )
+        algorithm = module.algorithm(flags, flags.numbers(task.max_new_tokens))
+        policy, _ = train_without_critic(flags, algorithm, task, base, rewards, run, seed, stage=variant.algorithm)
     rows = read_metrics(run.dir)[variant.algorithm]
     found: dict[str, Any] = compare_policies(
         run, task, ("sft", base.params), ("policy", policy), sampler, make_reward_scorer(task, rewards, None)

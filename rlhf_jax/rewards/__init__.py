@@ -8,6 +8,7 @@ from typing import Any
 
 HOMES = {
     "math_reward": "math",
+    "strict_math_reward": "math",
     "code_reward": "code",
     "ifeval_reward": "ifeval",
     "tag_reward": "format",

@@ -92,19 +92,22 @@ def code_reward(
     prompts: Sequence[Text],
     completions: Sequence[Text],
     *,
-    tests: Sequence[Sequence[str]],
+    tests: Sequence[Sequence[str] | None],
     time_limit: float | int = 10.0,
     memory_limit: int = 512 * 2**20,
     jobs: int | None = None,
     unsafe_without_sandbox: bool = False,
     **columns: Any,
-) -> list[float]:
+) -> list[float | None]:
     """1 for each completion whose program passes all tests of its row, otherwise 0; with TRL's signature.
 
-    `tests`: a list of texts for each row. The program is what `find_program` finds. `jobs` run at a time, by default
-    one on each core. Raises UserError for a row without tests, and as `run_tests` does.
+    `tests`: a list of texts for each row; where it has none (None), neither has it a score. The program is what
+    `find_program` finds. `jobs` run at a time, by default one on each core. Raises UserError for tests that are none,
+    and as `run_tests` does.
     """
     for row, some in enumerate(tests):
+        if some is None:
+            continue
         if not some or isinstance(some, str) or not all(isinstance(test, str) for test in some):
             raise UserError(f"row {row}: its tests are a list of texts, at least one, and not {some!r:.80}")
     programs = [find_program(p, c) for p, c in zip(prompts, completions, strict=True)]
@@ -112,8 +115,10 @@ def code_reward(
         run_tests, time_limit=time_limit, memory_limit=memory_limit, unsafe_without_sandbox=unsafe_without_sandbox
     )
     with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
-        runs = list(pool.map(run, programs, tests))
-    return [float(found.passed == found.total) for found in runs]
+        pairs = zip(programs, tests, strict=True)
+        runs = [None if some is None else pool.submit(run, program, some) for program, some in pairs]
+        found = [None if some is None else some.result() for some in runs]
+    return [None if some is None else float(some.passed == some.total) for some in found]
 
 
 def find_program(prompt: Text, completion: Text) -> str:

@@ -52,11 +52,23 @@ class Correct(NamedTuple):
 
 def math_reward(
     prompts: Sequence[Text], completions: Sequence[Text], *, answer: Sequence[Any], **columns: Any
-) -> list[float]:
+) -> list[float | None]:
     """1 for each completion with the right answer, leniently, otherwise 0; with TRL's signature.
 
-    `answer`: a text or a number for each completion, as `grade` has it. Raises ValueError as `grade` does.
+    `answer`: a text or a number for each completion, as `grade` has it; where a row has none (None), neither has it a
+    score. Raises ValueError as `grade` does.
     """
+    return _rewards(completions, answer, strict=False)
+
+
+def strict_math_reward(
+    prompts: Sequence[Text], completions: Sequence[Text], *, answer: Sequence[Any], **columns: Any
+) -> list[float | None]:
+    """The same for the right answer in the demanded form: after "####", or in \\boxed{…}."""
+    return _rewards(completions, answer, strict=True)
+
+
+def _rewards(completions: Sequence[Text], answer: Sequence[Any], *, strict: bool) -> list[float | None]:
     texts = [text_of(completion) for completion in completions]
     asked: list[tuple[str, str]] = []
 
@@ -64,15 +76,18 @@ def math_reward(
         asked.append((one, other))
         return False
 
-    for text, right in zip(texts, answer, strict=True):
-        _grade(text, right, note)
+    rows = list(zip(texts, answer, strict=True))
+    for text, right in rows:
+        if right is not None:
+            _grade(text, right, note)
     pairs = list(dict.fromkeys(asked))
     equal = dict(zip(pairs, symbolically_equal(pairs, jobs=JOBS), strict=True))
 
     def known(one: str, other: str) -> bool:
         return equal[one, other]
 
-    return [float(_grade(text, right, known).lenient) for text, right in zip(texts, answer, strict=True)]
+    graded = [None if right is None else _grade(text, right, known) for text, right in rows]
+    return [None if found is None else float(found.strict if strict else found.lenient) for found in graded]
 
 
 def verify(response: str, answer: Any) -> bool:
@@ -117,6 +132,8 @@ def right_answer(answer: Any) -> str:
     found = (marked[1] if marked else boxed if boxed is not None else text).strip()
     if "\n" in found:  # a solution, which ends in its number
         found = last_number(found) or ""
+    if inside := re.fullmatch(r"(?:\$\$?|\\\(|\\\[)\s*([^$]*[^$\\\s])\s*(?:\$\$?|\\\)|\\\])\.?", found):
+        found = inside[1]
     if not found.strip("$. "):
         raise ValueError(f"the answer {answer!r:.80} is empty")
     return found

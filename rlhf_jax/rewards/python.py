@@ -62,8 +62,8 @@ class Limits(NamedTuple):
     """Answers in a call."""
 
 
-CHECKERS = {name: f"{name}_reward" for name in ("math", "code", "ifeval", "tag", "boxed")}
-"""The reward functions that are here already, as flags name them: math, code, ifeval, tag, boxed."""
+CHECKERS = {name: f"{name}_reward" for name in ("math", "strict_math", "code", "ifeval", "tag", "boxed")}
+"""The reward functions that are here already, as flags name them: math, strict_math, code, ifeval, tag, boxed."""
 
 
 def is_function(text: str) -> bool:
@@ -123,7 +123,7 @@ def python_reward(
             found = [HostScores(np.asarray(scores), *rest) for scores, *rest in in_shares(score_share, parts)]
             return joined(reward, parts, found)
 
-        reward = Reward(name, weight, on_texts=score, max_failed_share=max_failed_share)
+        reward = Reward(name, weight, on_texts=score, max_failed_share=max_failed_share, streams=True)
         yield reward
 
 

@@ -14,7 +14,8 @@ NUMBER = re.compile(
     (?P<percent>\s?(?:%|per\s?cent\b|percentage\b|pct\b))?""",
     re.VERBOSE | re.ASCII | re.IGNORECASE,
 )
-UNIT = re.compile(r"\s*(?P<unit>(?:[A-Za-z°€£¥¢]+\.?(?:\^\{?[23]\}?|[²³])?(?:/[A-Za-z]+)?\s*)*)\.?\s*", re.ASCII)
+# Possessive (`++`, `*+`), so that no text takes a time that grows exponentially with its length.
+UNIT = re.compile(r"\s*(?P<unit>(?:[A-Za-z°€£¥¢]++\.?(?:\^\{?[23]\}?|[²³])?(?:/[A-Za-z]++)?\s*+)*+)\.?\s*", re.ASCII)
 GOES_ON = re.compile(r"[.,;:]?(?:\s*$|\s+(?!(?:or|and|to)\b)[(]?[A-Za-z]{2}|\n)")
 WORD = re.compile(r"[A-Za-z]+|[°€£¥¢]", re.ASCII)
 NOT_UNITS = frozenset("or and to of plus minus times not but if is sqrt sin cos tan log".split())
@@ -36,6 +37,8 @@ UNITS = {
     }.items()
     for name in names.split()
 }  # fmt: skip
+MOST_DIGITS = 1000
+"""Characters of a number; what is longer is none. (Python reads at most 4300 digits.)"""
 CURRENCIES = {"$": "dollar", "€": "euro", "£": "£", "¥": "¥"}
 FRACTION = re.compile(r"(\d)?\s*\\[dtc]?frac\s*(?:\{(-?[\d.]+)\}|(\d))\s*(?:\{([\d.]+)\}|(\d))")
 SPACES = re.compile(r"(?<=,)\\!\s*|\\[!,;: ]|~")
@@ -132,6 +135,8 @@ def _unit_after(text: str, match: re.Match[str]) -> str:
 
 
 def _quantity(match: re.Match[str], unit: str) -> Quantity | None:
+    if len(match[0]) > MOST_DIGITS:
+        return None
     if match["whole"]:
         if not int(match["under"]):
             return None

@@ -77,6 +77,9 @@ class Reward(NamedTuple):
     """score(prompts, completions, columns), on the host."""
     max_failed_share: float = 1.0
     """The share of a batch's answers on which `on_texts` may fail."""
+    streams: bool = False
+    """Whether `on_texts` may be given the answers of a batch as they end. A score does not depend, to the last bit, on
+    the answers that are scored with it, and no device of the run is used."""
 
     @property
     def traceable(self) -> bool:

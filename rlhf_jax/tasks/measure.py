@@ -27,6 +27,7 @@ from rlhf_jax.rewards.reward import (
     weighted_sum,
     weights_of,
 )
+from rlhf_jax.scored_groups import is_checker
 from rlhf_jax.scoring import answer_logprobs, score_in_batches
 from rlhf_jax.tasks.task import PromptRow, PromptSets, Task
 from rlhf_jax.types import Params
@@ -117,40 +118,47 @@ def make_reward_scorer(task: Task, rewards: Sequence[Reward], no_end_score: floa
     That is the rule of PPO; None has no such rule. The prompts are held-out ones: their rows are those of the task's
     `heldout_rows`.
     """
-    base, rows = task.base, task.prompts().heldout_rows
-    on_tokens = {
-        reward.name: score_in_batches(reward.on_tokens, task.eval_batch_size)
-        for reward in rewards
-        if reward.on_tokens is not None
-    }
-    params = params_of(rewards)
+    scorers = {reward.name: make_single_scorer(task, reward) for reward in rewards}
 
     def scorer(prompts: Prompts, completions: Completions) -> np.ndarray:
-        tokens = join(prompts, completions, pad_id=base.pad_id)
-        each = {name: score(params[name], tokens) for name, score in on_tokens.items()}
-        if len(each) < len(rewards):
-            found = score_texts(rewards, *as_texts(base, rows, prompts, completions))
-            each |= {name: some.scores for name, some in found.items()}
+        each = {name: score(prompts, completions) for name, score in scorers.items()}
         total = np.asarray(weighted_sum(each, weights_of(rewards)))
-        return total if no_end_score is None else np.where(base.ended(completions), total, no_end_score)
+        return total if no_end_score is None else np.where(task.base.ended(completions), total, no_end_score)
 
     return scorer
 
 
+def make_single_scorer(task: Task, reward: Reward) -> AnswerScorer:
+    """scorer(prompts, completions) -> one reward of answers to held-out prompts; NaN where it does not apply."""
+    base, rows = task.base, task.prompts().heldout_rows
+    if reward.on_tokens is not None:
+        score = score_in_batches(reward.on_tokens, task.eval_batch_size)
+        return lambda prompts, answers: score(reward.params, join(prompts, answers, pad_id=base.pad_id))
+
+    def on_texts(prompts: Prompts, completions: Completions) -> np.ndarray:
+        return score_texts([reward], *as_texts(base, rows, prompts, completions))[reward.name].scores
+
+    return on_texts
+
+
 def pass_metrics(
-    task: Task, name: str, policy: Params, sampler: PolicySampler, scorer: AnswerScorer, samples: int
+    task: Task, name: str, policy: Params, sampler: PolicySampler, rewards: Sequence[Reward], samples: int
 ) -> dict[str, float]:
     """pass@1, 2, 4, … and pass@samples of a policy on held-out prompts, from so many answers to each.
 
-    {} unless all scores are 0 or 1, as a checker's are. Metrics are called <name>_pass@<k>.
+    They are of the first reward that `is_checker`, weights aside; {} without one. A prompt to which it does not apply
+    is left out. Metrics are called <name>_pass@<k>.
     """
     heldout = task.prompts().heldout
-    scores = np.stack([scorer(heldout, sampler(policy, heldout, 200 + number)) for number in range(samples)], axis=1)
-    if not np.isin(scores, (0, 1)).all():
-        return {}
+    answers = [sampler(policy, heldout, 200 + number) for number in range(samples)]
     ks = [2**i for i in range(samples.bit_length()) if 2**i < samples] + [samples]
-    right = scores.sum(axis=1)
-    return {f"{name}_pass@{k}": float(pass_at_k(right, samples, k).mean()) for k in ks}
+    for reward in rewards:
+        score = make_single_scorer(task, reward)
+        scores = np.stack([score(heldout, some) for some in answers], axis=1)
+        if is_checker(scores):
+            right = scores[~np.isnan(scores).any(axis=1)].sum(axis=1)
+            return {f"{name}_pass@{k}": float(pass_at_k(right, samples, k).mean()) for k in ks if len(right)}
+    return {}
 
 
 def make_token_scorer(task: Task, score: Callable[[Tokens], np.ndarray]) -> AnswerScorer:

@@ -122,7 +122,7 @@ class World:
             pairs = zip(prompts, completions, strict=True)
             return HostScores(np.array([float(is_exact(problems[str(p)], str(c))) for p, c in pairs]))
 
-        return Reward("correct", 1.0, on_texts=score)
+        return Reward("correct", 1.0, on_texts=score, streams=True)
 
     def comparisons(self, sampler: Sampler) -> Comparisons:
         """The annotators' rankings of the sampler's answers. Each call asks annotators of their own."""

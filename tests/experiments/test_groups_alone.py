@@ -11,6 +11,7 @@ import pytest
 
 from experiments import dapo, grpo
 from rlhf_jax.cli import run_main
+from rlhf_jax.errors import UserError
 from rlhf_jax.pretrained import load_policy
 
 REWARD = """
@@ -43,13 +44,14 @@ def test_grpo_alone_and_resumed_is_grpo(given, tmp_path):
         flags
         | SHORT
         | {"reward": f"{folder / 'rewards.py'}:vowels", "learning_rate": 1e-3, "save_every": 1, "keep": 3}
+        | {"reference": flags["model"]}
     )
     metrics = grpo.main(grpo.Config(run_dir=str(tmp_path / "run"), **flags))
     rows = metrics_of(tmp_path / "run")
     assert [row["stage"] for row in rows] == ["grpo"] * 2 and rows[0]["groups"] == 4
     assert {"score", "silent", "kl_k1", "entropy", "length", "reward/vowels/mean", "sampler_gap"} <= set(rows[0])
     assert abs(rows[0]["kl_k1"]) < 1e-5 < abs(rows[1]["kl_k1"]) and rows[0]["clip_fraction"] == 0
-    assert {"start_score", "grpo_score", "score_win_rate"} <= set(metrics)
+    assert {"start_score", "grpo_score", "score_win_rate", "grpo_heldout_kl"} <= set(metrics)
     example = json.loads((tmp_path / "run" / "examples.jsonl").read_text().splitlines()[0])
     assert {"prompt", "start", "grpo"} <= set(example)
     assert "GRPO" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
@@ -70,14 +72,26 @@ def test_grpo_alone_and_resumed_is_grpo(given, tmp_path):
 
 def test_dapo_draws_again_where_no_group_has_a_signal_and_counts_it(given, tmp_path):
     flags, folder = given
-    flags = flags | SHORT | {"reward": f"{folder / 'rewards.py'}:nothing", "rounds": 3, "overlong_buffer": 0}
-    flags |= {"slots": 8, "pass_samples": 2, "reference": flags["model"]}
+    flags = flags | SHORT | {"reward": f"{folder / 'rewards.py'}:nothing", "rounds": 3}
+    flags |= {"slots": 8, "pass_samples": 2}
     metrics = dapo.main(dapo.Config(run_dir=str(tmp_path / "run"), **flags))
     rows = metrics_of(tmp_path / "run")
     assert [row["groups"] for row in rows] == [12, 12] and rows[0]["silent"] == 1.0
-    assert rows[0]["grad_norm"] == 0.0
+    assert [row["learned_groups"] for row in rows] == [0, 0]
+    assert rows[0]["grad_norm"] == 0.0 and [row["skipped"] for row in rows] == [0, 0]
     passed = {f"{who}_pass@{k}" for who in ("start", "dapo") for k in (1, 2)}
     assert passed <= set(metrics) and all(metrics[name] == 0 for name in passed)
+
+
+def test_a_reference_that_is_not_used_and_a_buffer_that_does_not_fit_are_refused(given, tmp_path):
+    flags, folder = given
+    flags = flags | SHORT | {"reward": f"{folder / 'rewards.py'}:nothing"}
+    with pytest.raises(UserError, match="--reference is not used: DAPO has no KL to a reference"):
+        dapo.main(dapo.Config(run_dir=str(tmp_path / "a"), reference=flags["model"], **flags))
+    with pytest.raises(UserError, match="--reference is not used: GRPO has no KL to a reference here"):
+        grpo.main(grpo.Config(run_dir=str(tmp_path / "b"), reference=flags["model"], beta=0, **flags))
+    with pytest.raises(UserError, match="--overlong-buffer 9 is more than --max-new-tokens 8"):
+        dapo.main(dapo.Config(run_dir=str(tmp_path / "c"), overlong_buffer=9, **flags))
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,7 @@ def test_trls_signature():
         ["a", "b", "c"], completions, tests=[["assert f() == 1"], ["assert f() == 1"], ["f()"]], x=[1, 2, 3]
     )
     assert found == [1.0, 0.0, 0.0]
+    assert code_reward(["a"] * 2, ["x = 1"] * 2, tests=[None, ["assert x == 1"]]) == [None, 1.0]
     with pytest.raises(UserError, match="row 0"):
         code_reward(["a"], ["b"], tests=[[]])
 

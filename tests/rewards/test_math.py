@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_jax.rewards import math_reward
+from rlhf_jax.rewards import math_reward, strict_math_reward
 from rlhf_jax.rewards.math import Correct, grade, last_boxed, symbolically_equal, verify
 from rlhf_jax.rewards.quantity import last_number, quantity
 
@@ -113,6 +113,29 @@ def test_strict_and_lenient(response, correct):
     assert grade(response, "#### 4") == grade(response, "4") == grade(response, 4.0) == correct
 
 
+@pytest.mark.parametrize("text", ["1 " + "a" * 4000 + "!", "1 " + "word " * 800 + "!", "1 " + "m/s " * 900 + "!"])
+def test_no_answer_takes_long_to_read(text):
+    began = time.perf_counter()
+    assert quantity(text) is None and not verify(text + " 2", 1)
+    assert time.perf_counter() - began < 0.5
+
+
+def test_a_number_of_thousands_of_digits_is_no_answer():
+    assert not verify("9" * 5000, 5) and not verify("#### " + "9" * 5000, 5) and quantity("9" * 5000) is None
+
+
+def test_dollars_around_the_answer_are_not_money():
+    for answer in ("$18$", "$$18$$", "\\(18\\)", "\\[ 18 \\]", "$18$."):
+        assert verify("#### 18 eggs", answer) and verify("She has 18 eggs left.", answer)
+    assert verify("28 percent", "$28\\%$") and verify("18 dollars", "$18") and not verify("18 euros", "$18")
+
+
+def test_a_row_without_an_answer_has_no_score_and_strictness_asks_for_the_form():
+    assert math_reward([""] * 2, ["4", "4"], answer=[None, "4"]) == [None, 1.0]
+    found = strict_math_reward([""] * 4, ["4", "#### 4", "\\boxed{4}", "4"], answer=["4", "4", "4", None])
+    assert found == [0.0, 1.0, 1.0, None]
+
+
 @pytest.mark.parametrize("answer", ["", " ", "#### ", "\\boxed{}", None, True, ["4"]])
 def test_an_answer_with_nothing_in_it_is_refused(answer):
     with pytest.raises(ValueError, match="the answer"):
@@ -212,3 +235,38 @@ def test_a_number_is_read_back_however_it_is_written(number):
         f"\\boxed{{{number}}}",
     ):
         assert grade(text, str(number)).lenient
+
+
+# huggingface/Math-Verify, tests/test_all.py and tests/test_mixed_number_extraction.py: (answer, response, verdict)
+THEIRS = [
+    ("-5", "-5", 1), ("7425000", "7,425,000", 1), ("1000", "1 000", 1), ("1000", "1000.0", 1),
+    ("1000.0", "1,000.0", 1),
+    ("0.4", ".4", 1), ("1000.99", "$1,000.99", 1), ("1000.99", "1,000.99$", 1),
+    ("1000.99", "the number is not 10 which is 1,000.99€", 1),
+    ("1000.99", "so the number is 10 which is 1,000.99m²", 1), ("10/9", r"\frac{10}{9}", 1),
+    ("-10/9", r"-\frac{10}{9}", 1), ("$9$", r"Answer \[ 9 \]", 1), ("$10$", r"Answer \( (9+1) \)", 1),
+    ("$1/3$", r"$\frac13 $", 1), ("$1$", r"$\frac3{3} $", 1), ("$1/3$", r"$\cfrac{1}{3} $", 1),
+    ("$1/3$", r"$\frac{1}{3} \text{meters}$", 1), ("$1/3$", r"$k = \frac{1}{3}$", 1),
+    (r"$28\%$", r"$\boxed{28}$ pct", 1), (r"$28\%$", "28", 1), ("$0.28$", "28", 0), ("$28$", "28/100", 0),
+    ("40/9", "The answer is 4 4/9.", 1), ("4", "The answer is 4 4/9.", 0), ("71/6", "+11 5/6", 1), ("4", "4 0/9", 1),
+    ("4", "4 4/0", 0), ("11", "11 6/6", 0), ("40/900", "4 4/9%", 1),
+]  # fmt: skip
+DIFFERENT = [
+    # Decimal commas are not read here.
+    ("1000.99", "1000,99", 1), ("1,22", "1.22", 1), ("2.74", "Soucis : 2,74 $ a..", 1), ("0,111", "0.111", 1),
+    # A number inside of a word.
+    ("2", "AZYUK2A", 0),
+    ("9004/9", "1 000 4/9", 1),
+    # 11 6/6 is 12, though nobody writes it.
+    ("12", "11 6/6", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "response", "verdict"), THEIRS)
+def test_math_verifys_own_cases(answer, response, verdict):
+    assert verify(response, answer) == bool(verdict)
+
+
+@pytest.mark.parametrize(("answer", "response", "verdict"), DIFFERENT)
+def test_where_math_verify_says_otherwise(answer, response, verdict):
+    assert verify(response, answer) != bool(verdict)

@@ -48,6 +48,7 @@ def each(line):
     "name, columns, right, wrong",
     [
         ("math", {"answer": "#### 4"}, "2 + 2 is 4", "5"),
+        ("strict_math", {"answer": "#### 4"}, "\\boxed{4}", "2 + 2 is 4"),
         ("ifeval", {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}, "no", "no, no"),
         ("boxed", {}, "\\boxed{1}", "1"),
         ("tag", {}, "<think>a</think><answer>b</answer>", "b"),

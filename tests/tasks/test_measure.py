@@ -9,6 +9,7 @@ import pytest
 from experiments.flags import RunFlags as Flags
 from rlhf_jax.batches import Prompts
 from rlhf_jax.log import Run
+from rlhf_jax.rewards.reward import HostScores, Reward
 from rlhf_jax.sampling.sampler import numpy_completions
 from rlhf_jax.tasks.measure import compare_policies, pass_metrics
 from rlhf_jax.tasks.simulated import Sizes, World
@@ -65,15 +66,19 @@ def test_pass_at_k_of_a_policy_counts_right_answers_over_samples(world):
     def sampler(params, prompts, number):
         """The n-th sample solves the first n prompts."""
         right = np.arange(len(rows)) < number - 200
-        tokens = np.where(right[:, None], 1, 0) * np.ones((1, 3), np.int32)
+        tokens = np.where(right[:, None], 9, 8) * np.ones((1, 3), np.int32)
         return numpy_completions(tokens, np.ones(tokens.shape, bool), np.zeros(tokens.shape))
 
-    def scorer(prompts, completions):
-        return completions.tokens[:, 0].astype(float)
+    def checker(scores):
+        return Reward("right", 0.3, on_texts=lambda p, answers, columns, part=None: HostScores(scores(answers)))
+
+    is_one = checker(lambda answers: np.array([float(text == one) for text in answers]))
+    one = world.base.read_answers(sampler(None, None, 300))[0]
+    half = checker(lambda answers: np.full(len(answers), 0.5))
 
     # Of 4 samples the six prompts have 3, 2, 1, 0, 0 and 0 right ones.
-    found = pass_metrics(world, "grpo", None, sampler, scorer, 4)
+    found = pass_metrics(world, "grpo", None, sampler, [half, is_one], 4)
     assert found["grpo_pass@1"] == pytest.approx((3 + 2 + 1) / 4 / 6)
     assert found["grpo_pass@2"] == pytest.approx((1 + (1 - 1 / 6) + (1 - 3 / 6)) / 6)
     assert found["grpo_pass@4"] == pytest.approx(3 / 6) and len(found) == 3
-    assert pass_metrics(world, "x", None, sampler, lambda *_: np.full(6, 0.5), 2) == {}
+    assert pass_metrics(world, "x", None, sampler, [half], 2) == {}
