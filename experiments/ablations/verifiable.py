@@ -1,15 +1,16 @@
-"""RL from a checker: six algorithms without a critic, and PPO, on as many answers each.
+"""RL from a checker: six algorithms without a critic, and PPO, on about as many answers each.
 
 In the controlled world. The checker says whether an answer is right, and nothing of its form, tone or length, which
 the true utility counts, too. Each seed has a world and an SFT policy of its own; every algorithm starts from it and
-samples as many answers.
+samples 128 answers an iteration. DAPO samples until it has enough groups with a signal: it is asked for half as many
+groups, and the table has the answers that were sampled.
     python experiments/ablations/verifiable.py
 It takes about half an hour on 2 CPU cores for 5 seeds. It writes a table and a figure: right answers and the true
 utility as training goes on. Expect right answers to become more, and form and tone to stay what SFT made them.
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,7 +31,7 @@ from rlhf_jax.cli import run_main
 from rlhf_jax.errors import at_least
 from rlhf_jax.log import Run
 from rlhf_jax.metrics import read_metrics
-from rlhf_jax.tasks.measure import compare_policies, make_reward_scorer
+from rlhf_jax.tasks.measure import compare_policies, make_policy_measure, make_reward_scorer
 
 Name = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "ppo"]
 METHODS: dict[str, tuple[Any, Any]] = {
@@ -41,7 +42,7 @@ COLUMNS = tuple(
     Column(head, name, digits)
     for head, name, digits in (
         ("right, held out", "policy_score", 3), ("SFT", "sft_score", 3), ("true utility", "policy_utility", 2),
-        ("SFT's", "sft_utility", 2), ("beats SFT", "win_rate", 3), ("KL to SFT, nats", "kl_k1", 2),
+        ("SFT's", "sft_utility", 2), ("beats SFT", "win_rate", 3), ("KL to SFT, held out, nats", "kl", 2),
         ("entropy, nats a token", "entropy", 3), ("length", "length", 2), ("of right ones", "length_right", 2),
         ("of wrong ones", "length_wrong", 2), ("groups without signal", "silent", 3), ("answers", "answers", 0),
         ("seconds", "seconds", 0),
@@ -57,7 +58,7 @@ class Config(GridFlags):
 
     algorithms: tuple[Name, ...] = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "ppo")
     steps: int = 60
-    """Iterations of 128 answers; of PPO, too."""
+    """Iterations; of PPO, too."""
     sft: SFT = field(default_factory=SFT)
 
     def __post_init__(self) -> None:
@@ -91,13 +92,16 @@ def one(cfg: Config, begun: Any, seed: int, variant: Variant, run: Run) -> dict[
     else:
         module, flags_of = METHODS[variant.algorithm]
         flags = flags_of(steps=cfg.steps)
+        if variant.algorithm == "dapo":
+            flags = replace(flags, groups=flags.groups // 2)
         algorithm = module.algorithm(flags, flags.numbers(task.max_new_tokens))
         policy, _ = train_without_critic(flags, algorithm, task, base, rewards, run, seed, stage=variant.algorithm)
     rows = read_metrics(run.dir)[variant.algorithm]
     found: dict[str, Any] = compare_policies(
         run, task, ("sft", base.params), ("policy", policy), sampler, make_reward_scorer(task, rewards, None)
     )
-    for name in ("kl_k1", "entropy", "length", "length_right", "length_wrong", "silent"):
+    found["kl"] = make_policy_measure(task, sampler, task.eval_batch_size)(policy, base.params, 300)["kl_k1"]
+    for name in ("entropy", "length", "length_right", "length_wrong", "silent"):
         values = [row[name] for row in rows[-LAST:] if row.get(name) is not None]
         if values:
             found[name] = np.mean(values)
