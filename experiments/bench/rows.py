@@ -189,14 +189,14 @@ def groups(config: Any, params: Any, ids: Callable[[int, int, int], Any]) -> Wor
     numbers, model = cfg.numbers(64), Transformer(config)
     sample = jax.jit(partial(rollout, model, numbers, eos_id=None, pad_id=0))
     learn_fn = jax.jit(partial(learn, algorithm(cfg, numbers), model, numbers, 0), donate_argnums=0)
-    frozen = Frozen(params, {}, {})
+    frozen, every = Frozen(params, {}, {}), jnp.ones(64, bool)
 
     def iterate(state: Any, i: int) -> Any:
         prompts: Any = Prompts(*map(jnp.asarray, (ids(i, 8, 64), np.ones((8, 64), bool), np.arange(8))))
         completions = jax.device_get(sample(state, frozen, prompts, jax.random.key(i)))
         scores = jnp.asarray([len(set(answer)) / 64 for answer in completions.tokens.tolist()], jnp.float32)
         repeated = jax.tree.map(lambda x: jnp.repeat(x, 8, axis=0), prompts)
-        state, metrics = learn_fn(state, frozen, repeated, completions, scores, jax.random.key(1000 + i))
+        state, metrics = learn_fn(state, frozen, repeated, completions, scores, every, jax.random.key(1000 + i))
         float(metrics["loss"])
         return state
 
