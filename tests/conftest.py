@@ -17,6 +17,15 @@ SLOW = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2"
 jax.config.update("jax_compilation_cache_dir", COMPILED)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", float(SLOW))
 
+# Programs of tests are small and run a few times: their time is XLA's, most of it for speed that no test needs.
+# A user's own flags stand.
+GIVEN = os.environ.get("XLA_FLAGS", "")
+QUICK = (
+    "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1",
+)  # fmt: skip
+os.environ["XLA_FLAGS"] = " ".join([GIVEN, *(flag for flag in QUICK if flag.partition("=")[0] not in GIVEN)]).strip()
+
 # Before anything asks for a device: the number of devices is fixed from then on.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -114,7 +114,8 @@ def environment():
             pytest.fail(message)
         pytest.skip(message)
     paths = [str(ROOT), *filter(None, [folder, os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    # The compiler does all that it does for a user: tests/conftest.py has told that of this process to hurry.
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "XLA_FLAGS": ""}
 
 
 def compile_for_tpu(environment, *flags):
