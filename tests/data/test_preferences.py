@@ -1,5 +1,7 @@
 """Rankings to batches: what is packed is worth what the answers are worth one to a row, and so are its gradients."""
 
+from functools import cache, partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -41,8 +43,9 @@ def rankings(counts, seed=0):
     ]
 
 
+@cache
 def params_of(model):
-    return model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
 
 
 def on_device(batch):
@@ -129,18 +132,18 @@ def test_the_reward_models_packed_loss_and_gradient_are_those_of_answers_apart()
     model = ScalarModel(CONFIG)
     params = params_of(model)
 
-    @jax.jit
     def apart(params):
         rewards = response_rewards(model, params, padded.responses).reshape(padded.ranks.shape)
         return ranking_loss(rewards, padded.ranks, padded.mask)[0]
 
+    @jax.jit
     def together(params, batch):
         return ranking_loss(packed_rewards(token_values(model, params, batch.tokens), batch), batch.ranks, batch.mask)[
             0
         ]
 
     loss, grad = jax.jit(jax.value_and_grad(together))(params, packed)
-    expected, expected_grad = jax.value_and_grad(apart)(params)
+    expected, expected_grad = jax.jit(jax.value_and_grad(apart))(params)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     chex.assert_trees_all_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
     assert abs(together(params, leaky(packed)) - expected) > 1e-4
@@ -171,6 +174,7 @@ def test_dpos_packed_loss_and_gradient_are_those_of_pairs_apart():
         ref = [apart(reference, side) for side in padded]
         return dpo_loss(*policy, *ref, beta=0.3)[0]
 
+    @jax.jit
     def loss_together(params, batch):
         return dpo_loss(*together(params, batch), *together(reference, batch), beta=0.3)[0]
 
@@ -185,10 +189,11 @@ def test_no_document_of_a_row_reaches_another():
     packed = on_device(pack_rankings(rankings([3, 3]), length=64, pad_id=PAD))
     model = ScalarModel(CONFIG)
     params = params_of(model)
-    values = token_values(model, params, packed.tokens)
+    values_of = jax.jit(partial(token_values, model))
+    values = values_of(params, packed.tokens)
     first = packed.tokens.segment_ids == 1
     others = jnp.where(first, packed.tokens.inputs, 7)
-    changed = token_values(model, params, packed.tokens._replace(inputs=others))
+    changed = values_of(params, packed.tokens._replace(inputs=others))
     np.testing.assert_array_equal(np.asarray(values)[first], np.asarray(changed)[first])
 
 
