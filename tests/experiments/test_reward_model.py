@@ -1,5 +1,7 @@
 """The reward model's step: margins that people gave are in its loss."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,11 +21,11 @@ def test_margins_are_in_the_loss():
         norm_eps=1e-5, tie_embeddings=True, max_length=32,
     )  # fmt: skip
     model, cfg = ScalarModel(config), RewardModel(learning_rate=1e-3, lora_rank=0, epochs=1)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     rankings = [RankedAnswers([1, 2], [[3, 4], [5]], (0, 1), margin) for margin in (0.0, 2.0)]
     rankings.append(RankedAnswers([6], [[7], [8, 9]], (1, 0), 0.5))
     batch = jax.tree.map(jnp.asarray, pack_rankings(rankings, length=16, pad_id=0))
-    rewards = ranking_rewards(model, params, batch)
+    rewards = jax.jit(partial(ranking_rewards, model))(params, batch)
     chosen, rejected = (rewards[np.arange(3), np.asarray(side)] for side in ([0, 0, 1], [1, 1, 0]))
     expected, _ = bradley_terry_loss(chosen, rejected, margin=jnp.asarray([0.0, 2.0, 0.5]))
     without, _ = bradley_terry_loss(chosen, rejected)
