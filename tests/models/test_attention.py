@@ -1,6 +1,7 @@
 """Attention in blocks of queries is attention, at lengths that need several of them."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +42,10 @@ def test_blocks_of_queries_are_exact(length, softcap):
 def test_a_long_sequence_in_blocks_is_what_decoding_reads(windows):
     config = replace(CONFIG, windows=windows)
     model, tokens = Transformer(config), jnp.asarray(RNG.integers(0, 13, (2, 150)))
-    params = model.init(jax.random.key(0), tokens[:, :1])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), tokens[:, :1])["params"]
     whole = jax.jit(lambda t: model.apply({"params": params}, t, method="hidden_states"))(tokens)
     positions = jnp.broadcast_to(jnp.arange(150)[None], tokens.shape)
     cache = init_cache(config, 2, 150)
-    decoded, _ = model.apply({"params": params}, tokens, positions, jnp.ones_like(tokens), cache, method="decode")
+    decode = jax.jit(partial(model.apply, method="decode"))
+    decoded, _ = decode({"params": params}, tokens, positions, jnp.ones_like(tokens), cache)
     assert_allclose(whole, decoded, atol=2e-5)
