@@ -1,6 +1,7 @@
 """The training step, PPO's minibatches, and scoring of tokens."""
 
 from dataclasses import replace
+from functools import cache, partial
 
 import chex
 import jax
@@ -104,24 +105,30 @@ def test_ppo_skips_only_the_minibatches_that_are_not_finite():
     np.testing.assert_allclose(state.params["w"], 1 - 6 * 0.1, atol=1e-3)
 
 
+@cache
+def new_params():
+    return jax.jit(Transformer(CONFIG).init)(jax.random.key(0), experience(4).tokens.inputs)["params"]
+
+
 @pytest.mark.parametrize("temperature, softcap", [(1.0, None), (0.7, None), (0.7, 0.5)])
 def test_token_scores_are_those_of_the_tempered_logits(temperature, softcap):
     model = Transformer(replace(CONFIG, final_softcap=softcap))
-    tokens = experience(4).tokens
-    params = model.init(jax.random.key(0), tokens.inputs)["params"]
-    logprobs, entropy = token_scores(model, params, tokens, temperature=temperature)
-    logits = model.apply({"params": params}, tokens.inputs, tokens.positions, tokens.segment_ids) / temperature
+    tokens, params = experience(4).tokens, new_params()
+    score, score_alone = (
+        jax.jit(partial(f, model, temperature=temperature)) for f in (token_scores, response_logprobs)
+    )
+    logprobs, entropy = score(params, tokens)
+    logits = jax.jit(model.apply)({"params": params}, tokens.inputs, tokens.positions, tokens.segment_ids)
+    logits /= temperature
     expected = np.where(tokens.mask, token_logprobs(logits, tokens.targets), 0.0)
     np.testing.assert_allclose(logprobs, expected, atol=1e-5)
     np.testing.assert_allclose(entropy, np.where(tokens.mask, token_entropy(logits), 0.0), atol=1e-5)
-    alone = response_logprobs(model, params, tokens, temperature=temperature)
-    np.testing.assert_allclose(alone, expected, atol=1e-5)
+    np.testing.assert_allclose(score_alone(params, tokens), expected, atol=1e-5)
 
 
 def test_a_state_may_be_donated_while_its_parameters_live_on():
     model = Transformer(CONFIG)
-    tokens = experience(4).tokens
-    params = model.init(jax.random.key(0), tokens.inputs)["params"]
+    tokens, params = experience(4).tokens, new_params()
     step = make_train_step(lambda p, t: (-token_scores(model, p, t)[0].mean(), {}))
     step(make_state(model, params, adamw(0.1, weight_decay=0.0, max_grad_norm=1.0)), tokens)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
