@@ -14,7 +14,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from rlhf_jax.actor_critic import own_part
 from rlhf_jax.batches import Completions, Ended, Prompts, Tokens
 from rlhf_jax.data.order import EpochOrder
-from rlhf_jax.data.tokens import take
+from rlhf_jax.data.tokens import bucket, take
 from rlhf_jax.groups import Algorithm, Frozen, Numbers, learn, rollout, score
 from rlhf_jax.log import count_compilations
 from rlhf_jax.loop import Loop
@@ -108,12 +108,18 @@ def answer(
     key: PRNGKeyArray,
     step: int,
 ) -> Scored:
-    """Scored groups of one round or more, until enough have a signal. draws[i](step) are the prompts of round i."""
+    """Scored groups of one round or more, until enough have a signal. draws[i](step) are the prompts of round i.
+
+    They are as wide as the longest of this iteration needs, in few widths.
+    """
     parts: list[Scored] = []
     signals = 0
-    for number, draw in enumerate(draws):
-        rows = draw(step)
-        asked, prompts = (to_host(take(sets.train, some)) for some in (rows, rows.repeat(numbers.group_size)))
+    drawn = [draw(step) for draw in draws]
+    width = drawn_width(sets.train, np.concatenate(drawn))
+    for number, rows in enumerate(drawn):
+        asked, prompts = (
+            to_host(narrowed(take(sets.train, some), width)) for some in (rows, rows.repeat(numbers.group_size))
+        )
         sample = partial(programs.sample, policy, frozen, asked, jax.random.fold_in(key, number))
         texts = partial(as_texts, base, sets.rows)
         completions, found = sample_and_score(sample, programs.stream, rewards, texts, prompts)
@@ -123,6 +129,16 @@ def answer(
         if signals >= numbers.prompts:
             break
     return all_rounds(parts)
+
+
+def drawn_width(prompts: Prompts, rows: Int[np.ndarray, " N"]) -> int:
+    """The columns that these rows need, as a `bucket`."""
+    return bucket(int(np.asarray(prompts.mask)[rows].sum(axis=1).max()), longest=prompts.mask.shape[1])
+
+
+def narrowed(prompts: Prompts, width: int) -> Prompts:
+    """Left-padded prompts without the columns before the last `width`."""
+    return Prompts(prompts.tokens[:, -width:], prompts.mask[:, -width:], prompts.row)
 
 
 def prompt_draw(count: int, number: int, seed: Sequence[int]) -> Callable[[int], Int[np.ndarray, " P"]]:

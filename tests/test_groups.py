@@ -14,8 +14,9 @@ from numpy.testing import assert_allclose
 from experiments import cispo, dapo, dr_grpo, grpo, gspo, rloo
 from rlhf_jax import losses
 from rlhf_jax.batches import Prompts, Tokens
+from rlhf_jax.data.tokens import bucket
 from rlhf_jax.errors import UserError
-from rlhf_jax.group_loop import prompt_draw
+from rlhf_jax.group_loop import drawn_width, narrowed, prompt_draw
 from rlhf_jax.groups import (
     Algorithm,
     Answers,
@@ -72,6 +73,16 @@ def test_all_prompts_come_before_one_comes_again():
     counts = np.bincount(np.concatenate([prompt_draw(3, 7, [0])(step) for step in range(3)]), minlength=3)
     assert counts.tolist() == [7, 7, 7]
     assert prompt_draw(3, 6, [0])(1).tolist() == [0, 1, 2] * 2
+
+
+def test_an_iterations_prompts_are_as_wide_as_its_longest_needs():
+    mask = np.arange(128)[None] >= 128 - np.array([3, 120, 40, 17])[:, None]
+    prompts = Prompts(np.where(mask, 7, 0).astype(np.int32), mask, np.arange(4))
+    widths = [drawn_width(prompts, np.array(rows)) for rows in ([0, 3], [0, 2], [2, 3], [1, 0])]
+    assert widths == [bucket(17), 64, 64, 128]
+    found = narrowed(prompts, 64)
+    assert found.mask.shape == (4, 64) and found.mask[[0, 2]].sum(axis=1).tolist() == [3, 40]
+    assert (found.tokens[found.mask] == 7).all()
 
 
 def test_metrics_by_hand():
