@@ -5,7 +5,8 @@
 
 Lengths are log-normal with p95 = 8 × the median, as long chains of thought have them, and no answer ends by itself.
 The static batches have as many rows as the queue has slots, and run until the longest of their answers ends. Useful
-tokens a second of both are printed, from the second of two runs, with their ratio.
+tokens a second of both are printed, from the second of two runs, with their ratio. Then a reward that waits for
+`--reward-seconds` an answer, as for a server: asked when all answers are there, and as they end.
 """
 
 import json
@@ -22,8 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.batches import Ended
 from rlhf_jax.cli import run_main
 from rlhf_jax.models import ModelConfig, Transformer
+from rlhf_jax.rewards.reward import HostScores, Part
+from rlhf_jax.rewards.stream import Stream
 from rlhf_jax.sampling import generate
 from rlhf_jax.sampling.queue import generate_queued
 
@@ -44,6 +48,8 @@ class Config:
     """Tokens of the median answer."""
     longest: int = 512
     """The most tokens of an answer."""
+    reward_seconds: float = 0.1
+    """Seconds that a reward takes for an answer."""
     seed: int = 0
 
 
@@ -65,10 +71,10 @@ def main(cfg: Config) -> dict[str, Any]:
     mask = jnp.ones(prompts.shape, bool)
     numbers: dict[str, Any] = dict(max_new_tokens=cfg.longest, temperature=1.0, eos_id=None, pad_id=0)
 
-    def queue() -> Any:
+    def queue(put: Any = None) -> Any:
         return generate_queued(
             model, params, prompts, mask, jax.random.key(1), group_size=cfg.group_size, slots=cfg.slots,
-            limits=jnp.asarray(lengths), **numbers,
+            limits=jnp.asarray(lengths), put=put, **numbers,
         )  # fmt: skip
 
     def static() -> Any:
@@ -82,15 +88,33 @@ def main(cfg: Config) -> dict[str, Any]:
             )
         return out
 
+    def reward(part: Part, ended: Ended) -> dict[str, HostScores]:
+        time.sleep(cfg.reward_seconds * len(ended.rows))
+        return {}
+
+    stream = Stream()
+
+    def scored_after() -> Any:
+        found = jax.block_until_ready(queue())
+        rows = np.arange(cfg.rows)
+        reward(Part(rows, cfg.rows), Ended(rows, np.asarray(found.tokens), np.asarray(found.mask)))
+
+    def scored_meanwhile() -> Any:
+        with stream.scored(reward, cfg.rows) as future:
+            jax.block_until_ready(queue(stream.put))
+        future.result()
+
     found: dict[str, Any] = {"tokens": int(lengths.sum()), "median": float(np.median(lengths)),
                              "p95": float(np.percentile(lengths, 95)), "longest": int(lengths.max())}  # fmt: skip
-    for name, run in (("static", static), ("queue", queue)):
+    ways = {"static": static, "queue": queue, "scored_after": scored_after, "scored_meanwhile": scored_meanwhile}
+    for name, run in ways.items():
         for _ in range(2):
             began = time.perf_counter()
             jax.block_until_ready(run())
             seconds = time.perf_counter() - began
         found[f"{name}_seconds"] = round(seconds, 2)
         found[f"{name}_tokens_per_second"] = round(found["tokens"] / seconds, 1)
+    found["scoring_seconds"] = cfg.reward_seconds * cfg.rows
     found["ratio"] = round(found["static_seconds"] / found["queue_seconds"], 2)
     print(json.dumps(found))
     return found
