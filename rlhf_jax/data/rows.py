@@ -55,7 +55,8 @@ def find_format(
             return found
         names = one_line(", ".join(sorted(map(str, fields)))) or "(none)"
         reason = reason if " fields " in reason else f"{place}: fields {names}; known {kind} are: {known(kind)}"
-    raise UserError(reason)
+    hint = f"; --{kind}-columns NAME=COLUMN gives a column a name" if " fields " in reason else ""
+    raise UserError(reason + hint)
 
 
 def read_rows(

@@ -114,7 +114,8 @@ def call(
     wanted, missing = accepted(function, given)
     if missing:
         names = ", ".join(map(repr, missing))
-        return "refused", f"it asks for {names}, which the rows do not have; they have {', '.join(given)}"
+        hint = "--prompts-columns NAME=COLUMN gives a column a name"
+        return "refused", f"it asks for {names}, which the rows do not have; they have {', '.join(given)}; {hint}"
     try:
         result = function(**{name: given[name] for name in wanted})
     except BaseException as error:
