@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import cache
 
 import chex
 import jax
@@ -11,8 +12,13 @@ from tiny import CONFIG, TOKENS, new_params
 from rlhf_jax.models import FLOAT32, MIXED, LongRope, Transformer, head_kernel, init_cache
 
 
+@cache
+def compiled(config):
+    return jax.jit(Transformer(config).apply)
+
+
 def forward(config, params, *args):
-    return jax.jit(Transformer(config).apply)({"params": params}, *args)
+    return compiled(config)({"params": params}, *args)
 
 
 def stacked(params, n_layers):
@@ -207,5 +213,5 @@ def test_two_windows_of_three_see_the_last_five():
         )
         return jnp.square(hidden[0, -1] - 1.0).sum()
 
-    grads = jax.grad(last)(params["embedding"])
+    grads = jax.jit(jax.grad(last))(params["embedding"])
     assert_array_equal(jnp.abs(grads).max(axis=1) > 0, [3 <= token < 8 for token in range(13)])
