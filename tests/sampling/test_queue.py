@@ -52,7 +52,7 @@ def test_stacked_layers_and_windows(changes):
     from dataclasses import replace
 
     model = Transformer(replace(MODEL.config, **changes))
-    params = model.init(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
     prompts, mask = prompts_of(PROMPTS)
     options = {"model": model, "params": params, "eos_id": 3}
     assert_same(queued(prompts, mask, 4, **options), static(prompts, mask, **options))
