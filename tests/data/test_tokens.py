@@ -85,7 +85,7 @@ def test_packed_loss_and_gradient_are_those_of_the_separate_sequences():
         norm_eps=1e-5, tie_embeddings=True, max_length=32,
     )  # fmt: skip
     model = Transformer(config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
 
     @jax.jit
     def loss_and_grad(tokens):
