@@ -1,7 +1,7 @@
 """Reward models as rewards: of other sizes and families by tokens, with another tokenizer by texts."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -44,10 +44,14 @@ def scalar_params(config):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), shapes)
 
 
+@cache
+def scorer(config):
+    return jax.jit(partial(response_rewards, ScalarModel(config)))
+
+
 def alone(config, params, prompt, answer, length=200):
     """The score of one answer in a batch of its own."""
-    score = jax.jit(partial(response_rewards, ScalarModel(config)))
-    return score(params, pad_sequences([(prompt, answer)], length=length, pad_id=0))[0]
+    return scorer(config)(params, pad_sequences([(prompt, answer)], length=length, pad_id=0))[0]
 
 
 @pytest.fixture(scope="module")
