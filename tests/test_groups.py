@@ -183,7 +183,7 @@ def iteration():
 
     world = World(0, sizes=SIZES)
     base, model = world.base, Transformer(world.base.config)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     prompts = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[:4], 4, axis=0), world.prompts().train)
     ids = jnp.asarray(RNG.integers(3, 40, (B, 6)), jnp.int32)
     mask = jnp.arange(6)[None] < jnp.asarray(RNG.integers(1, 7, (B, 1)))
@@ -228,6 +228,7 @@ def test_an_answer_above_its_group_becomes_likelier_and_one_below_less(iteration
     algorithm = rloo.algorithm(rloo.RLOO(beta=0.0), NUMBERS)
     policy, _ = learned(iteration, algorithm, NUMBERS, scores)
 
+    @jax.jit
     def likelihood(params):
         from rlhf_jax.data.tokens import join
         from rlhf_jax.scoring import answer_logprobs
