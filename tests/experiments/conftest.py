@@ -20,7 +20,7 @@ def small_world(monkeypatch):
 
 def new_params(config):
     """A language model's parameters that nothing has trained."""
-    return Transformer(config).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    return jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
 
 
 @pytest.fixture(scope="session")

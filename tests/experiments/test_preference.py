@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from functools import partial
+from functools import cache, partial
 
 import chex
 import jax
@@ -59,8 +59,9 @@ def base_of(params):
     return Pretrained(CONFIG, params, tokenizer)
 
 
+@cache
 def params_of(seed):
-    params = MODEL.init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(MODEL.init)(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
     return jax.tree.map(lambda x: 2.0 * x if x.ndim > 1 else x, params)
 
 
