@@ -21,6 +21,7 @@ KILLS = """
 import os, random, signal, sys, time
 from dataclasses import dataclass
 import jax, jax.numpy as jnp, numpy as np, optax
+import orbax.checkpoint, tensorboardX  # and with it torch, where that is installed
 from flax.training.train_state import TrainState
 from rlhf_jax.log import Run
 from rlhf_jax.train import make_train_step
@@ -84,7 +85,13 @@ def metrics_without_clocks(folder):
 
 def test_twenty_kills_change_nothing(tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    done = subprocess.run([sys.executable, "-c", KILLS, straight, killed, "20"], capture_output=True, text=True)
+    # The lives share their compiled programs, however small: in a folder of their own, for a kill may cut one short.
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, straight, killed, "20"], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     last = [checkpoint.inspect(folder, "sft", 300) for folder in (straight, killed)]
     assert last[0].sha256 == last[1].sha256 and last[0].sha256.keys() == {"params", "opt_state", "rest"}
