@@ -5,6 +5,7 @@ They train by SFT, PPO, and GRPO with a reward in Python.
 
 import faulthandler
 import gc
+import importlib
 import json
 import os
 import shutil
@@ -230,6 +231,8 @@ def layout(key, devices):
 
 def lives(folder):
     """All of the processes, one group after the other; how the two ended of which one was killed."""
+    for name in ("orbax.checkpoint", "tensorboardX"):  # which they would import themselves, the second with torch
+        importlib.import_module(name)
     world = tiny()
     gc.freeze()
     spread(world, folder, "alone", 1)
