@@ -1,6 +1,6 @@
 """PPO's four parts, each by itself and against its equation; one trunk; rewards of every kind; one program or two."""
 
-from functools import partial
+from functools import cache, partial
 
 import chex
 import jax
@@ -31,9 +31,14 @@ ADAPTERS = dict(lora_rank=2, lora_alpha=4.0)
 NUMBERS = dict(steps=2, learning_rate=5e-4)
 
 
+@cache
+def new_params():
+    return jax.jit(Transformer(CONFIG).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+
+
 def tiny_models():
     """A policy and a reward model of its shape, prompts, demonstrations."""
-    params = Transformer(CONFIG).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = new_params()
     rewards = from_language_model(params, jax.random.key(1), CONFIG)
     prompts = pad_prompts([[3, 4], [5, 6, 7]] * 4, length=4, pad_id=0)
     demonstrations = pad_sequences([([3, 4], [5, EOS])] * 4, length=8, pad_id=0)
@@ -50,6 +55,9 @@ def tiny_base(params):
 def run(function, cfg, setup, *args):
     """One of the parts, compiled: op by op it would be hundreds of programs."""
     return jax.jit(partial(function, cfg, setup))(*args)
+
+
+scores_of, values_of = (jax.jit(function, static_argnums=0) for function in (token_scores, token_values))
 
 
 def parts(**changes):
@@ -75,7 +83,7 @@ def test_rollout_draws_prompts_and_samples_from_the_policy():
         np.testing.assert_array_equal(ids, frozen.prompts.tokens[row])
     # The sampled log-probabilities are the policy's.
     tokens = join(prompts, completions, pad_id=0)
-    logprobs, _ = token_scores(setup.policy, state.policy.params, tokens)
+    logprobs, _ = scores_of(setup.policy, state.policy.params, tokens)
     real = np.asarray(completions.mask)
     np.testing.assert_allclose(completions.logprobs[real], logprobs[:, 3:7][real], atol=1e-4)
 
@@ -95,7 +103,7 @@ def test_score_is_the_weighted_sum_and_the_rule_for_answers_without_an_end():
     model = setup.rewards[0]._replace(weight=2.0)
     python = Reward("python", 0.5, on_texts=lambda *_: HostScores(np.zeros(2)))
     setup = setup._replace(rewards=(model, python))
-    value = ScalarModel(CONFIG).apply({"params": frozen.rewards["model"]}, jnp.array([[3, 4, 7, EOS]]))[0, -1]
+    value = jax.jit(ScalarModel(CONFIG).apply)({"params": frozen.rewards["model"]}, jnp.array([[3, 4, 7, EOS]]))[0, -1]
     scores, metrics = run(ppo.score, cfg, setup, frozen, tokens, completions, {"python": jnp.array([3.0, jnp.nan])})
     np.testing.assert_allclose(scores, [2.0 * value + 0.5 * 3.0, -7.0], rtol=1e-5)
     np.testing.assert_allclose(metrics["score"], scores.mean(), rtol=1e-6)
@@ -112,13 +120,13 @@ def test_shape_is_reward_minus_beta_kl_and_gae_of_it():
     experience, metrics = run(ppo.shape, cfg, setup, state, frozen, tokens, scores)
     mask = np.asarray(tokens.mask)
     logprobs, reference = (
-        np.asarray(token_scores(setup.policy, params, tokens)[0], np.float64)
+        np.asarray(scores_of(setup.policy, params, tokens)[0], np.float64)
         for params in (state.policy.params, frozen.reference)
     )
     rewards = np.where(mask, -0.5 * (logprobs - reference), 0.0)
     rewards[0, 4] += 1.5  # on the last token of each answer
     rewards[1, 6] += -3.0
-    values = np.asarray(token_values(setup.critic, state.critic.params, tokens), np.float64)
+    values = np.asarray(values_of(setup.critic, state.critic.params, tokens), np.float64)
     advantages, returns = oracles.gae(rewards, values, mask, gamma=0.9, lam=0.8)
     np.testing.assert_allclose(np.where(mask, experience.rewards, 0.0), rewards, atol=1e-4)
     np.testing.assert_allclose(np.where(mask, experience.returns, 0.0), np.where(mask, returns, 0.0), atol=1e-4)
@@ -144,13 +152,15 @@ def test_the_first_ratio_is_one_and_the_rewards_are_those_of_the_parts(temperatu
     assert float(update_metrics["clip_fraction"]) == 0.0
     np.testing.assert_allclose(metrics["kl_k1"], 0.0, atol=1e-6)
     # By hand: the reward model's value at the last token, on that token, or the rule for answers without an end.
-    model = ScalarModel(CONFIG)
+    values_at = jax.jit(ScalarModel(CONFIG).apply)
     for row in range(8):
         real = np.asarray(completions.mask[row])
         answer = np.asarray(completions.tokens[row])[real].tolist()
         question = np.asarray(prompts.tokens[row])[np.asarray(prompts.mask[row])].tolist()
-        value = model.apply({"params": frozen.rewards["model"]}, jnp.array([question + answer]))[0, -1]
-        expected = value if answer[-1] == EOS else cfg.no_end_score
+        ids = question + answer
+        # What comes after a token changes nothing before it: one shape for answers of all lengths.
+        values = values_at({"params": frozen.rewards["model"]}, jnp.array([ids + [0] * (8 - len(ids))]))
+        expected = values[0, len(ids) - 1] if answer[-1] == EOS else cfg.no_end_score
         rewards = np.asarray(experience.rewards[row])
         np.testing.assert_allclose(rewards.sum(), expected, atol=1e-4)
         np.testing.assert_allclose(rewards[3 + len(answer) - 1], expected, atol=1e-4)
@@ -216,9 +226,9 @@ def test_ppo_on_one_trunk_samples_and_scores_as_four_full_models_do():
     # Each role by itself, from its full model.
     _, _, state, frozen = lora_parts(merged=True)
     roles = [
-        (experience.old_values, token_values(ScalarModel(CONFIG), state.critic.params, experience.tokens)),
-        (experience.old_logprobs, token_scores(Transformer(CONFIG), state.policy.params, experience.tokens)[0]),
-        (experience.ref_logprobs, token_scores(Transformer(CONFIG), frozen.reference, experience.tokens)[0]),
+        (experience.old_values, values_of(ScalarModel(CONFIG), state.critic.params, experience.tokens)),
+        (experience.old_logprobs, scores_of(Transformer(CONFIG), state.policy.params, experience.tokens)[0]),
+        (experience.ref_logprobs, scores_of(Transformer(CONFIG), frozen.reference, experience.tokens)[0]),
     ]
     for ours, expected in roles:
         np.testing.assert_allclose(ours, expected, atol=1e-4)
@@ -249,7 +259,7 @@ def test_a_reward_model_and_critic_of_another_size(adapters):
     """InstructGPT's policy of 175B had a reward model of 6B. It has weights of its own; the critic starts there."""
     params, _, prompts, _ = tiny_models()
     small = ModelConfig(**{**vars(CONFIG), "d_model": 8, "n_layers": 2, "d_ff": 8})
-    trunk = Transformer(small).init(jax.random.key(5), jnp.zeros((1, 4), jnp.int32))["params"]
+    trunk = jax.jit(Transformer(small).init)(jax.random.key(5), jnp.zeros((1, 4), jnp.int32))["params"]
     rewards = from_language_model(trunk, jax.random.key(6), small)
     rewards["head"]["kernel"] += 1.0
     cfg = ppo.PPO(**NUMBERS, responses=8, epochs=1, minibatches=1, lora_rank=2 if adapters else 0)
@@ -261,7 +271,7 @@ def test_a_reward_model_and_critic_of_another_size(adapters):
     completions, experience, _ = experience_of(cfg, setup, state, frozen)
     # At first the critic says what the reward model says.
     np.testing.assert_allclose(
-        experience.old_values, token_values(ScalarModel(small), rewards, experience.tokens), atol=1e-5
+        experience.old_values, values_of(ScalarModel(small), rewards, experience.tokens), atol=1e-5
     )
     scores, _ = run(ppo.score, cfg, setup, frozen, experience.tokens, completions, {})
     assert np.isfinite(scores).all() and np.ptp(scores) > 0
@@ -290,7 +300,7 @@ def test_host_rewards_cut_the_program_in_two_and_change_nothing_else():
 
     def texts(base, rows, prompts, completions):
         tokens = join(*jax.tree.map(jnp.asarray, (prompts, completions)), pad_id=0)
-        scored.append(ppo.score_tokens(setup.rewards, {"model": model}, tokens)["model"])
+        scored.append(jax.jit(partial(ppo.score_tokens, setup.rewards))({"model": model}, tokens)["model"])
         return ["p"] * 8, ["c"] * 8, {"answer": [1] * 8}
 
     host = setup._replace(rewards=(Reward("host", 1.0, on_texts=score),))
