@@ -81,7 +81,7 @@ def trained(data, tmp_path_factory):
 def test_sft_alone_leaves_a_policy(trained):
     ids, theirs = transformers_loads(trained / "sft" / "policy", "AutoModelForCausalLM")
     config, params = load_hf(trained / "sft" / "policy")
-    ours = Transformer(config).apply({"params": params}, jnp.array(ids))
+    ours = jax.jit(Transformer(config).apply)({"params": params}, jnp.array(ids))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     rows = metrics_of(trained / "sft")
     assert {row["stage"] for row in rows} == {"sft"} and "val_loss" in rows[-1]
@@ -162,7 +162,7 @@ def test_ppo_with_a_reward_model_of_another_tokenizer(data, small_reward_model, 
 def test_ppo_with_a_reward_model_of_another_size(data, tmp_path):
     base = load_policy(data["model"])
     small = ModelConfig(**{**vars(base.config), "n_layers": 1, "d_ff": 16})
-    params = Transformer(small).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    params = jax.jit(Transformer(small).init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     rewards = from_language_model(params, jax.random.key(1), small)
     save_hf_reward_model(tmp_path / "rm", small, rewards, tokenizer=base.tokenizer)
     ppo.main(
