@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import cache
 
 import chex
 import huggingface_hub
@@ -55,8 +56,13 @@ def torch_logits(model):
         return model.float()(torch.tensor(TOKENS)).logits.numpy()
 
 
+@cache
+def forward(config):
+    return jax.jit(Transformer(config).apply)
+
+
 def jax_logits(config, params, tokens=TOKENS):
-    return jax.jit(Transformer(config).apply)({"params": params}, jnp.asarray(tokens))
+    return forward(config)({"params": params}, jnp.asarray(tokens))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +46,14 @@ def base(tmp_path_factory):
     return make
 
 
+@cache
+def forward(model):
+    return jax.jit(model.apply)
+
+
 def outputs(config, params, kind=LANGUAGE):
     arguments = map(jnp.asarray, (TOKENS, POSITIONS, MASK.astype(np.int32)))
-    return np.asarray(jax.jit(kind.ours(config).apply)({"params": params}, *arguments))[kind.chosen]
+    return np.asarray(forward(kind.ours(config))({"params": params}, *arguments))[kind.chosen]
 
 
 def trained(params, **options):
