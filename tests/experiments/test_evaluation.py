@@ -153,7 +153,7 @@ def test_true_utility_decides_in_the_world(tmp_path):
         vocab_size=len(tokenizer), d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=16,
         rope_theta=1e4, norm_eps=1e-5, tie_embeddings=False, max_length=48,
     )  # fmt: skip
-    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     # One ends at once and says nothing, utility 0; the other says one word again and again, to its harm.
     for name, token in (("silent", tokenizer.eos_token_id), ("endless", tokenizer.convert_tokens_to_ids("answer"))):
         assert token is not None

@@ -78,7 +78,7 @@ def test_the_figure_fits_the_curve_that_it_draws():
 
 def test_train_is_pure_and_vmaps_over_beta():
     task = simulated.World(0, sizes=SIZES._replace(demonstrations=4, compared=4))
-    params = Transformer(task.base.config).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    params = jax.jit(Transformer(task.base.config).init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     base = task.base._replace(params=params)
     rewards = from_language_model(params, jax.random.key(1), base.config)
     cfg = ppo.PPO(steps=2, responses=8, epochs=1, minibatches=1, learning_rate=0.01)
