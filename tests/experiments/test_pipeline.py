@@ -70,7 +70,7 @@ def the_exported_folders_are_the_models(run, trained):
     chex.assert_trees_all_equal(params["trunk"], trained["experiments.reward_model"]["trunk"])
     chex.assert_trees_all_equal(params["head"]["kernel"], trained["experiments.reward_model"]["head"]["kernel"])
     # The bias that makes demonstrations score 0 is ours alone: theirs has no place for it.
-    score = ScalarModel(config).apply({"params": params}, prompt)[0, -1] - params["head"]["bias"]
+    score = jax.jit(ScalarModel(config).apply)({"params": params}, prompt)[0, -1] - params["head"]["bias"]
     with torch.no_grad():
         theirs = AutoModelForSequenceClassification.from_pretrained(run / "reward_model")(
             torch.tensor(np.asarray(prompt))
