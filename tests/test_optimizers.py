@@ -65,7 +65,8 @@ def test_gradients_are_clipped_by_their_common_norm_before_a_step(optimizer):
         return optimizer.update(jax.tree.map(lambda g: g[::-1] * 0.01, grads), state, params)[0]
 
     for a, b in zip(*map(jax.tree.leaves, (two_steps(10.0), two_steps(100.0))), strict=True):
-        assert_allclose(a, b, rtol=1e-5)
+        # Muon's small entries are sums of large ones: rounding is that of the largest.
+        assert_allclose(a, b, rtol=1e-5, atol=1e-6 * float(abs(b).max()))
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (two_steps(0.01), two_steps(1.0))), strict=True))
 
 

@@ -292,7 +292,7 @@ def test_host_rewards_cut_the_program_in_two_and_change_nothing_else():
     model = frozen.rewards["model"]
     asked = []
 
-    def score(prompts, completions, columns):
+    def score(prompts, completions, columns, part=None):
         asked.append((len(prompts), sorted(columns)))
         return HostScores(np.asarray(scored[-1]))
 
