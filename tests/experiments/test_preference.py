@@ -288,3 +288,17 @@ def test_kto_on_real_text_from_unpaired_answers_alone(shared_data, tmp_path):
     rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl", encoding="utf-8")]
     # At the reference every answer's loss is σ(0).
     np.testing.assert_allclose(rows[0]["loss"], 0.5, atol=1e-5)
+
+
+def test_dpo_says_that_it_does_not_use_a_margin(shared_data, tmp_path, capsys):
+    rows = [{"prompt": f"is it {n}?", "chosen": f"it is {n}", "rejected": "no", "margin": n % 3} for n in range(20)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = dpo.main(
+        dpo.Config(
+            run_dir=str(tmp_path / "run"), model=str(shared_data / "model" / "stories260K-hf"), comparisons=str(path),
+            max_length=64, max_new_tokens=8, steps=1, batch_size=4,
+        )
+    )  # fmt: skip
+    assert "dpo_val_accuracy" in metrics
+    assert "dpo has no margin between answers: the column 'margin' is not used" in capsys.readouterr().out
