@@ -189,7 +189,6 @@ def train_groups(
     count = len(sets.train.row)
     draws = [prompt_draw(count, numbers.prompts, [seed, number]) for number in range(algorithm.rounds)]
     warned: set[str] = set()
-    updates = numbers.epochs * numbers.minibatches
     policy = loop.restore(policy)
     with count_compilations() as compilations:
         for step in loop:
@@ -214,7 +213,6 @@ def train_groups(
             metrics |= {
                 "groups": len(scored.scores) // numbers.group_size,
                 "learned_groups": int(signal.sum()) // numbers.group_size,
-                "skipped": (step + 1) * updates - int(policy.step),
             }
             if judge is not None:
                 metrics["utility"] = judge(scored.prompts, scored.completions).mean()

@@ -244,8 +244,12 @@ def test_an_answer_above_its_group_becomes_likelier_and_one_below_less(iteration
 def test_microbatches_are_the_whole_batch(module, iteration):
     cfg, scores = EQUATIONS[module][0], RNG.normal(size=B)
     algorithm = module.algorithm(cfg, NUMBERS)
+    # Another reference, so that GRPO's KL, a mean over tokens where the loss is one over answers, is not 0.
+    model, policy, frozen, *rest = iteration
+    iteration = model, policy, frozen._replace(reference=jax.tree.map(lambda x: 1.3 * x, frozen.reference)), *rest
     whole, metrics = learned(iteration, algorithm, NUMBERS, scores)
     parts, found = learned(iteration, algorithm, NUMBERS._replace(accumulate=4), scores)
+    assert module is not grpo or metrics["kl"] > 0.01
     chex.assert_trees_all_close(parts.params, whole.params, atol=1e-5)
     for name in metrics.keys() - {"skipped"}:
         assert_allclose(found[name], metrics[name], rtol=1e-4, atol=1e-6, err_msg=name)
