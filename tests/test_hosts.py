@@ -1,9 +1,12 @@
 """How processes are found, and that nothing is asked where there is only one."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import pytest
 
-from rlhf_jax import hosts
+from rlhf_jax import hosts, sharding
 from rlhf_jax.errors import UserError
 
 ALL = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:8476", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
@@ -86,3 +89,41 @@ def test_half_of_it_is_a_users_mistake(told, changes, message, started):
 def test_one_process_is_the_first_and_agrees_with_itself():
     assert hosts.first() and not hosts.many()
     assert hosts.from_first(lambda: [1]) == [1]
+
+
+@pytest.mark.parametrize(("numbers", "calls"), [([0, 1], [0, 1]), ([1, 0, 1, 0], [0, 1]), ([0, 0, 0], [0])])
+def test_each_share_is_taken_once_by_the_first_process_that_has_it(numbers, calls, monkeypatch):
+    """Processes as threads, which wait for each other where processes would."""
+    here, called, said = threading.local(), [], [None] * len(numbers)
+    barrier = threading.Barrier(len(numbers), timeout=20)
+
+    def gather(value):
+        said[here.process] = value
+        barrier.wait()
+        heard = list(said)
+        barrier.wait()
+        return heard
+
+    def function(item):
+        called.append((here.process, item))
+        if item == "bad":
+            raise UserError("of one share")
+        return f"score of {item}"
+
+    monkeypatch.setattr(sharding, "host_share", lambda: (numbers[here.process], len(calls)))
+    monkeypatch.setattr(sharding, "gather", gather)
+    monkeypatch.setattr(jax, "process_index", lambda: here.process)
+
+    def run(process, items):
+        here.process = process
+        try:
+            return sharding.in_shares(function, items)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(numbers)) as threads:
+        good = list(threads.map(run, range(len(numbers)), [[f"share {i}" for i in calls]] * len(numbers)))
+        assert good == [[f"score of share {i}" for i in calls]] * len(numbers)
+        assert sorted(called) == sorted((numbers.index(i), f"share {i}") for i in calls)
+        bad = list(threads.map(run, range(len(numbers)), [["bad", "good"][: len(calls)]] * len(numbers)))
+        assert bad == ["of one share"] * len(numbers)
