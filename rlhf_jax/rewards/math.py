@@ -5,6 +5,9 @@ the last \\boxed{…}, which is how those of MATH do. It is leniently right also
 is a formula, what follows "the answer is", the last formula, or the last number. There is one candidate, not several
 of which one may be right.
 
+A reward asks for more than equality where the answer is a number: the response has to have worked it out. A policy
+that is trained on equality alone learns to repeat the question ("764 + 729 = 764 + 729": experiments/results/sums.md).
+
 Numbers are compared here, exactly (`quantity.py`); choices and words as text; all else by math-verify, in a process
 that is killed when it takes longer than SECONDS (`symbolic/equal.py`).
 """
@@ -53,7 +56,7 @@ class Correct(NamedTuple):
 def math_reward(
     prompts: Sequence[Text], completions: Sequence[Text], *, answer: Sequence[Any], **columns: Any
 ) -> list[float | None]:
-    """1 for each completion with the right answer, leniently, otherwise 0; with TRL's signature.
+    """1 for each completion with the right answer, leniently and worked out, otherwise 0; with TRL's signature.
 
     `answer`: a text or a number for each completion, as `grade` has it; where a row has none (None), neither has it a
     score. Raises ValueError as `grade` does.
@@ -79,14 +82,14 @@ def _rewards(completions: Sequence[Text], answer: Sequence[Any], *, strict: bool
     rows = list(zip(texts, answer, strict=True))
     for text, right in rows:
         if right is not None:
-            _grade(text, right, note)
+            _grade(text, right, note, worked_out=True)
     pairs = list(dict.fromkeys(asked))
     equal = dict(zip(pairs, symbolically_equal(pairs, jobs=JOBS), strict=True))
 
     def known(one: str, other: str) -> bool:
         return equal[one, other]
 
-    graded = [None if right is None else _grade(text, right, known) for text, right in rows]
+    graded = [None if right is None else _grade(text, right, known, worked_out=True) for text, right in rows]
     return [None if found is None else float(found.strict if strict else found.lenient) for found in graded]
 
 
@@ -95,31 +98,37 @@ def verify(response: str, answer: Any) -> bool:
     return grade(response, answer).lenient
 
 
-def grade(response: str, answer: Any) -> Correct:
+def grade(response: str, answer: Any, *, worked_out: bool = False) -> Correct:
     """Compares what a response arrives at with the answer, as values: 18 is $18.00, 1/2 is \\frac{1}{2}.
 
+    `worked_out`: where the answer is a number, so must be what the response arrives at; 9 + 9 is not 18 then, and 36/2
+    is not. Without it they are right, as math-verify has it.
     `answer` is a number, a formula, a word or a letter, or a solution that ends in the demanded form. Raises
     ValueError when there is nothing in it.
     References: Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems", https://arxiv.org/abs/2110.14168;
     Hendrycks et al. 2021, "Measuring Mathematical Problem Solving With the MATH Dataset",
     https://arxiv.org/abs/2103.03874.
     """
-    return _grade(response, answer, lambda one, other: symbolically_equal([(one, other)], jobs=1)[0])
+
+    def equal(one: str, other: str) -> bool:
+        return symbolically_equal([(one, other)], jobs=1)[0]
+
+    return _grade(response, answer, equal, worked_out=worked_out)
 
 
-def _grade(response: str, answer: Any, equal: Equal) -> Correct:
+def _grade(response: str, answer: Any, equal: Equal, *, worked_out: bool) -> Correct:
     right = right_answer(answer)
     marked = MARK.search(response)
     if marked:
-        strict = is_right(marked[1], right, equal, goes_on=True)
+        strict = is_right(marked[1], right, equal, goes_on=True, worked_out=worked_out)
         if strict or quantity(right) is None or begins_with_number(marked[1]):
             return Correct(strict, strict)
     boxed = last_boxed(response)
     if boxed is not None:
-        strict = is_right(boxed, right, equal)
+        strict = is_right(boxed, right, equal, worked_out=worked_out)
         return Correct(strict, strict)
     said = candidate(response, right)
-    return Correct(False, said is not None and is_right(said, right, equal))
+    return Correct(False, said is not None and is_right(said, right, equal, worked_out=worked_out))
 
 
 def right_answer(answer: Any) -> str:
@@ -180,10 +189,16 @@ def candidate(response: str, right: str) -> str | None:
     return lines[-1].strip(" *.") if lines else None
 
 
-def is_right(given: str, right: str, equal: Equal, *, goes_on: bool = False) -> bool:
-    """Whether a text is the answer. `goes_on`: more text may follow a number. `equal` compares two formulas."""
+def is_right(given: str, right: str, equal: Equal, *, goes_on: bool = False, worked_out: bool = False) -> bool:
+    """Whether a text is the answer. `goes_on`: more text may follow a number. `equal` compares two formulas.
+
+    `worked_out`: a number is wanted as a number, as in `grade`.
+    """
     wanted = quantity(right)
     found = first_quantity(given) if goes_on and wanted is not None else quantity(given)
+    if worked_out and wanted is not None:
+        found = found or quantity(_last_side(given))
+        return found is not None and same(found, wanted) and not (found.is_division and not wanted.is_division)
     if wanted is not None and found is not None:
         return same(found, wanted)
     choice = choice_of(right)

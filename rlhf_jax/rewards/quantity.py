@@ -51,6 +51,8 @@ class Quantity(NamedTuple):
     percent: bool = False
     unit: str = ""
     """A name in `UNITS`' values, "" without one or with one that is not known."""
+    is_division: bool = False
+    """Written as a fraction whose value is a whole number: 8/2."""
 
 
 def same(one: Quantity, other: Quantity) -> bool:
@@ -152,7 +154,8 @@ def _quantity(match: re.Match[str], unit: str) -> Quantity | None:
     known = UNITS.get(words[0].strip("."), "") if len(words) == 1 else ""
     if match["currency"]:
         known = CURRENCIES[match["currency"]]
-    return Quantity(-size if negative and match["sign"] != "+" else size, bool(match["percent"]), known)
+    divides = match["numerator"] is not None and size.denominator == 1
+    return Quantity(-size if negative and match["sign"] != "+" else size, bool(match["percent"]), known, divides)
 
 
 def _number(digits: str) -> Fraction:

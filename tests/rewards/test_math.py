@@ -113,6 +113,33 @@ def test_strict_and_lenient(response, correct):
     assert grade(response, "#### 4") == grade(response, "4") == grade(response, 4.0) == correct
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "764 + 729",
+        "764 + 729 = 764 + 729", "764+729=764+729", "$764 + 729$", "\\boxed{764 + 729}", "\\boxed{2986/2}",
+        "\\boxed{\\frac{2986}{2}}", "#### 2986/2", "#### 764 + 729", "So \\(764 + 729\\)",
+        "\\boxed{x = 764 + 729}",
+        "2000 - 507", "1493 \\cdot 1", "\\boxed{\\sqrt{2229049}}",
+    ],
+)  # fmt: skip
+def test_as_a_reward_a_sum_that_is_not_worked_out_is_wrong(text):
+    assert math_reward([""], [text], answer=["1493"]) == strict_math_reward([""], [text], answer=["1493"]) == [0.0]
+    assert not grade(text, "#### 1493", worked_out=True).lenient
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "764 + 729 = 1493", "#### 1,493", "\\boxed{1493.0}", "\\boxed{x = 1493}", "$764 + 729 = 1493$",
+        "#### 1493 eggs", "764 + 729 is 1493.", "$1493", "\\(x = 1493\\)",
+    ],
+)  # fmt: skip
+def test_as_a_reward_a_sum_that_is_worked_out_is_right(text):
+    assert math_reward([""], [text], answer=["#### 1493"]) == [1.0]
+    assert math_reward([""] * 3, ["2/4", "\\boxed{\\frac{1}{2}}", "#### 0.5"], answer=["1/2"] * 3) == [1.0] * 3
+
+
 @pytest.mark.parametrize("text", ["1 " + "a" * 4000 + "!", "1 " + "word " * 800 + "!", "1 " + "m/s " * 900 + "!"])
 def test_no_answer_takes_long_to_read(text):
     began = time.perf_counter()
@@ -200,7 +227,7 @@ def test_published_solutions_solve_themselves_and_not_their_neighbours(shared_da
     }
     for name, pairs in sets.items():
         for (solution, answer), (_, other) in zip(pairs, pairs[1:] + pairs[:1], strict=True):
-            assert grade(solution, answer).lenient, (name, answer)
+            assert grade(solution, answer, worked_out=True).lenient, (name, answer)
             assert name not in ("gsm8k", "math") or grade(solution, answer).strict, (name, answer)
             same = answer == other or (answer, other) == ("5", "x=5")
             assert verify(solution, other) == same or str(answer).replace(",", "") == str(other).replace(",", "")
@@ -212,6 +239,7 @@ def test_published_verdicts_on_four_models_solutions(shared_data):
         for model in ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification"):
             solution = row[model]["solution"]
             assert grade(solution, row["ground_truth"]).lenient == row[model]["is_correct"]
+            assert grade(solution, row["ground_truth"], worked_out=True).lenient == row[model]["is_correct"]
             marked = solution.replace("A: ", "#### ")
             assert grade(marked, row["ground_truth"]).strict == row[model]["is_correct"], marked
             seen += 1
