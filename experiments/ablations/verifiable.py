@@ -1,4 +1,4 @@
-"""RL from a checker: six algorithms without a critic, and PPO, on about as many answers each.
+"""RL from a checker: six algorithms without a critic, DAPO with one clip, and PPO, on about as many answers each.
 
 In the controlled world. The checker says whether an answer is right, and nothing of its form, tone or length, which
 the true utility counts, too. Each seed has a world and an SFT policy of its own; every algorithm starts from it and
@@ -11,6 +11,7 @@ utility as training goes on. Expect right answers to become more, and form and t
 
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,9 +34,10 @@ from rlhf_jax.log import Run
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.tasks.measure import compare_policies, make_policy_measure, make_reward_scorer
 
-Name = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "ppo"]
+Name = Literal["grpo", "dr_grpo", "dapo", "dapo_one_clip", "gspo", "cispo", "rloo", "ppo"]
 METHODS: dict[str, tuple[Any, Any]] = {
     "grpo": (grpo, grpo.GRPO), "dr_grpo": (dr_grpo, dr_grpo.DrGRPO), "dapo": (dapo, dapo.DAPO),
+    "dapo_one_clip": (dapo, partial(dapo.DAPO, clip_eps_high=dapo.DAPO.clip_eps_low)),
     "gspo": (gspo, gspo.GSPO), "cispo": (cispo, cispo.CISPO), "rloo": (rloo, rloo.RLOO),
 }  # fmt: skip
 COLUMNS = tuple(
@@ -56,7 +58,8 @@ LAST = 5
 class Config(GridFlags):
     """Algorithms with the same checker, several seeds."""
 
-    algorithms: tuple[Name, ...] = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "ppo")
+    algorithms: tuple[Name, ...] = ("grpo", "dr_grpo", "dapo", "dapo_one_clip", "gspo", "cispo", "rloo", "ppo")
+    """dapo_one_clip is DAPO whose upper clip is its lower one, 0.2 instead of 0.28."""
     steps: int = 60
     """Iterations; of PPO, too."""
     sft: SFT = field(default_factory=SFT)
@@ -92,7 +95,7 @@ def one(cfg: Config, begun: Any, seed: int, variant: Variant, run: Run) -> dict[
     else:
         module, flags_of = METHODS[variant.algorithm]
         flags = flags_of(steps=cfg.steps)
-        if variant.algorithm == "dapo":
+        if module is dapo:
             flags = replace(flags, groups=flags.groups // 2)
         algorithm = module.algorithm(flags, flags.numbers(task.max_new_tokens))
         policy, _ = train_without_critic(flags, algorithm, task, base, rewards, run, seed, stage=variant.algorithm)

@@ -1,6 +1,7 @@
 """Each ablation from end to end, in this process and in a world of few of everything."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -213,6 +214,12 @@ def test_weights_are_sampled_in_each_precision(monkeypatch):
     assert found == {f"sampled_in_{name}": 2.0 for name in cfg.precisions} | {
         f"se_in_{name}": pytest.approx(1.0) for name in cfg.precisions
     }
+
+
+def test_dapo_with_one_clip_is_dapo_but_for_its_upper_clip():
+    flags, one_clip = (verifiable.METHODS[name][1]() for name in ("dapo", "dapo_one_clip"))
+    assert (flags.clip_eps_high, one_clip.clip_eps_high) == (0.28, 0.2)
+    assert one_clip == replace(flags, clip_eps_high=0.2)
 
 
 def test_verifiable(tmp_path):
