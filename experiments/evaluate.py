@@ -33,7 +33,7 @@ from experiments.flags import Flags, RunFlags
 from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.data import suites
 from rlhf_jax.data.formats import Comparison
-from rlhf_jax.data.rejects import Place
+from rlhf_jax.data.rejects import BadRow, Place
 from rlhf_jax.data.tokens import Document, size
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.evaluate import (
@@ -52,7 +52,7 @@ from rlhf_jax.pretrained import Pretrained, load_policy, load_reward_model
 from rlhf_jax.rewards import ifeval, math
 from rlhf_jax.rewards.judge import both_orders, letter_judge
 from rlhf_jax.rewards.pairs import PairScores, score_pairs
-from rlhf_jax.sampling.texts import TextAnswers, answer_texts
+from rlhf_jax.sampling.texts import TextAnswers, answer_texts, encode_prompt
 from rlhf_jax.scoring import document_logprobs, document_rewards, text_logprobs
 from rlhf_jax.simulation.world import draw_problems, is_exact, utilities
 from rlhf_jax.tasks.simulated import ANSWER_LENGTH
@@ -187,6 +187,30 @@ def respond(
     )  # fmt: skip
 
 
+def fitting(
+    cfg: Config, models: Sequence[Pretrained], path: str | None, rows: Sequence[Any], texts: Sequence[str], run: Run
+) -> list[Any]:
+    """The rows of a file whose prompts all of the models can answer. The others are counted, with their lines.
+
+    Raises UserError when no row is left.
+    """
+    kept, reasons = [], dict[str, list[int]]()
+    for number, (row, text) in enumerate(zip(rows, texts, strict=True), 1):
+        try:
+            for model in models:
+                encode_prompt(model, text, number, context(cfg, model) - cfg.max_new_tokens)
+        except BadRow as error:
+            reasons.setdefault(f"not asked: {error}", []).append(number)
+        else:
+            kept.append(row)
+    notes = suites.tally(str(path), reasons)
+    for note in notes:
+        run.say(note)
+    if not kept:
+        raise UserError(f"no prompt can be asked: {'; '.join(notes)}")
+    return kept
+
+
 def score(cfg: Config, models: Models, name: str, pairs: Sequence[Comparison], run: Run) -> PairScores:
     """Pairs scored by the reward model, or else by the implicit reward of the language model."""
     scorer = models.reward_model or models.model
@@ -255,6 +279,7 @@ def evaluate_win_rate(cfg: Config, models: Models, prompts: Sequence[str], run: 
     """The win rate of --model over --against on the same prompts, by the reward model and by the judge."""
     assert models.model and models.against
     metrics: Rates = {}
+    prompts = fitting(cfg, (models.model, models.against), cfg.prompts, prompts, prompts, run)
     ours, theirs = (respond(cfg, model, prompts, side) for side, model in enumerate((models.model, models.against)))
     columns: dict[str, list[Any]] = {"against": theirs.texts}
     if models.reward_model:
@@ -294,6 +319,7 @@ def evaluate_world(cfg: Config, models: Models, run: Run) -> Rates:
 
 def evaluate_ifeval(cfg: Config, model: Pretrained, rows: Sequence[suites.Instruction], run: Run) -> Rates:
     """The share of prompts whose instructions were all followed, and of instructions; strictly and loosely."""
+    rows = fitting(cfg, [model], cfg.ifeval, rows, [row.prompt for row in rows], run)
     answers = respond(cfg, model, [row.prompt for row in rows])
     verdicts = [
         ifeval.follow(row.instructions, row.arguments, text) for row, text in zip(rows, answers.texts, strict=True)
@@ -310,6 +336,7 @@ def evaluate_ifeval(cfg: Config, model: Pretrained, rows: Sequence[suites.Instru
 
 def evaluate_gsm8k(cfg: Config, model: Pretrained, rows: Sequence[suites.MathProblem], run: Run) -> Rates:
     """The share of right numbers, strictly and leniently."""
+    rows = fitting(cfg, [model], cfg.gsm8k, rows, [row.question for row in rows], run)
     answers = respond(cfg, model, [row.question for row in rows])
     grades = [math.grade(text, row.answer) for row, text in zip(rows, answers.texts, strict=True)]
     columns = {how: [getattr(grade, how) for grade in grades] for how in math.Correct._fields}

@@ -27,6 +27,15 @@ class TextAnswers(NamedTuple):
     """(prompt, answer) in the ids that were sampled; an answer that did not end has no EOS."""
 
 
+def encode_prompt(model: Pretrained, prompt: str, number: int, longest: int) -> list[int]:
+    """The ids of a prompt of one turn, the `number`-th.
+
+    Raises BadRow for one with more than `longest` tokens, or that the model's chat template refuses.
+    """
+    row = Prompt(({"role": "user", "content": prompt},), Place("prompt", number))
+    return encode(row, model.tokenizer, longest)[0]
+
+
 def answer_texts(
     model: Pretrained,
     prompts: Sequence[str],
@@ -45,9 +54,8 @@ def answer_texts(
     """
     ids = []
     for number, prompt in enumerate(prompts, 1):
-        row = Prompt(({"role": "user", "content": prompt},), Place("prompt", number))
         try:
-            ids.append(encode(row, model.tokenizer, max(1, max_length - max_new_tokens))[0])
+            ids.append(encode_prompt(model, prompt, number, max(1, max_length - max_new_tokens)))
         except BadRow as error:
             reason = f"{error}: {error.detail}" if error.detail else str(error)
             raise UserError(f"{model.name} cannot answer prompt {number}, {prompt[:60]!r}: {reason}") from None

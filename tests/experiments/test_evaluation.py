@@ -14,6 +14,7 @@ from experiments import evaluate
 from rlhf_jax.cli import run_main
 from rlhf_jax.data import suites
 from rlhf_jax.data.encode import encode
+from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate import wilson_interval
 from rlhf_jax.models import (
     ModelConfig,
@@ -226,3 +227,18 @@ def test_a_users_mistake_is_one_line(flags, rows, message, stories, tmp_path, mo
     shown = capsys.readouterr().err
     assert end.value.code == 2
     assert message in shown and len(shown.strip().splitlines()) == 1
+
+
+def test_a_prompt_that_does_not_fit_is_left_out_and_counted(stories, tmp_path, capsys):
+    long = {"question": "What is 1 + 1? " * 40, "answer": "#### 2"}
+    file = write(tmp_path / "gsm8k.jsonl", {"question": "1 + 1?", "answer": "#### 2"}, long, long)
+    cfg = evaluate.Config(run_dir=str(tmp_path / "run"), model=stories, gsm8k=file, max_length=80, max_new_tokens=8)
+    assert evaluate.main(cfg)["gsm8k_lenient_n"] == 1
+    assert "not asked: prompt too long for 72 tokens: 2 rows (lines 2, 3)" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no prompt can be asked: .*2 rows"):
+        evaluate.main(
+            evaluate.Config(
+                run_dir=str(tmp_path / "none"), model=stories, gsm8k=write(tmp_path / "long.jsonl", long, long),
+                max_length=80, max_new_tokens=8,
+            )
+        )  # fmt: skip
