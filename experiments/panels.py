@@ -437,3 +437,25 @@ def group_report(stage: str, who: str) -> Report:
         (truth(stage, who),), (rewarded,), side_by_side(stage, who), rules,
         policy_numbers(stage, who) | pass_numbers(stage, who),
     )  # fmt: skip
+
+
+BEST_OF_N_REPORT = Report(
+    (),
+    (
+        Section(
+            "Best of n",
+            "Means over held-out prompts, without bias, from one pool of answers to each.",
+            "best_of_n",
+            "answers to choose from",
+            panels=(
+                Panel("score of the best of n", (Line("score", "score", PROXY),)),
+                UTILITY,
+                Panel("KL from the model, nats a response, at most", (Line("kl_bound", "log n − (n − 1)/n"),)),
+            ),
+        ),
+    ),
+    side_by_side("best_of_n", "the best of n"),
+    (),
+    {},
+)
+"""The report of best of n."""

@@ -181,16 +181,18 @@ def best_of_n_kl(n: Any) -> Any:
     return np.log(count) - (count - 1) / count
 
 
-def best_of_n_mean(scores: ArrayLike, n: int) -> Float[np.ndarray, " P"]:
+def best_of_n_mean(scores: ArrayLike, n: int, values: ArrayLike | None = None) -> Float[np.ndarray, " P"]:
     """The mean score of the best of n, for each of P prompts, from a pool of N samples of each: scores [P, N].
 
         Σ_i C(i − 1, n − 1) / C(N, n) · r_(i),   r_(i) the i-th smallest
 
-    It is the mean over all C(N, n) subsets of the pool, so unbiased. Raises ValueError when the pool has fewer than n.
+    It is the mean over all C(N, n) subsets of the pool, so unbiased. With `values` [P, N] it is the mean value of the
+    answer that scores best, such as its true utility; of answers that score alike each is as likely to be taken.
+    Raises ValueError when the pool has fewer than n, or there are not as many values as scores.
     Reference: Nakano et al. 2021 (WebGPT), appendix I, https://arxiv.org/abs/2112.09332.
     """
-    ordered = np.sort(np.asarray(scores, np.float64), axis=-1)
-    pool = ordered.shape[-1]
+    given = np.asarray(scores, np.float64)
+    pool = given.shape[-1]
     if not 1 <= n <= pool:
         raise ValueError(f"the best of {n} cannot be told from {pool} samples")
     # From the largest down: C(i − 1, n − 1) / C(N, n) is n/N for the largest, then falls by (i − n + 1)/i … each step.
@@ -198,7 +200,16 @@ def best_of_n_mean(scores: ArrayLike, n: int) -> Float[np.ndarray, " P"]:
     weights[-1] = n / pool
     for i in range(pool - 1, n - 1, -1):  # the i-th smallest, from the one above it
         weights[i - 1] = weights[i] * (i - n + 1) / i
-    return ordered @ weights
+    if values is None:
+        return np.sort(given, axis=-1) @ weights
+    worth = np.asarray(values, np.float64)
+    if worth.shape != given.shape:
+        raise ValueError(f"values of shape {worth.shape} do not belong to scores of shape {given.shape}")
+    # The weights of equal scores are shared: each gets the mean of those from its first place to its last.
+    below = (given[..., None, :] < given[..., :, None]).sum(axis=-1)
+    alike = (given[..., None, :] == given[..., :, None]).sum(axis=-1)
+    whole = np.concatenate([[0.0], np.cumsum(weights)])
+    return ((whole[below + alike] - whole[below]) / alike * worth).sum(axis=-1)
 
 
 class Perplexity(NamedTuple):

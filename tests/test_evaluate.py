@@ -234,6 +234,21 @@ def test_the_best_of_n_is_the_mean_over_subsets():
         best_of_n_mean(scores, 8)
 
 
+def test_the_value_of_the_best_of_n_is_the_mean_over_subsets_and_over_answers_that_score_alike():
+    rng = np.random.default_rng(8)
+    scores, values = rng.integers(0, 3, (4, 6)), rng.normal(size=(4, 6))
+    for n in range(1, 7):
+        expected = []
+        for row, worth in zip(scores, values, strict=True):
+            subsets = [list(some) for some in combinations(range(6), n)]
+            best = [[i for i in some if row[i] == row[some].max()] for some in subsets]
+            expected.append(np.mean([worth[some].mean() for some in best]))
+        assert_allclose(best_of_n_mean(scores, n, values), expected)
+        assert_allclose(best_of_n_mean(scores, n, scores), best_of_n_mean(scores, n))
+    with pytest.raises(ValueError, match="do not belong"):
+        best_of_n_mean(scores, 2, values[:, :5])
+
+
 def test_the_kl_of_best_of_n_is_that_of_a_policy_with_many_answers():
     # The best of n of m equally likely answers: P(best is the i-th) = (iⁿ − (i−1)ⁿ)/mⁿ.
     for n in (1, 2, 4, 16):

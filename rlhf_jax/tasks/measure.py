@@ -112,13 +112,15 @@ def as_texts(
     return *trl_forms([row.prompt for row in asked], base.read_answers(completions)), columns
 
 
-def make_reward_scorer(task: Task, rewards: Sequence[Reward], no_end_score: float | None) -> AnswerScorer:
+def make_reward_scorer(
+    task: Task, rewards: Sequence[Reward], no_end_score: float | None, *, training: bool = False
+) -> AnswerScorer:
     """scorer(prompts, completions) -> the weighted sum of rewards, and `no_end_score` for answers that do not end.
 
-    That is the rule of PPO; None has no such rule. The prompts are held-out ones: their rows are those of the task's
-    `heldout_rows`.
+    That is the rule of PPO; None has no such rule. The prompts are held-out ones, or those of training: their rows are
+    the task's `heldout_rows`, or its `rows`.
     """
-    scorers = {reward.name: make_single_scorer(task, reward) for reward in rewards}
+    scorers = {reward.name: make_single_scorer(task, reward, training=training) for reward in rewards}
 
     def scorer(prompts: Prompts, completions: Completions) -> np.ndarray:
         each = {name: score(prompts, completions) for name, score in scorers.items()}
@@ -128,9 +130,10 @@ def make_reward_scorer(task: Task, rewards: Sequence[Reward], no_end_score: floa
     return scorer
 
 
-def make_single_scorer(task: Task, reward: Reward) -> AnswerScorer:
+def make_single_scorer(task: Task, reward: Reward, *, training: bool = False) -> AnswerScorer:
     """scorer(prompts, completions) -> one reward of answers to held-out prompts; NaN where it does not apply."""
-    base, rows = task.base, task.prompts().heldout_rows
+    sets = task.prompts()
+    base, rows = task.base, sets.rows if training else sets.heldout_rows
     if reward.on_tokens is not None:
         score = score_in_batches(reward.on_tokens, task.eval_batch_size)
         return lambda prompts, answers: score(reward.params, join(prompts, answers, pad_id=base.pad_id))

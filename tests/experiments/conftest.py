@@ -18,6 +18,14 @@ def small_world(monkeypatch):
     monkeypatch.setattr(simulated, "SIZES", SMALL_WORLD)
 
 
+@pytest.fixture(scope="module")
+def small_world_for_all():
+    """The same for all tests of a file, and for what they share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulated, "SIZES", SMALL_WORLD)
+        yield
+
+
 def new_params(config):
     """A language model's parameters that nothing has trained."""
     return jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]

@@ -1,0 +1,158 @@
+"""Best of n: of n answers to each prompt the one that a reward likes best. Nothing is trained.
+
+Stiennon et al. 2020, §3 (https://arxiv.org/abs/2009.01325); Nakano et al. 2021 (https://arxiv.org/abs/2112.09332). It
+moves the policy by at most log n − (n − 1)/n nats. On held-out prompts the mean score of the best of 1, 2, 4, … n is
+told without bias from one pool of n answers each, and in the controlled world their true utility.
+    python experiments/best_of_n.py
+    python experiments/best_of_n.py --model FOLDER --reward-model FOLDER --prompts FILE
+    python experiments/best_of_n.py --model FOLDER --reward FILE.py:NAME --prompts FILE
+It writes best.jsonl to the run's folder: prompt, completion and score of the best answer to each prompt, which
+`sft.py --demonstrations` reads. Without files it runs SFT and the reward model in the controlled world first.
+"""
+
+import json
+import math
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from experiments.flags import Flags, ModelFlags, PromptFlags, RewardFlags, RunFlags, SamplingFlags
+from experiments.panels import BEST_OF_N_REPORT
+from experiments.stages import open_rewards, open_task, policy_sampler
+from rlhf_jax.batches import Completions, Prompts
+from rlhf_jax.best_of_n import Pool, best_of_n_metrics, powers_up_to, prompts_a_pool, sample_pools
+from rlhf_jax.cli import on_mesh, run_main, run_with_report
+from rlhf_jax.data.tokens import take
+from rlhf_jax.errors import UserError, at_least
+from rlhf_jax.hosts import from_first
+from rlhf_jax.log import Run
+from rlhf_jax.tasks.measure import AnswerScorer, PolicySampler, make_reward_scorer, write_examples
+from rlhf_jax.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class BestOfNFlags(Flags):
+    """The flags of best of n alone."""
+
+    n: int = 16
+    """Answers to each prompt."""
+    no_end_score: float = -3.0
+    """The score of an answer that does not end, as in ppo.py."""
+
+    def __post_init__(self) -> None:
+        at_least(self, n=2)
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class Config(RunFlags, SamplingFlags, ModelFlags, PromptFlags, RewardFlags, BestOfNFlags):
+    """The best of n answers to each prompt, by a reward."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.watch:
+            raise UserError("--watch is for training: best of n has one policy, which --reward scores")
+
+
+def measure(cfg: BestOfNFlags, task: Task, run: Run, sampler: PolicySampler, score: AnswerScorer) -> dict[str, float]:
+    """The best of 1, 2, 4, … n answers to held-out prompts: mean scores and, where it is known, true utility.
+
+    Logged with n as the step. Writes the first answers, random ones beside the best ones, to examples.jsonl.
+    """
+    heldout = task.prompts().heldout
+    sample = partial(sampler, task.base.params)
+    (pool,) = sample_pools(sample, score, heldout, cfg.n, rows=cfg.n * len(heldout.row), judge=task.judge)
+    metrics: dict[str, float] = {}
+    for n in powers_up_to(cfg.n):
+        found = best_of_n_metrics(pool, n)
+        run.log("best_of_n", n, found)
+        metrics |= {f"best_of_{n}_{name}": value for name, value in found.items()}
+    sides = {"start": pool.first(), "best_of_n": pool.best()}
+    columns = {"score": [pool.scores.reshape(-1)[rows] for rows in sides.values()]}
+    if pool.values is not None:
+        columns["utility"] = [pool.values.reshape(-1)[rows] for rows in sides.values()]
+    answers = {name: take(pool.answers, rows) for name, rows in sides.items()}
+    write_examples(run, task.base, heldout, answers, columns)
+    return metrics
+
+
+def write_best(cfg: Config, task: Task, run: Run, sampler: PolicySampler, score: AnswerScorer) -> None:
+    """Writes the best answer to each prompt to best.jsonl, as they come; a resumed run goes on after the last ones.
+
+    A prompt whose best answer is empty or does not end has none there. Such prompts are counted.
+    """
+    sets, file, rows = task.prompts(), run.dir / "best.jsonl", task.eval_batch_size
+    first = from_first(lambda: take_up(file, prompts_a_pool(cfg.n, rows)))
+
+    def sample(prompts: Prompts, number: int) -> Completions:
+        return sampler(task.base.params, prompts, 1000 + number)
+
+    pools = sample_pools(sample, score, sets.train, cfg.n, rows=rows, first=first)
+    total = math.ceil((len(sets.train.row) - first) / prompts_a_pool(cfg.n, rows))
+    with open(file, "a", encoding="utf-8") if run.first else nullcontext() as lines:
+        for pool in run.progress("best_of_n", pools, total=total):
+            if lines is not None:
+                best = best_rows(task, pool, first)
+                lines.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in best))
+                lines.flush()
+            first += len(pool.scores)
+    if run.first:
+        with open(file, encoding="utf-8") as found:
+            count = sum(1 for _ in found)
+        run.say(
+            f"best answers: {file} ({count} of {len(sets.train.row)} prompts; the others have no answer that ends)"
+        )
+
+
+def best_rows(task: Task, pool: Pool, first: int) -> list[dict[str, Any]]:
+    """A row for each prompt whose best answer ends and is not empty. "row" is the prompt's number, from `first` on."""
+    rows = pool.best()
+    best = take(pool.answers, rows)
+    found = zip(
+        pool.prompts.row.tolist(), task.base.read_answers(best), pool.scores.reshape(-1)[rows].tolist(),
+        task.base.ended(best).tolist(), strict=True,
+    )  # fmt: skip
+    texts = task.prompts().rows
+    return [
+        {"prompt": texts[number].prompt, "completion": text, "score": score, "row": first + place}
+        for place, (number, text, score, ended) in enumerate(found)
+        if ended and text.strip()
+    ]
+
+
+def take_up(file: Path, size: int) -> int:
+    """The prompt to go on from: the first of the last pool of `size` prompts that the file has. Its rows are removed.
+
+    Prompts are in their order there. A line that a kill has cut short is removed, too.
+    """
+    if not file.exists():
+        return 0
+    kept = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    rows = [json.loads(line)["row"] for line in kept]
+    first = rows[-1] // size * size if rows else 0
+    file.write_text("".join(line for line, row in zip(kept, rows, strict=True) if row < first), encoding="utf-8")
+    return first
+
+
+@on_mesh
+def main(cfg: Config) -> dict[str, float]:
+    """Samples, measures on held-out prompts, writes the best answers, and returns the metrics."""
+    with run_with_report(cfg, "best_of_n", BEST_OF_N_REPORT) as run:
+        task = open_task(cfg, run, first="sft")
+        sampler = policy_sampler(cfg, task)
+        with open_rewards(cfg, run, task, failed_score=cfg.no_end_score) as (rewards, _, _):
+            metrics = measure(cfg, task, run, sampler, make_reward_scorer(task, rewards, cfg.no_end_score))
+            score = make_reward_scorer(task, rewards, cfg.no_end_score, training=True)
+            write_best(cfg, task, run, sampler, score)
+        run.summary(metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    run_main(main, Config)

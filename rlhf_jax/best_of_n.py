@@ -1,0 +1,80 @@
+"""Best of n: of n answers to a prompt the one that a reward likes best."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from rlhf_jax.batches import Completions, Prompts
+from rlhf_jax.data.tokens import take
+from rlhf_jax.evaluate import best_of_n_kl, best_of_n_mean
+
+Score = Callable[[Prompts, Completions], np.ndarray]
+"""score(prompts, completions) -> [B]."""
+
+
+class Pool(NamedTuple):
+    """N answers to each of P prompts: rows p·N … p·N + N − 1 are those to prompt p."""
+
+    prompts: Prompts
+    answers: Completions
+    scores: Float[np.ndarray, "P N"]
+    values: Float[np.ndarray, "P N"] | None
+    """True utility, where it is known."""
+
+    def best(self) -> Int[np.ndarray, " P"]:
+        """The row of each prompt's best answer; of equal ones the first."""
+        return np.arange(len(self.scores)) * self.scores.shape[1] + self.scores.argmax(axis=1)
+
+    def first(self) -> Int[np.ndarray, " P"]:
+        """The row of each prompt's first answer: a random one, for it was drawn without a look at the scores."""
+        return np.arange(len(self.scores)) * self.scores.shape[1]
+
+
+def sample_pools(
+    sample: Callable[[Prompts, int], Completions],
+    score: Score,
+    prompts: Prompts,
+    n: int,
+    *,
+    rows: int,
+    judge: Score | None = None,
+    first: int = 0,
+) -> Iterator[Pool]:
+    """Pools of `n` answers, for as many prompts at once as make about `rows` answers; from prompt `first` on.
+
+    `sample(prompts, number)` answers each prompt once; pool number k has number k. What is in memory does not grow
+    with the number of prompts. `first` has to be where a pool begins, to find the same answers again.
+    """
+    size = prompts_a_pool(n, rows)
+    for start in range(first, len(prompts.row), size):
+        some = take(prompts, np.arange(start, min(start + size, len(prompts.row))).repeat(n))
+        answers = sample(some, start // size)
+        yield Pool(
+            take(some, np.arange(0, len(some.row), n)), answers, np.asarray(score(some, answers)).reshape(-1, n),
+            None if judge is None else np.asarray(judge(some, answers)).reshape(-1, n),
+        )  # fmt: skip
+
+
+def prompts_a_pool(n: int, rows: int) -> int:
+    """The prompts of a pool, so that it has about `rows` answers."""
+    return max(1, rows // n)
+
+
+def powers_up_to(n: int) -> list[int]:
+    """1, 2, 4, … and n."""
+    return [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
+
+
+def best_of_n_metrics(pool: Pool, n: int) -> dict[str, float]:
+    """Mean score, and utility where it is known, of the best of n answers, from a pool of at least as many.
+
+    `kl_bound` is in nats a response; `score_se` and `utility_se` are standard errors over prompts.
+    """
+    found = {"kl_bound": float(best_of_n_kl(n))}
+    for name, values in (("score", None), ("utility", pool.values)):
+        if name == "score" or values is not None:
+            means = best_of_n_mean(pool.scores, n, values)
+            found |= {name: float(means.mean()), f"{name}_se": float(means.std() / np.sqrt(len(means)))}
+    return found

@@ -1,0 +1,71 @@
+"""Best of n from the command: the file that it writes, that SFT reads it, and a run that was cut short."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from experiments import best_of_n, sft
+from rlhf_jax.errors import UserError
+from rlhf_jax.metrics import read_metrics
+
+REWARD = "def long(prompts, completions, **columns):\n    return [float(len(text)) for text in completions]\n"
+
+
+@pytest.fixture(scope="module")
+def flags(small_world_for_all, small_policy, tmp_path_factory):
+    file = tmp_path_factory.mktemp("files") / "reward.py"
+    file.write_text(REWARD)
+    return {"model": small_policy, "reward": f"{file}:long", "n": 4, "eval_batch_size": 64}
+
+
+@pytest.fixture(scope="module")
+def done(flags, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, best_of_n.main(best_of_n.Config(run_dir=str(folder), **flags))
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "best.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_best_answers_are_written_and_scored_as_the_reward_has_it(done):
+    folder, metrics = done
+    rows = lines(folder)
+    assert 1 < len(rows) and [row["row"] for row in rows] == sorted({row["row"] for row in rows})
+    assert all(row["score"] == len(row["completion"]) for row in rows)
+    scores = [metrics[f"best_of_{n}_score"] for n in (1, 2, 4)]
+    assert scores == sorted(scores) and scores[0] < scores[-1]
+    logged = read_metrics(folder)["best_of_n"]
+    assert [row["step"] for row in logged] == [1, 2, 4] and [row["score"] for row in logged] == scores
+    examples = [json.loads(line) for line in (folder / "examples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all(row["best_of_n_score"] >= row["start_score"] and "start_utility" in row for row in examples)
+
+
+@pytest.mark.parametrize("cut", [0, 10, 60])
+def test_a_run_that_was_cut_short_goes_on_to_the_same_file(flags, done, tmp_path, cut):
+    whole, folder = (done[0] / "best.jsonl").read_bytes(), tmp_path / "run"
+    best_of_n.main(best_of_n.Config(run_dir=str(folder), **flags))
+    assert (folder / "best.jsonl").read_bytes() == whole
+    (folder / "summary.json").unlink()
+    (folder / "best.jsonl").write_bytes(whole[: len(whole) * cut // 100])  # in the middle of a line
+    best_of_n.main(best_of_n.Config(run_dir=str(folder), resume=True, **flags))
+    assert (folder / "best.jsonl").read_bytes() == whole
+
+
+def test_sft_reads_the_best_answers(done, small_policy, tmp_path):
+    metrics = sft.main(
+        sft.Config(
+            run_dir=str(tmp_path / "run"), model=small_policy, demonstrations=str(done[0] / "best.jsonl"), steps=1,
+            max_length=36, max_new_tokens=20, on_bad_row="skip",  # nothing was trained: some say <assistant>
+        )
+    )  # fmt: skip
+    assert np.isfinite(metrics["sft_ended"])
+
+
+def test_a_watched_scorer_is_refused(flags):
+    with pytest.raises(UserError, match="--watch is for training"):
+        best_of_n.Config(**flags, watch="x.py:f")
+    with pytest.raises(UserError, match="n is 1"):
+        replace(best_of_n.Config(**flags), n=1)
