@@ -2,12 +2,16 @@
 
 import ctypes
 import gc
+import json
 import os
+import re
+import shutil
 import signal
 from pathlib import Path
 
 import jax
 import pytest
+from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,6 +54,19 @@ def shared_data() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return folder
+
+
+@pytest.fixture(scope="session")
+def stories(tmp_path_factory, shared_data) -> str:
+    """The folder of stories260K with two of its five layers: to compile all five is most of such a test's time."""
+    source, folder = shared_data / "model" / "stories260K-hf", tmp_path_factory.mktemp("model") / "stories260K-hf"
+    shutil.copytree(source, folder, copy_function=shutil.copyfile)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}), encoding="utf-8")
+    weights = load_file(source / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if not re.match(r"model\.layers\.[2-4]\.", name)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
 
 
 def pytest_collection_finish():

@@ -39,11 +39,6 @@ def write(path, *rows):
 
 
 @pytest.fixture(scope="module")
-def stories(shared_data):
-    return str(shared_data / "model" / "stories260K-hf")
-
-
-@pytest.fixture(scope="module")
 def reward_model(stories, tmp_path_factory):
     """A reward model that was never trained."""
     folder = tmp_path_factory.mktemp("reward") / "model"

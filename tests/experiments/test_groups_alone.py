@@ -25,13 +25,13 @@ SHORT = dict(max_length=64, max_new_tokens=8, groups=4, group_size=4, steps=2, r
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory, shared_data):
+def given(tmp_path_factory, stories):
     """Flags of a model, prompts, and a file of rewards."""
     folder = tmp_path_factory.mktemp("given")
     rows = [json.dumps({"prompt": f"why {n}?"}) for n in range(40)]
     (folder / "prompts.jsonl").write_text("\n".join(rows))
     (folder / "rewards.py").write_text(REWARD)
-    return {"model": str(shared_data / "model" / "stories260K-hf"), "prompts": str(folder / "prompts.jsonl")}, folder
+    return {"model": stories, "prompts": str(folder / "prompts.jsonl")}, folder
 
 
 def metrics_of(folder):

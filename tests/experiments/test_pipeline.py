@@ -112,11 +112,11 @@ def test_pipeline_in_the_world(small_world, trained, tmp_path):
     np.testing.assert_allclose(metrics["reward_model_demonstrations_score"], 0.0, atol=1e-4)
 
 
-def test_pipeline_on_real_text(shared_data, tmp_path):
+def test_pipeline_on_real_text(shared_data, stories, tmp_path):
     metrics = pipeline.main(
         pipeline.Config(
             run_dir=str(tmp_path / "run"),
-            model=str(shared_data / "model" / "stories260K-hf"),
+            model=stories,
             demonstrations=str(shared_data / "sft" / "dolly_3k.jsonl.gz"),
             comparisons=str(shared_data / "preference" / "hh_helpful_base.eval.jsonl.gz"),
             on_bad_row="skip",

@@ -271,14 +271,14 @@ def test_dpo_in_the_world_from_a_policy(small_world, small_policy, tmp_path):
     assert "dpo_kl_k1" in (folder / "policy" / "README.md").read_text(encoding="utf-8")
 
 
-def test_kto_on_real_text_from_unpaired_answers_alone(shared_data, tmp_path):
+def test_kto_on_real_text_from_unpaired_answers_alone(stories, tmp_path):
     """Neither demonstrations nor comparisons are asked for."""
     rows = [{"prompt": f"is it {n}?", "completion": f"it is {n % 5}", "label": n % 3 == 0} for n in range(30)]
     path = tmp_path / "unpaired.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:12], {"prompt": "p"}, *rows[12:]]))
     metrics = kto.main(
         kto.Config(
-            run_dir=str(tmp_path / "run"), model=str(shared_data / "model" / "stories260K-hf"), unpaired=str(path),
+            run_dir=str(tmp_path / "run"), model=stories, unpaired=str(path),
             on_bad_row="skip", max_length=64, max_new_tokens=8, steps=2, batch_size=4,
         )
     )  # fmt: skip
@@ -290,13 +290,13 @@ def test_kto_on_real_text_from_unpaired_answers_alone(shared_data, tmp_path):
     np.testing.assert_allclose(rows[0]["loss"], 0.5, atol=1e-5)
 
 
-def test_dpo_says_that_it_does_not_use_a_margin(shared_data, tmp_path, capsys):
+def test_dpo_says_that_it_does_not_use_a_margin(stories, tmp_path, capsys):
     rows = [{"prompt": f"is it {n}?", "chosen": f"it is {n}", "rejected": "no", "margin": n % 3} for n in range(20)]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     metrics = dpo.main(
         dpo.Config(
-            run_dir=str(tmp_path / "run"), model=str(shared_data / "model" / "stories260K-hf"), comparisons=str(path),
+            run_dir=str(tmp_path / "run"), model=stories, comparisons=str(path),
             max_length=64, max_new_tokens=8, steps=1, batch_size=4,
         )
     )  # fmt: skip

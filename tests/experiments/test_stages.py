@@ -17,7 +17,6 @@ from rlhf_jax.cli import run_main
 from rlhf_jax.models import ModelConfig, Transformer, from_language_model, load_hf, save_hf_reward_model
 from rlhf_jax.pretrained import load_policy, load_reward_model
 
-STORIES = Path("model") / "stories260K-hf"
 SHORT = dict(max_length=64, max_new_tokens=8)
 
 
@@ -41,12 +40,12 @@ def transformers_loads(folder, kind):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, shared_data):
+def data(tmp_path_factory, stories):
     """A model and one file of each kind."""
     folder = tmp_path_factory.mktemp("data")
     said = ["yes", "no, never", "perhaps", "so it is"]
     return {
-        "model": str(shared_data / STORIES),
+        "model": stories,
         "demonstrations": lines(
             folder / "demonstrations.jsonl", [{"prompt": f"is it {n}?", "completion": said[n % 4]} for n in range(40)]
         ),

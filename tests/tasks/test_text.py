@@ -27,7 +27,7 @@ def lines(path, rows):
 
 
 @pytest.fixture
-def files(tmp_path, shared_data):
+def files(tmp_path, stories):
     """Flags of a small run on real text."""
     said = ["yes", "no, never", "perhaps", "so it is"]
     demonstrations = [{"prompt": f"is it {n}?", "completion": f"{said[n % 4]} {n}"} for n in range(60)]
@@ -37,7 +37,7 @@ def files(tmp_path, shared_data):
         for n, some in enumerate(answers)
     ]
     return dict(
-        model=str(shared_data / "model" / "stories260K-hf"),
+        model=stories,
         demonstrations=lines(tmp_path / "demonstrations.jsonl", demonstrations),
         comparisons=lines(tmp_path / "comparisons.jsonl", ranked),
         max_length=64,
