@@ -1,12 +1,13 @@
 """Who is told of a run's metrics beside its folder: TensorBoard, and Weights & Biases where it is asked for."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rlhf_jax.errors import UserError
 
@@ -21,9 +22,10 @@ class Events:
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         """`config` is flat: values by the path of their flag."""
-        from tensorboardX.event_file_writer import EventsWriter  # which imports torch, where that is installed
-        from tensorboardX.proto import event_pb2, summary_pb2
-        from tensorboardX.summary import hparams, text
+        with _torch_hidden():
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2, summary_pb2
+            from tensorboardX.summary import hparams, text
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         folder.mkdir(exist_ok=True)
@@ -49,6 +51,22 @@ class Events:
         if time.monotonic() - self._flushed > self.SECONDS:
             self._writer.flush()
             self._flushed = time.monotonic()
+
+
+@contextmanager
+def _torch_hidden() -> Iterator[None]:
+    """Inside, torch is as if not installed, unless it is imported already.
+
+    tensorboardX imports torch where it finds it, which takes a second, and needs it for an annotation alone.
+    """
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = cast(Any, None)
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["torch"]
 
 
 class WandB:

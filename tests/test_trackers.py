@@ -1,6 +1,7 @@
 """Who is told of a run beside its folder."""
 
 import importlib.util
+import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -58,6 +59,21 @@ def test_tensorboard_has_scalars_and_hyperparameters(tmp_path):
     told = HParamsPluginData.FromString(plugin).session_start_info.hparams
     assert told["steps"].number_value == 30 and told["inner.rate"].number_value == 0.5
     assert told["names"].string_value == "['a', 'b']" and told["model"].string_value == "None"
+
+
+OPENED = """
+import dataclasses, sys
+from rlhf_jax.log import Run
+with Run(sys.argv[1], dataclasses.make_dataclass("Config", [])(), name="x"):
+    assert "tensorboardX" in sys.modules and "torch" not in sys.modules
+import torch
+"""
+
+
+def test_to_open_a_run_does_not_import_torch_and_leaves_it_to_others(tmp_path):
+    pytest.importorskip("torch")
+    done = subprocess.run([sys.executable, "-c", OPENED, tmp_path / "run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 class Told:
