@@ -207,6 +207,8 @@ def spread(world, folder, name, processes, *flags, devices=1, killed=""):
             if processes > 1:
                 values = (f"127.0.0.1:{port}", str(processes), str(number))
                 os.environ.update(zip(hosts.VARIABLES, values, strict=True), KILLED=killed)
+                jax.config.update("jax_share_binary_between_hosts", True)
+                jax.config.update("jax_share_binary_between_hosts_timeout_ms", LIMIT * 1000)
             sys.argv = [name, "--run-dir", str(folder / name.split()[0]), *flags]
             run_one(world)
             sys.exit()
