@@ -117,7 +117,9 @@ class Writer:
 def restore(run_dir: str | Path, stage: str, step: int | None = None, *, like: Tree) -> Tree:
     """The state of checkpoint `step`, or of the last whole one, in the structure and the shardings of `like`.
 
-    Leaves of `like` may be arrays, keys, numbers, or `jax.ShapeDtypeStruct`s with a sharding.
+    Leaves of `like` may be arrays, keys, numbers, or `jax.ShapeDtypeStruct`s. An array that is bound to no device, or
+    a struct without a sharding, comes back bound to none: to jit, one that is bound is another argument, for which it
+    compiles anew.
     Raises UserError when there is none, when it is damaged, or when it does not fit `like`.
     """
     import orbax.checkpoint as ocp
@@ -376,16 +378,23 @@ def _fit(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> No
 def _restore_args(leaf: Any) -> "ocp.RestoreArgs":
     import orbax.checkpoint as ocp
 
-    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not _is_key(leaf):
-        sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if (sharding := bound_to(leaf)) is not None and not _is_key(leaf):
         return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)
     return ocp.RestoreArgs(restore_type=np.ndarray)
+
+
+def bound_to(leaf: Any) -> jax.sharding.Sharding | None:
+    """The sharding of an array that is bound to its devices, or of a struct that has one."""
+    unbound = isinstance(leaf, jax.Array) and not leaf.committed
+    return None if unbound else getattr(leaf, "sharding", None)
 
 
 def _as(leaf: Any, value: Any) -> Any:
     if _is_key(leaf):
         keys = jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
-        return jax.device_put(keys, leaf.sharding) if leaf.sharding else keys
+        return keys if bound_to(leaf) is None else jax.device_put(keys, leaf.sharding)
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and bound_to(leaf) is None:
+        return jax.device_put(value, may_alias=False)
     if isinstance(value, jax.Array) and all(device.platform == "cpu" for device in value.devices()):
         # Here it may be a view of what Orbax read, in whose place a step that it is donated to could put nothing.
         return jax.device_put(value, value.sharding, may_alias=False)

@@ -312,7 +312,7 @@ def _given_up(leaf: Any) -> Any:
     """Frees an array; returns its shape and place, for the array that is restored."""
     if not isinstance(leaf, jax.Array):
         return leaf
-    like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=checkpoint.bound_to(leaf))
     leaf.delete()
     return like
 

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import checkpoint
 from rlhf_jax.errors import UserError
+from rlhf_jax.log import _given_up, count_compilations
 
 
 class State(NamedTuple):
@@ -79,6 +80,28 @@ def test_restored_arrays_can_be_donated(tmp_path):
     restored = checkpoint.restore(tmp_path, "sft", like=train_state(0.0).params)
     jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(restored)
     assert restored["w"].is_deleted()
+
+
+@pytest.mark.parametrize(
+    ("make_leaf", "give_up"),
+    [
+        (lambda: jnp.arange(3), lambda leaf: leaf),
+        (lambda: jnp.arange(3), _given_up),
+        (lambda: jax.random.split(jax.random.key(0), 3), lambda leaf: leaf),
+    ],
+    ids=["an array", "an array given up", "keys"],
+)
+def test_no_step_is_compiled_again_for_what_was_restored(tmp_path, make_leaf, give_up):
+    """To jit, an array that is bound to its device is another argument, and what it then returns yet another."""
+    advance = jax.jit(lambda leaf: leaf[::-1])
+    with count_compilations() as compilations:
+        leaf = advance(make_leaf())
+        checkpoint.save(tmp_path, "sft", 1, leaf)
+        restored = checkpoint.restore(tmp_path, "sft", like=give_up(leaf))
+        before = compilations()
+        again = advance(advance(restored))
+        assert compilations() == before
+    assert_same(again, advance(make_leaf()))
 
 
 def placed(devices, value):
