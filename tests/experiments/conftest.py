@@ -8,8 +8,9 @@ from rlhf_jax.models import Transformer, from_language_model, save_hf, save_hf_r
 from rlhf_jax.tasks import simulated
 
 SMALL_WORLD = simulated.Sizes(
-    demonstrations=256, validation=64, compared=24, ranked=4, heldout_pairs=32, prompts=256, heldout=32, layers=2
+    demonstrations=256, validation=64, compared=16, ranked=4, heldout_pairs=32, prompts=256, heldout=64, layers=1
 )
+"""Whatever is sampled or scored is 64 rows: one program."""
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ from rlhf_jax.models import MIXED, Transformer, from_language_model
 from rlhf_jax.tasks import simulated
 
 SIZES = simulated.Sizes(
-    demonstrations=128, validation=32, compared=16, ranked=4, heldout_pairs=16, prompts=64, heldout=16, layers=1
+    demonstrations=128, validation=64, compared=16, ranked=4, heldout_pairs=32, prompts=64, heldout=64, layers=1
 )
+"""Whatever is sampled or scored is 64 rows: one program."""
 SFT = sft.SFT(steps=4, batch_size=4)
 PPO = ppo.PPO(steps=9, responses=8, epochs=1, minibatches=1)
 
