@@ -168,19 +168,13 @@ Mine = tuple[str, Conversation, dict[str, Any], Tools, int]
 
 def _marked(text: str, span: Span | None, mine: Mine) -> Span | None:
     """An answer inside the characters of its turn: behind what the model is given, without space at its end."""
-    template, conversation, special, tools, number = mine
+    template, conversation, special, _, number = mine
     if span is None:
         return None
     start, end = span
     if number == len(conversation) - 1:
         end = len(text)  # what some templates write after the last turn, an EOS, is the model's too
-
-    @lru_cache(maxsize=2)
-    def saying(word: str) -> str | None:
-        other, turns, _ = run_marked(template, _replaced(conversation, number, word), special, tools=tools)
-        found = turns[number]
-        return None if found is None else other[slice(*found)]
-
+    saying = lru_cache(maxsize=2)(partial(_saying, mine))
     begin = start + _header(text[start:end], generation_prompt(template, _hashable(special)), saying)
     end = _end(text, begin, end, conversation[number]["content"])
     shown = text[begin:end]
@@ -188,6 +182,14 @@ def _marked(text: str, span: Span | None, mine: Mine) -> Span | None:
     if any(word not in shown for word in words) and not any(map(shown.count, _names(conversation[number]))):
         return None if saying("0") == saying("A") or begin >= end else (begin, end)
     return (begin, end) if begin < end else None
+
+
+def _saying(mine: Mine, word: str) -> str | None:
+    """The turn of the answer with that word in its place."""
+    template, conversation, special, tools, number = mine
+    other, turns, _ = run_marked(template, _replaced(conversation, number, word), special, tools=tools)
+    found = turns[number]
+    return None if found is None else other[slice(*found)]
 
 
 def _compared(text: str, after: int, mine: Mine) -> Span | None:

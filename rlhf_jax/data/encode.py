@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from rlhf_jax.batches import LabelledAnswer, RankedAnswers
@@ -39,6 +39,10 @@ class _Encoded(NamedTuple):
     given: int
     answer: int
     endless: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.given + self.answer
 
 
 def encode(row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Any, int]:
@@ -161,19 +165,14 @@ def _fit(
     It is rendered again for each try, for only the template knows what it writes; the tries are bisected.
     """
     whole = encode_whole(conversation)
-    if whole.given + whole.answer <= max_length:
+    if whole.size <= max_length:
         return whole, 0
     starts = turn_starts(conversation)
-    tried: dict[int, _Encoded] = {}
-
-    def fits(number: int) -> bool:
-        tried[number] = encode_whole(without_oldest(conversation, starts[number]))
-        return tried[number].given + tried[number].answer <= max_length
-
-    number = bisect_left(range(len(starts)), True, key=fits)
+    tried = cache(lambda number: encode_whole(without_oldest(conversation, starts[number])))
+    number = bisect_left(range(len(starts)), True, key=lambda number: tried(number).size <= max_length)
     if number < len(starts):
-        return tried[number], len(conversation) - len(without_oldest(conversation, starts[number]))
-    last = tried[number - 1] if starts else whole
+        return tried(number), len(conversation) - len(without_oldest(conversation, starts[number]))
+    last = tried(number - 1) if starts else whole
     if last.answer > last.given:
         raise BadRow(f"response too long for {max_length} tokens", f"it has {last.answer}, its turn {last.given}")
     beside = f", its answer {last.answer}" if last.answer else ""

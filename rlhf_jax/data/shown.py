@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_jax.data.rejects import BadRow
 from rlhf_jax.data.templates import REASONING, Tools
@@ -49,17 +49,8 @@ def _planted(
     """The conversation and tools with digits in every text, and (message, part, digits) of each; tools are -1."""
     whole = json.dumps([conversation, tools], default=str)
     base = int(hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest(), 16) % 10**12
-    wanted: list[tuple[int, str, str]] = []
-
-    def plant(number: int, part: str, text: str) -> str:
-        words = text.strip()
-        if not words:
-            return text
-        digits = f"{base:012d}{len(wanted):06d}"
-        wanted.append((number, part, digits))
-        at = text.index(words) + (len(words) + 1) // 2
-        return text[:at] + digits + text[at:]
-
+    planted = _Planted(base, [])
+    plant = planted.put
     chat = []
     for number, turn in enumerate(conversation):
         turn = dict(turn)
@@ -76,7 +67,25 @@ def _planted(
             turn["tool_calls"] = [_renamed(call, partial(plant, number, "calls")) for call in turn["tool_calls"]]
         chat.append(turn)
     tried = [_renamed(tool, partial(plant, -1, "tools")) for tool in tools] if tools else None
-    return chat, tried, wanted
+    return chat, tried, planted.wanted
+
+
+class _Planted(NamedTuple):
+    """Digits that are put into texts, and where they are looked for."""
+
+    base: int
+    wanted: list[tuple[int, str, str]]
+    """(message, part, digits)."""
+
+    def put(self, number: int, part: str, text: str) -> str:
+        """The text with digits of its own in its middle; as it is where it has no words."""
+        words = text.strip()
+        if not words:
+            return text
+        digits = f"{self.base:012d}{len(self.wanted):06d}"
+        self.wanted.append((number, part, digits))
+        at = text.index(words) + (len(words) + 1) // 2
+        return text[:at] + digits + text[at:]
 
 
 def _renamed(call: dict[str, Any], plant: Callable[[str], str]) -> dict[str, Any]:

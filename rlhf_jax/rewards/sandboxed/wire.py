@@ -77,109 +77,122 @@ class Link:
 
 def encode(value: Any, known: list[Any], refer: Refer) -> bytes:
     """The bytes of a value. `known` has the mutable objects that both sides have already; new ones are added."""
-    out: list[bytes] = []
-    places = {id(item): number for number, item in enumerate(known)}
+    writer = _Writer(known, refer)
+    writer.put(value)
+    return b"".join(writer.out)
 
-    def many(code: bytes, items: Iterable[Any], count: int) -> None:
-        out.append(code + COUNT.pack(count))
-        for item in items:
-            put(item)
 
-    def data(code: bytes, content: bytes) -> None:
-        out.append(code + COUNT.pack(len(content)) + content)
+class _Writer:
+    """Values as bytes, one after the other."""
 
-    def put(item: Any) -> None:
+    def __init__(self, known: list[Any], refer: Refer):
+        self.out: list[bytes] = []
+        self._known, self._refer = known, refer
+        self._places = {id(item): number for number, item in enumerate(known)}
+
+    def put(self, item: Any) -> None:
         kind = type(item)
         if kind in LETTERS:
-            out.append(LETTERS[kind])
+            self.out.append(LETTERS[kind])
         elif kind is bool:
-            out.append(b"T" if item else b"F")
+            self.out.append(b"T" if item else b"F")
         elif kind is int:
-            data(b"i", item.to_bytes(item.bit_length() // 8 + 1, "little", signed=True))
+            self._data(b"i", item.to_bytes(item.bit_length() // 8 + 1, "little", signed=True))
         elif kind is float:
-            out.append(b"f" + DOUBLE.pack(item))
+            self.out.append(b"f" + DOUBLE.pack(item))
         elif kind is str:
-            data(b"s", item.encode("utf-8", "surrogatepass"))
+            self._data(b"s", item.encode("utf-8", "surrogatepass"))
         elif kind is bytes:
-            data(b"b", item)
+            self._data(b"b", item)
         elif kind in MUTABLE:
-            if id(item) in places:
-                out.append(b"r" + COUNT.pack(places[id(item)]))
+            if id(item) in self._places:
+                self.out.append(b"r" + COUNT.pack(self._places[id(item)]))
                 return
-            places[id(item)] = len(known)
-            known.append(item)
+            self._places[id(item)] = len(self._known)
+            self._known.append(item)
             content = contents(item)
-            many(CODES[kind], content, len(content))
+            self._many(CODES[kind], content, len(content))
         elif kind in FROZEN:
-            many(CODES[kind], item, len(item))
+            self._many(CODES[kind], item, len(item))
         elif kind is complex:
-            out.append(b"x" + DOUBLE.pack(item.real) + DOUBLE.pack(item.imag))
+            self.out.append(b"x" + DOUBLE.pack(item.real) + DOUBLE.pack(item.imag))
         elif (parts := _parts(item)) is not None:
-            out.append(b"v")
-            put(parts)
+            self.out.append(b"v")
+            self.put(parts)
         elif isinstance(item, BASES):
             base = next(base for base in BASES if isinstance(item, base))
-            put(_base(base, item))
+            self.put(_base(base, item))
         elif kind.__module__ == "numpy" and getattr(item, "shape", None) == () and kind.__name__ != "ndarray":
-            put(item.item())
+            self.put(item.item())
         else:
-            letter, name = refer(item)
-            data(letter, name.encode())
+            letter, name = self._refer(item)
+            self._data(letter, name.encode())
 
-    put(value)
-    return b"".join(out)
+    def _many(self, code: bytes, items: Iterable[Any], count: int) -> None:
+        self.out.append(code + COUNT.pack(count))
+        for item in items:
+            self.put(item)
+
+    def _data(self, code: bytes, content: bytes) -> None:
+        self.out.append(code + COUNT.pack(len(content)) + content)
 
 
 def decode(message: bytes, known: list[Any], resolve: Resolve) -> Any:
     """The value; adds to `known` as `encode` does. Raises Breach for anything that `encode` does not write."""
-    position = 0
+    reader = _Reader(message, known, resolve)
+    try:
+        value = reader.get()
+    except (LookupError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise Breach(f"a message that cannot be read ({type(error).__name__})") from None
+    if reader.position != len(message):
+        raise Breach("a message that goes on after its end")
+    return value
 
-    def take(size: int) -> bytes:
-        nonlocal position
-        position += size
-        if position > len(message):
-            raise Breach("a message without its end")
-        return message[position - size : position]
 
-    def number() -> int:
-        return int(COUNT.unpack(take(4))[0])
+class _Reader:
+    """What is read of a message, up to a position in it."""
 
-    def get() -> Any:
-        code = take(1)
+    def __init__(self, message: bytes, known: list[Any], resolve: Resolve):
+        self.position = 0
+        self._message, self._known, self._resolve = message, known, resolve
+
+    def get(self) -> Any:
+        code = self._take(1)
         if code in SINGLE:
             return SINGLE[code]
         if code == b"i":
-            return int.from_bytes(take(number()), "little", signed=True)
+            return int.from_bytes(self._take(self._number()), "little", signed=True)
         if code == b"f":
-            return DOUBLE.unpack(take(8))[0]
+            return DOUBLE.unpack(self._take(8))[0]
         if code == b"x":
-            return complex(DOUBLE.unpack(take(8))[0], DOUBLE.unpack(take(8))[0])
+            return complex(DOUBLE.unpack(self._take(8))[0], DOUBLE.unpack(self._take(8))[0])
         if code == b"s":
-            return take(number()).decode("utf-8", "surrogatepass")
+            return self._take(self._number()).decode("utf-8", "surrogatepass")
         if code == b"b":
-            return take(number())
+            return self._take(self._number())
         if code == b"r":
-            return known[number()]
+            return self._known[self._number()]
         if code == b"v":
-            return _whole(get())
+            return _whole(self.get())
         if code in (b"h", b"c", b"g"):
-            return resolve(code.decode(), take(number()).decode())
+            return self._resolve(code.decode(), self._take(self._number()).decode())
         kind = KINDS[code[0]]
-        count = number()
+        count = self._number()
         if kind in FROZEN:
-            return kind([get() for _ in range(count)])
+            return kind([self.get() for _ in range(count)])
         new = defaultdict() if kind is defaultdict else kind()
-        known.append(new)
-        fill(new, [get() for _ in range(count)])
+        self._known.append(new)
+        fill(new, [self.get() for _ in range(count)])
         return new
 
-    try:
-        value = get()
-    except (LookupError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
-        raise Breach(f"a message that cannot be read ({type(error).__name__})") from None
-    if position != len(message):
-        raise Breach("a message that goes on after its end")
-    return value
+    def _number(self) -> int:
+        return int(COUNT.unpack(self._take(4))[0])
+
+    def _take(self, size: int) -> bytes:
+        self.position += size
+        if self.position > len(self._message):
+            raise Breach("a message without its end")
+        return self._message[self.position - size : self.position]
 
 
 def contents(item: Any) -> tuple[Any, ...]:
