@@ -22,7 +22,7 @@ class Events:
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         """`config` is flat: values by the path of their flag."""
-        with _torch_hidden():
+        with torch_hidden():
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto import event_pb2, summary_pb2
             from tensorboardX.summary import hparams, text
@@ -54,7 +54,7 @@ class Events:
 
 
 @contextmanager
-def _torch_hidden() -> Iterator[None]:
+def torch_hidden() -> Iterator[None]:
     """Inside, torch is as if not installed, unless it is imported already.
 
     tensorboardX imports torch where it finds it, which takes a second, and needs it for an annotation alone.

@@ -69,6 +69,12 @@ def stories(tmp_path_factory, shared_data) -> str:
     return str(folder)
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """A run's report has its pictures made but not drawn, a fifth of a small run's time. test_report.py draws all."""
+    monkeypatch.setattr("rlhf_jax.figures._svg", lambda figure: "<svg></svg>")
+
+
 def pytest_collection_finish():
     """What the imports have made stays: no collection of garbage looks through it again, and tracing makes much."""
     gc.collect()

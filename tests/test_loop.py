@@ -66,7 +66,7 @@ def test_the_optimiser_is_the_one_asked_for():
     assert np.abs(steps["adafactor"] - steps["adamw"]).max() > 1e-3
 
 
-def test_every_stage_takes_them(monkeypatch, tmp_path):
+def test_every_stage_takes_them(undrawn, monkeypatch, tmp_path):
     """The pipeline's stages, each with another optimiser, in mixed precision and in two parts a batch."""
     small = simulated.Sizes(
         demonstrations=128, validation=64, compared=16, ranked=4, heldout_pairs=32, prompts=64, heldout=64, layers=1

@@ -21,10 +21,14 @@ KILLS = """
 import os, random, signal, sys, time
 from dataclasses import dataclass
 import jax, jax.numpy as jnp, numpy as np, optax
-import orbax.checkpoint, tensorboardX  # and with it torch, where that is installed
+import orbax.checkpoint
 from flax.training.train_state import TrainState
 from rlhf_jax.log import Run
+from rlhf_jax.trackers import torch_hidden
 from rlhf_jax.train import make_train_step
+
+with torch_hidden():
+    import tensorboardX
 
 STEPS, ROWS = 300, 24
 tx = optax.adam(1e-2)

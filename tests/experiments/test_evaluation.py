@@ -26,6 +26,8 @@ from rlhf_jax.models import (
 )
 from rlhf_jax.simulation import make_tokenizer
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 class Quiet:
     """A run that is not listened to."""

@@ -14,6 +14,8 @@ from rlhf_jax.cli import run_main
 from rlhf_jax.errors import UserError
 from rlhf_jax.pretrained import load_policy
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 REWARD = """
 def vowels(prompts, completions, **columns):
     return [float(sum(letter in "aeiou" for letter in text)) for text in completions]

@@ -148,7 +148,7 @@ def peft_loads_the_adapters(run):
         np.testing.assert_allclose(adapted, merged, atol=1e-4)
 
 
-def test_the_pipeline_with_adapters(small_world, trained, tmp_path, monkeypatch):
+def test_the_pipeline_with_adapters(small_world, undrawn, trained, tmp_path, monkeypatch):
     lora = {"lora_rank": 2, "lora_alpha": 4.0, "frozen_dtype": "int8"}
     stages = {name: replace(stage, **lora) for name, stage in SMALL.items()}
     dropping = []

@@ -167,14 +167,13 @@ def test_the_first_ratio_is_one_and_the_rewards_are_those_of_the_parts(temperatu
 
 
 def test_ptx_entropy_and_adaptive_beta_reach_the_update():
-    key = jax.random.key(0)
+    _, experience, _ = experience_of(*parts())
     states = {}
     for name, changes in {
         "plain": {}, "ptx": {"ptx_coef": 1.0}, "entropy": {"entropy_coef": 0.5}, "adaptive": {"target_kl": 6.0},
     }.items():  # fmt: skip
         cfg, setup, state, frozen = parts(**changes)
-        iteration = ppo.make_iteration(cfg, setup, tiny_base(None), (), print)
-        states[name], metrics, *_ = iteration(state, frozen, key)
+        states[name], metrics = run(ppo.update, cfg, setup, state, frozen, experience, jax.random.key(0))
         assert ("ptx_loss" in metrics) == (name == "ptx")
 
     def same(a, b):

@@ -28,6 +28,8 @@ from rlhf_jax.scoring import answer_logprobs
 from rlhf_jax.simulation.world import make_tokenizer
 from rlhf_jax.tasks.task import Comparisons
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 CONFIG = ModelConfig(
     vocab_size=12, d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=16, rope_theta=1e4,
     norm_eps=1e-5, tie_embeddings=True, max_length=16,

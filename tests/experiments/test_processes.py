@@ -45,6 +45,7 @@ from rlhf_jax.rewards.python import Limits, parse, python_reward
 from rlhf_jax.sharding import create, host_share, make_mesh, shard_host_rows, to_host
 from rlhf_jax.tasks import simulated
 from rlhf_jax.tasks.task import Demonstrations, PromptSets
+from rlhf_jax.trackers import torch_hidden
 
 LIMIT = 240
 """Seconds after which a process that has not ended says where it is, and ends."""
@@ -233,8 +234,9 @@ def layout(key, devices):
 
 def lives(folder):
     """All of the processes, one group after the other; how the two ended of which one was killed."""
-    for name in ("orbax.checkpoint", "tensorboardX"):  # which they would import themselves, the second with torch
-        importlib.import_module(name)
+    with torch_hidden():
+        for name in ("orbax.checkpoint", "tensorboardX"):  # which they would import themselves
+            importlib.import_module(name)
     world = tiny()
     gc.freeze()
     spread(world, folder, "alone", 1)

@@ -17,6 +17,8 @@ from rlhf_jax.cli import run_main
 from rlhf_jax.models import ModelConfig, Transformer, from_language_model, load_hf, save_hf_reward_model
 from rlhf_jax.pretrained import load_policy, load_reward_model
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SHORT = dict(max_length=64, max_new_tokens=8)
 
 

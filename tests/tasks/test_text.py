@@ -14,6 +14,8 @@ from rlhf_jax.cli import run_main
 from rlhf_jax.log import Run
 from rlhf_jax.tasks import text
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 BAD_ROWS = ["{broken", '{"prompt": "p"}', '{"prompt": "p", "completion": " "}', '{"prompt": "p", "completion": 3}']
 REASONS = [
     "not JSON: Expecting property name enclosed in double quotes", "field 'completion' is missing", "empty answer",
