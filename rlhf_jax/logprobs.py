@@ -59,14 +59,13 @@ def chunked_logprobs(
     """`token_logprobs(hidden @ head_kernel, targets)` with the logits of only `chunk_size` columns in memory.
 
     Exact in value and in gradient: each chunk's logits are computed again in the backward pass, so that no
-    [B, T, V] array exists in either. Chunks run along T, so that rows may stay sharded. With a mask, each row's
-    masked entries are 0 and not computed (as many as in the row that has fewest). The logits go through `soft_cap`,
-    then are divided by the temperature, which gets no gradient; jax.grad and vjp work, jvp and jacfwd do not. Raises
-    ValueError if chunk_size is not positive, or for targets or a mask of another shape.
+    [B, T, V] array exists in either. Where there is one chunk its logits are kept instead: three matrix products, not
+    four, in the same memory. Chunks run along T, so that rows may stay sharded. With a mask, each row's masked entries
+    are 0 and, in several chunks, not computed (as many as in the row that has fewest). The logits go through
+    `soft_cap`, then are divided by the temperature, which gets no gradient; jax.grad and vjp work, jvp and jacfwd do
+    not. Raises ValueError if chunk_size is not positive, or for targets or a mask of another shape.
     """
-    _check(hidden, targets, mask)
-    kernel = _spread(head_kernel, len(targets))
-    return _chunked(_logprobs, chunk_size, softcap, hidden, kernel, targets, mask, temperature)[0]
+    return _scored(_logprobs, chunk_size, softcap, hidden, head_kernel, targets, mask, temperature)[0]
 
 
 def chunked_logprobs_and_entropy(
@@ -80,9 +79,7 @@ def chunked_logprobs_and_entropy(
     temperature: ScalarLike = 1.0,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability of each target, as `chunked_logprobs` has it, and the entropy of each distribution."""
-    _check(hidden, targets, mask)
-    kernel = _spread(head_kernel, len(targets))
-    scores = _chunked(_logprobs_and_entropy, chunk_size, softcap, hidden, kernel, targets, mask, temperature)
+    scores = _scored(_logprobs_and_entropy, chunk_size, softcap, hidden, head_kernel, targets, mask, temperature)
     return scores[0], scores[1]
 
 
@@ -111,15 +108,71 @@ def _check(hidden: Array, targets: Array, mask: Array | None) -> None:
     check_leading({"targets": targets}, {"hidden": hidden}, axes=-1)
 
 
+@jax.custom_vjp
 def _logprobs(logits: Array, targets: Array) -> tuple[Array, ...]:
-    # As token_logprobs, chosen by comparison: the gradient of a gather is a scatter, which is slow.
-    words = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    here = words == targets[..., None]
-    return (jnp.where(here, logits, 0.0).sum(axis=-1) - jax.nn.logsumexp(logits, axis=-1),)
+    return (_chosen(logits, targets) - jax.nn.logsumexp(logits, axis=-1),)
 
 
+def _logprobs_forward(logits: Array, targets: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    return (_chosen(logits, targets) - lse,), (logits, targets, lse)
+
+
+def _logprobs_backward(residuals: tuple[Array, ...], cotangents: tuple[Array, ...]) -> tuple[Array, None]:
+    logits, targets, lse = residuals
+    cotangent = cotangents[0][..., None]
+    return jnp.where(_is_target(logits, targets), cotangent, 0.0) - cotangent * jnp.exp(logits - lse[..., None]), None
+
+
+_logprobs.defvjp(_logprobs_forward, _logprobs_backward)
+
+
+@jax.custom_vjp
 def _logprobs_and_entropy(logits: Array, targets: Array) -> tuple[Array, ...]:
-    return *_logprobs(logits, targets), token_entropy(logits)
+    lse, entropy = _lse_and_entropy(logits)
+    return _chosen(logits, targets) - lse, entropy
+
+
+def _scores_forward(logits: Array, targets: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    lse, entropy = _lse_and_entropy(logits)
+    return (_chosen(logits, targets) - lse, entropy), (logits, targets, lse, entropy)
+
+
+def _scores_backward(residuals: tuple[Array, ...], cotangents: tuple[Array, ...]) -> tuple[Array, None]:
+    """∂ log π(t) = 1ₜ − π, ∂H = −π (log π + H)."""
+    logits, targets, lse, entropy = residuals
+    of_logprob, of_entropy = (cotangent[..., None] for cotangent in cotangents)
+    logprobs = logits - lse[..., None]
+    slope = of_logprob + of_entropy * (logprobs + entropy[..., None])
+    return jnp.where(_is_target(logits, targets), of_logprob, 0.0) - slope * jnp.exp(logprobs), None
+
+
+_logprobs_and_entropy.defvjp(_scores_forward, _scores_backward)
+
+
+def _lse_and_entropy(logits: Array) -> tuple[Array, Array]:
+    """log Σᵥ exp(xᵥ) and the entropy, of finite logits.
+
+    H = log z − Σᵥ exp(yᵥ) yᵥ / z,   yᵥ = xᵥ − max x,   z = Σᵥ exp(yᵥ)
+    """
+    largest = logits.max(axis=-1, keepdims=True)
+    total = jnp.exp(logits - largest).sum(axis=-1)
+    # Both sums in one loop, or a choice in it, take a CPU longer than two loops.
+    logits, largest, total = jax.lax.optimization_barrier((logits, largest, total))
+    below = logits - largest
+    moment = (jnp.exp(below) * below).sum(axis=-1)
+    return largest[..., 0] + jnp.log(total), jnp.log(total) - moment / total
+
+
+def _chosen(logits: Array, targets: Array) -> Array:
+    """Each distribution's entry at the target."""
+    if parts(len(logits), "batch") * parts(logits.shape[-1], "vocab") == 1:
+        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.where(_is_target(logits, targets), logits, 0.0).sum(axis=-1)  # logits that are cut stay where they are
+
+
+def _is_target(logits: Array, targets: Array) -> Array:
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
 
 
 def _spread(kernel: Array, rows: int) -> Array:
@@ -190,6 +243,29 @@ class _Columns:
 
 
 Score = Callable[[Array, Array], tuple[Array, ...]]
+
+
+def _scored(
+    score: Score,
+    chunk_size: int,
+    softcap: float | None,
+    hidden: Array,
+    kernel: Array,
+    targets: Array,
+    mask: Array | None,
+    temperature: ScalarLike,
+) -> tuple[Array, ...]:
+    _check(hidden, targets, mask)
+    kernel = _spread(kernel, len(targets))
+    at_once = targets.shape[1] <= chunk_size
+    if not at_once:
+        return _chunked(score, chunk_size, softcap, hidden, kernel, targets, mask, temperature)
+    if mask is not None:
+        hidden, targets = jnp.where(mask[:, :, None], hidden, jnp.zeros_like(hidden)), jnp.where(mask, targets, 0)
+    if isinstance(temperature, Array):
+        temperature = jax.lax.stop_gradient(temperature)
+    found = score(_logits(hidden, kernel, softcap) / temperature, targets)
+    return found if mask is None else tuple(jnp.where(mask, x, 0.0) for x in found)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

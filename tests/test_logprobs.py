@@ -189,6 +189,16 @@ def test_chunks_never_hold_all_logits():
     assert max(sizes(lambda *a: chunked_weighted_logprobs(*a, weights, weights > 0, chunk_size=16))) < everything / 3
 
 
+@pytest.mark.parametrize("f", [chunked_logprobs, chunked_logprobs_and_entropy])
+@pytest.mark.parametrize("chunk_size, products", [(64, 3), (63, 4)])
+def test_the_logits_of_a_single_chunk_are_computed_once(f, chunk_size, products):
+    def loss(hidden, kernel):
+        return f(hidden, kernel, jnp.zeros((3, 64), int), chunk_size=chunk_size)[0].sum()
+
+    program = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(jnp.zeros((3, 64, 8)), jnp.zeros((8, 509))))
+    assert program.count("dot_general") == products
+
+
 def test_masked_columns_cost_nothing():
     """The head is a loop over as many chunks as the longest response has, not over the whole sequence."""
     chunks = []
