@@ -5,9 +5,10 @@ No pass makes a [B, T, V] array.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -17,7 +18,7 @@ from rlhf_jax.data.preferences import packed_rewards
 from rlhf_jax.data.tokens import Document, pad_sequences, size, take
 from rlhf_jax.logprobs import chunked_logprobs, chunked_logprobs_and_entropy, sequence_logprobs
 from rlhf_jax.losses import chunked_sft_loss
-from rlhf_jax.models import ScalarModel, Transformer, head_kernel, last_token_rewards
+from rlhf_jax.models import ScalarModel, Transformer, head_kernel, init_cache, last_token_rewards, repeated_cache
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.sampling.sampler import like_lengths
 from rlhf_jax.sharding import shard_batch, to_host
@@ -33,14 +34,60 @@ def hidden_states(model: Transformer, params: Params, tokens: Tokens) -> Float[A
     return model.apply({"params": params}, tokens.inputs, tokens.positions, tokens.segment_ids, method="hidden_states")
 
 
+class Joined(NamedTuple):
+    """What is known of `Tokens` that are prompts `join`ed with answers; T = width + N."""
+
+    width: int
+    """Columns of the prompts."""
+    group_size: int = 1
+    """So many rows, one after the other, have their prompt in common."""
+
+
+def answer_states(model: Transformer, params: Params, tokens: Tokens, joined: Joined) -> Float[Array, "B N D"]:
+    """The hidden states that predict the answers' N tokens, at columns width − 1 to T − 2.
+
+    Those of `hidden_states` in value and in gradient. The prompt of a group is read once, into a cache, and all of its
+    answers go on from there.
+    """
+    width, size = joined
+    if size == 1:
+        return hidden_states(model, params, tokens)[:, width - 1 : -1]
+    inputs, positions, segment_ids = tokens.inputs, tokens.positions, tokens.segment_ids
+    cache = init_cache(model.config, len(inputs) // size, width)
+    read = partial(model.apply, {"params": params}, method="decode")
+    asked, cache = read(inputs[::size, :width], positions[::size, :width], segment_ids[::size, :width], cache)
+    last = jnp.repeat(asked[:, -1:], size, axis=0)
+    more = inputs.shape[1] - 1 - width
+    if not more:
+        return last
+    cache = repeated_cache(cache, size, more)
+    answers, _ = read(inputs[:, width:-1], positions[:, width:-1], segment_ids[:, width:-1], cache)
+    return jnp.concatenate([last, answers], axis=1)
+
+
+def _predictors(
+    model: Transformer, params: Params, tokens: Tokens, joined: Joined | None
+) -> tuple[Array, Array, Array, Callable[[Array], Array]]:
+    """Hidden states, their targets and mask, and what lays [B, N] scores of them into [B, T]."""
+    if joined is None:
+        return hidden_states(model, params, tokens), tokens.targets, tokens.mask, lambda scores: scores
+    start = joined.width - 1
+    hidden = answer_states(model, params, tokens, joined)
+    return hidden, tokens.targets[:, start:-1], tokens.mask[:, start:-1], lambda x: jnp.pad(x, ((0, 0), (start, 1)))
+
+
 def response_logprobs(
-    model: Transformer, params: Params, tokens: Tokens, *, temperature: float = 1.0
+    model: Transformer, params: Params, tokens: Tokens, *, temperature: float = 1.0, joined: Joined | None = None
 ) -> Float[Array, "B T"]:
-    """Log-probability of every target in the mask. The head reads these tokens only; [B, T, V] never exists."""
-    return chunked_logprobs(
-        hidden_states(model, params, tokens), head_kernel(params), tokens.targets, chunk_size=HEAD_CHUNK,
-        mask=tokens.mask, softcap=model.config.final_softcap, temperature=temperature,
-    )  # fmt: skip
+    """Log-probability of every target in the mask. The head reads these tokens only; [B, T, V] never exists.
+
+    Less is computed for tokens that are known to be `joined`.
+    """
+    hidden, targets, mask, lay = _predictors(model, params, tokens, joined)
+    return lay(chunked_logprobs(
+        hidden, head_kernel(params), targets, chunk_size=HEAD_CHUNK,
+        mask=mask, softcap=model.config.final_softcap, temperature=temperature,
+    ))  # fmt: skip
 
 
 def answer_logprobs(model: Transformer, params: Params, tokens: Tokens) -> Float[Array, " B"]:
@@ -49,16 +96,18 @@ def answer_logprobs(model: Transformer, params: Params, tokens: Tokens) -> Float
 
 
 def token_scores(
-    model: Transformer, params: Params, tokens: Tokens, *, temperature: float = 1.0
+    model: Transformer, params: Params, tokens: Tokens, *, temperature: float = 1.0, joined: Joined | None = None
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability of every target in the mask, and the entropy of its distribution, at a temperature.
 
-    The [B, T, V] logits never exist at once.
+    The [B, T, V] logits never exist at once. Less is computed for tokens that are known to be `joined`.
     """
-    return chunked_logprobs_and_entropy(
-        hidden_states(model, params, tokens), head_kernel(params), tokens.targets, chunk_size=HEAD_CHUNK,
-        mask=tokens.mask, softcap=model.config.final_softcap, temperature=temperature,
+    hidden, targets, mask, lay = _predictors(model, params, tokens, joined)
+    logprobs, entropy = chunked_logprobs_and_entropy(
+        hidden, head_kernel(params), targets, chunk_size=HEAD_CHUNK,
+        mask=mask, softcap=model.config.final_softcap, temperature=temperature,
     )  # fmt: skip
+    return lay(logprobs), lay(entropy)
 
 
 def in_parts(function: Callable[[Tokens], Arrays], tokens: Tokens, number: int) -> Arrays:

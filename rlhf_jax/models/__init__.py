@@ -17,7 +17,7 @@ from rlhf_jax.models.peft import load_peft, load_peft_reward_model, save_peft, s
 from rlhf_jax.models.precision import BFLOAT16, FLOAT32, MIXED, Precision
 from rlhf_jax.models.rope import LinearScaling, Llama3Scaling, LongRope
 from rlhf_jax.models.save import save_hf, save_hf_reward_model
-from rlhf_jax.models.transformer import KVCache, Transformer, head_kernel, init_cache
+from rlhf_jax.models.transformer import KVCache, Transformer, head_kernel, init_cache, repeated_cache
 
 __all__ = [
     "BFLOAT16",
@@ -45,6 +45,7 @@ __all__ = [
     "load_peft_reward_model",
     "merge_lora",
     "quantize_frozen",
+    "repeated_cache",
     "save_hf",
     "save_hf_reward_model",
     "save_peft",

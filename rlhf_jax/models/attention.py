@@ -85,23 +85,24 @@ def attend(
 def attend_causally(
     config: ModelConfig,
     queries: Float[Array, "B T N K"],
-    keys: Float[Array, "B H T K"],
-    values: Float[Array, "B H T K"],
-    visible: Bool[Array, "#B T T"],
+    keys: Float[Array, "B H S K"],
+    values: Float[Array, "B H S K"],
+    visible: Bool[Array, "#B T S"],
 ) -> Float[Array, "B T NK"]:
     """`attend` where nothing after a query is visible: each of a few blocks of queries reads only keys up to its end.
 
-    Four blocks read 5/8 of the scores that one would, in time and in memory.
+    The last query is at the last key or before it. Four blocks read 5/8 of the scores that one would where T = S, in
+    time and in memory.
     """
-    length = queries.shape[1]
+    length, before = queries.shape[1], keys.shape[2] - queries.shape[1]
     size = max(-(-length // BLOCKS), LEAST_BLOCK)
     blocks = [
         attend(
             config,
             queries[:, i : i + size],
-            keys[:, :, : i + size],
-            values[:, :, : i + size],
-            visible[:, i : i + size, : i + size],
+            keys[:, :, : before + i + size],
+            values[:, :, : before + i + size],
+            visible[:, i : i + size, : before + i + size],
         )
         for i in range(0, length, size)
     ]

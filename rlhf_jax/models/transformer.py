@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, PRNGKeyArray
 
 from rlhf_jax.axes import LINEAR, PARAMETERS, constrain
 from rlhf_jax.logprobs import soft_cap
-from rlhf_jax.models.attention import LayerNumbers, Scene, attend, attend_causally, layer_numbers, stacked_numbers
+from rlhf_jax.models.attention import LayerNumbers, Scene, attend_causally, layer_numbers, stacked_numbers
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.fused import attention_kernel, cudnn, fused, splash
 from rlhf_jax.models.rope import LongRope, rotate
@@ -57,6 +57,25 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
 
     slots_of_rows = jnp.zeros((batch, slots), jnp.int32)
     return KVCache(empty(), empty(), slots_of_rows, jnp.zeros((), jnp.int32), jnp.zeros_like(slots_of_rows))
+
+
+def repeated_cache(cache: KVCache, times: int, more: int) -> KVCache:
+    """What was read of each sequence, `times` in a row, with room for so many more tokens."""
+
+    def larger(x: Array, rows: int, slots: int) -> Array:
+        pad = [(0, more if axis == slots else 0) for axis in range(x.ndim)]
+        return jnp.pad(jnp.repeat(x, times, axis=rows), pad)
+
+    def layers(x: Array) -> Array:
+        return larger(x, x.ndim - 4, x.ndim - 2)
+
+    return KVCache(
+        jax.tree.map(layers, cache.keys),
+        jax.tree.map(layers, cache.values),
+        larger(cache.segment_ids, 0, 1),
+        cache.used,
+        larger(cache.positions, 0, 1),
+    )
 
 
 class Norm(nn.Module):
@@ -192,8 +211,7 @@ class Block(nn.Module):
             return fused(config, queries, keys, values, scene.segment_ids, numbers.window, kernel=kernel), layer
         if numbers.window is not None and scene.distances is not None:
             visible = visible & (scene.distances < numbers.window)
-        see = attend_causally if layer is None else attend
-        return see(config, queries, keys, values, visible), layer
+        return attend_causally(config, queries, keys, values, visible), layer
 
     def heads(self, name: str, h: Array, count: int, numbers: LayerNumbers, scene: Scene) -> Array:
         """Queries, keys or values, [B, T, count, K], turned to their positions."""

@@ -38,6 +38,15 @@ def test_blocks_of_queries_are_exact(length, softcap):
     jax.tree.map(lambda a, e: assert_allclose(a, e, atol=2e-5), run(attend_causally), run(attend))
 
 
+@pytest.mark.parametrize("length, before", [(2 * LEAST_BLOCK + 3, 5), (3, 70)])
+def test_blocks_of_queries_read_what_came_before_them(length, before):
+    queries = jnp.asarray(RNG.normal(size=(2, length, 4, 6)), jnp.float32)
+    keys, values = jnp.asarray(RNG.normal(size=(2, 2, 2, before + length, 6)), jnp.float32)
+    visible = jnp.tri(length, before + length, before, dtype=bool)[None]
+    blocks, whole = (jax.jit(partial(f, CONFIG))(queries, keys, values, visible) for f in (attend_causally, attend))
+    assert_allclose(blocks, whole, atol=2e-5)
+
+
 @pytest.mark.parametrize("windows", [(), (70, None)])
 def test_a_long_sequence_in_blocks_is_what_decoding_reads(windows):
     config = replace(CONFIG, windows=windows)
