@@ -23,6 +23,7 @@ from rlhf_jax.kl import kl_k1
 from rlhf_jax.loop import shard_microbatches
 from rlhf_jax.masking import masked_mean, masked_sum
 from rlhf_jax.models import Transformer
+from rlhf_jax.models.fused import attention_kernel
 from rlhf_jax.rewards.reward import (
     HostScores,
     Reward,
@@ -33,7 +34,7 @@ from rlhf_jax.sampling import generate
 from rlhf_jax.sampling.ends import EosId
 from rlhf_jax.sampling.queue import generate_queued
 from rlhf_jax.scored_groups import Scored
-from rlhf_jax.scoring import in_parts, response_logprobs, token_scores
+from rlhf_jax.scoring import Joined, in_parts, response_logprobs, token_scores
 from rlhf_jax.sharding import current_mesh, shard_batch, to_host
 from rlhf_jax.train import make_train_step, ppo_update
 from rlhf_jax.types import Metrics, Params
@@ -44,6 +45,7 @@ class Answers(NamedTuple):
 
     tokens: Tokens
     old_logprobs: Float[Array, "B T"]
+    """The policy's before the update. `shape` leaves them NaN where `update` finds them itself."""
     ref_logprobs: Float[Array, "B T"] | None
     """None where the loss has no KL."""
     sampler_logprobs: Float[Array, "B T"]
@@ -87,6 +89,11 @@ class Numbers(NamedTuple):
     max_new_tokens: int
     slots: int
     """Answers that are sampled at once: a multiple of the group size. On a mesh all are."""
+
+    @property
+    def updates_once(self) -> bool:
+        """Whether all answers are learned from in a single step."""
+        return self.epochs * self.minibatches == 1
 
 
 class Frozen(NamedTuple):
@@ -156,6 +163,33 @@ def score(
 # 2. Advantages, and what the update needs.
 
 
+def joined(model: Transformer, numbers: Numbers, tokens: Tokens, *, shuffled: bool = False) -> Joined:
+    """How answers were joined with their prompts: whether a group's prompt is read once for all of its answers.
+
+    That needs whole groups, one after the other. Rows are read alone where minibatches are shuffled, where a group is
+    cut by microbatches, on a mesh, whose devices have rows of their own, and by a fused attention kernel, which reads
+    no cache.
+    """
+    rows, length = tokens.inputs.shape
+    groups = not shuffled and rows % numbers.group_size == 0 and current_mesh() is None
+    once = groups and attention_kernel(model.config, length) == "reference"
+    return Joined(length - numbers.max_new_tokens, numbers.group_size if once else 1)
+
+
+def forward(
+    function: Callable[..., Any],
+    model: Transformer,
+    numbers: Numbers,
+    params: Params,
+    tokens: Tokens,
+    *,
+    shuffled: bool = False,
+) -> Any:
+    """`token_scores` or `response_logprobs` of answers, at the temperature that they were sampled at."""
+    known = joined(model, numbers, tokens, shuffled=shuffled)
+    return function(model, params, tokens, temperature=numbers.temperature, joined=known)
+
+
 def shape(
     algorithm: Algorithm,
     model: Transformer,
@@ -166,35 +200,51 @@ def shape(
     completions: Completions,
     scores: Float[Array, " B"],
     signal: Bool[Array, " B"],
-) -> tuple[Answers, Metrics]:
-    """Advantages of answers, and log-probabilities before the update.
+) -> tuple[Answers, Float[Array, "B T"] | None, Metrics]:
+    """Advantages of answers, log-probabilities before the update, and the policy's entropy, with metrics.
 
     An answer without a `signal` has the advantage 0: nothing is to be learned from its group.
+    With a single update the policy's log-probabilities before it are those within it. They are then left to it, and so
+    is the entropy, unless the score needs them.
     """
     mask, parts = tokens.mask, numbers.minibatches * numbers.accumulate  # as many rows at once as in training
-    scores_of = partial(token_scores, model, frozen.over_trunk(policy.params), temperature=numbers.temperature)
-    old_logprobs, entropy = in_parts(scores_of, tokens, parts)
-    metrics = {"entropy": masked_mean(entropy, mask), "length": mask.sum(axis=1).mean(dtype=jnp.float32)}
-    ref_logprobs = None
+    metrics: Metrics = {"length": mask.sum(axis=1).mean(dtype=jnp.float32)}
+    old_logprobs, entropy, ref_logprobs = jnp.full(mask.shape, jnp.nan), None, None
+    if algorithm.kl_in_reward or not numbers.updates_once:
+        scores_of = partial(forward, token_scores, model, numbers, frozen.over_trunk(policy.params))
+        old_logprobs, entropy = in_parts(scores_of, tokens, parts)
     if algorithm.kl_in_loss or algorithm.kl_in_reward:
-        reference = frozen.over_trunk(frozen.reference)
-        logprobs_of = partial(response_logprobs, model, reference, temperature=numbers.temperature)
+        logprobs_of = partial(forward, response_logprobs, model, numbers, frozen.over_trunk(frozen.reference))
         ref_logprobs = in_parts(logprobs_of, tokens, parts)
-        kl = masked_sum(kl_k1(old_logprobs, ref_logprobs), mask, axis=1)
-        metrics["kl_k1"] = kl.mean()
-        scores -= algorithm.kl_in_reward * kl
+        if algorithm.kl_in_reward:
+            scores -= algorithm.kl_in_reward * masked_sum(kl_k1(old_logprobs, ref_logprobs), mask, axis=1)
     if algorithm.penalty is not None:
         taken = algorithm.penalty(completions.mask.sum(axis=1))
         metrics["penalty"] = taken.mean()
         scores += taken
-    start, count = mask.shape[1] - completions.tokens.shape[1] - 1, completions.tokens.shape[1]
-    sampled = jnp.zeros(mask.shape, jnp.float32).at[:, start : start + count].set(completions.logprobs)
-    metrics |= sampler_gap(completions, old_logprobs[:, start : start + count])
+    sampled = jnp.zeros(mask.shape, jnp.float32).at[:, answer_columns(completions)].set(completions.logprobs)
     advantages = jnp.where(signal, algorithm.advantages(scores), 0.0)
-    return Answers(tokens, old_logprobs, ref_logprobs, sampled, advantages), metrics
+    return Answers(tokens, old_logprobs, ref_logprobs, sampled, advantages), entropy, metrics
+
+
+def answer_columns(completions: Completions) -> slice:
+    """The columns of `join`ed tokens whose targets are the answers."""
+    return slice(-completions.tokens.shape[1] - 1, -1)
+
+
+def policy_metrics(answers: Answers, entropy: Float[Array, "B T"], completions: Completions) -> Metrics:
+    """What is measured of the policy before its update, with its log-probabilities known."""
+    mask = answers.tokens.mask
+    metrics = {"entropy": masked_mean(entropy, mask)}
+    if answers.ref_logprobs is not None:
+        metrics["kl_k1"] = masked_sum(kl_k1(answers.old_logprobs, answers.ref_logprobs), mask, axis=1).mean()
+    return metrics | sampler_gap(completions, answers.old_logprobs[:, answer_columns(completions)])
 
 
 # 3. Update.
+
+OLD_LOGPROBS, ENTROPY = "before/logprobs", "before/entropy"
+"""What a single update finds of the policy before it, [B, T]: metrics for as long as it runs."""
 
 
 def update(
@@ -204,15 +254,25 @@ def update(
     policy: TrainState,
     frozen: Frozen,
     answers: Answers,
+    entropy: Float[Array, "B T"] | None,
     key: PRNGKeyArray,
-) -> tuple[TrainState, Metrics]:
-    """The policy after `epochs` × `minibatches` steps."""
+) -> tuple[TrainState, Answers, Float[Array, "B T"], Metrics]:
+    """The policy after `epochs` × `minibatches` steps, with the log-probabilities and entropy before them.
+
+    These are found in the single step where the entropy is None.
+    """
+    within = entropy is None
 
     def loss(trainable: Params, batch: Answers, frozen: Frozen) -> tuple[Array, Metrics]:
-        logprobs = response_logprobs(
-            model, frozen.over_trunk(trainable), batch.tokens, temperature=numbers.temperature
-        )
-        return algorithm.loss(logprobs, batch)
+        function = token_scores if within else response_logprobs
+        shuffled = numbers.minibatches > 1
+        found = forward(function, model, numbers, frozen.over_trunk(trainable), batch.tokens, shuffled=shuffled)
+        if not within:
+            return algorithm.loss(found, batch)
+        logprobs, entropy = found
+        old_logprobs = jax.lax.stop_gradient(logprobs)
+        value, metrics = algorithm.loss(logprobs, batch._replace(old_logprobs=old_logprobs))
+        return value, metrics | {OLD_LOGPROBS: old_logprobs, ENTROPY: entropy}
 
     def averaged(batch: Answers) -> dict[str, Array]:
         mask = batch.tokens.mask
@@ -226,7 +286,10 @@ def update(
     policy, metrics = ppo_update(
         step, policy, answers, None, key, epochs=numbers.epochs, minibatches=numbers.minibatches
     )
-    return policy, {name: x.sum() if name.endswith("skipped") else x.mean() for name, x in metrics.items()}
+    if entropy is None:
+        answers, entropy = answers._replace(old_logprobs=metrics.pop(OLD_LOGPROBS)[0]), metrics.pop(ENTROPY)[0]
+    metrics = {name: x.sum() if name.endswith("skipped") else x.mean() for name, x in metrics.items()}
+    return policy, answers, entropy, metrics
 
 
 def learn(
@@ -244,6 +307,6 @@ def learn(
 ) -> tuple[TrainState, Metrics]:
     """Everything after the scores; pure."""
     tokens = join(prompts, completions, pad_id=pad_id)
-    answers, metrics = shape(algorithm, model, numbers, policy, frozen, tokens, completions, scores, signal)
-    policy, updated = update(algorithm, model, numbers, policy, frozen, answers, key)
-    return policy, metrics | updated
+    answers, entropy, metrics = shape(algorithm, model, numbers, policy, frozen, tokens, completions, scores, signal)
+    policy, answers, entropy, updated = update(algorithm, model, numbers, policy, frozen, answers, entropy, key)
+    return policy, metrics | policy_metrics(answers, entropy, completions) | updated

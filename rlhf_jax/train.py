@@ -45,7 +45,8 @@ def make_train_step(loss_fn: LossFn, *, counts: Counts | None = None) -> Callabl
 
     counts(microbatch) gives the nᵢₖ by name: "loss", those terms and metrics that are means over something else, and
     under "metrics", perhaps, that of all metrics without a name of their own.
-    They must depend on data only. Metrics that are integers are added, those called "…_max" are maxima.
+    They must depend on data only. Metrics that are integers are added, those called "…_max" are maxima, and those with
+    an axis of rows, [B, …], are laid one microbatch after the other.
     """
 
     @partial(jax.jit, donate_argnums=0)
@@ -78,7 +79,7 @@ def make_pmap_step(loss_fn: LossFn, *, counts: Counts) -> Callable[..., tuple[Tr
         gradient = jax.value_and_grad(lambda params: _total(loss_fn(params, batch, *fixed), shares), has_aux=True)
         (loss, metrics), grads = gradient(state.params)
         loss, grads = add((loss, optax.tree.cast(grads, jnp.float32)))
-        metrics = {name: _joined(name, x, shares, add, most) for name, x in metrics.items()}
+        metrics = {name: x if x.ndim else _joined(name, x, shares, add, most) for name, x in metrics.items()}
         return _applied(state, loss, metrics, grads)
 
     return train_step
@@ -136,6 +137,8 @@ def _accumulated(
     grads, (losses, each) = jax.lax.scan(add, start, (batches, shares))
 
     def whole(name: str, x: Array) -> Array:
+        if x.ndim > 1:
+            return x.reshape(-1, *x.shape[2:])
         return _joined(name, x, shares, lambda x: x.sum(axis=0), lambda x: x.max(axis=0))
 
     return losses.sum(), {name: whole(name, x) for name, x in each.items()}, grads
@@ -153,6 +156,7 @@ def ppo_update(
 ) -> tuple[State, Metrics]:
     """Several epochs of shuffled minibatches as one lax.scan; returns the metrics of each, [epochs · minibatches].
 
+    Where all rows are one minibatch they stay in their order.
     `experience` is a pytree of arrays [B, …]: PPO's `Experience`, or any other.
     step(state, (minibatch, extra minibatch)) -> (state, metrics). `extra` is a pytree of arrays
     [epochs · minibatches, …] that goes along with the minibatches (pretraining data for PPO-ptx), or None.
@@ -161,7 +165,8 @@ def ppo_update(
     rows = len(jax.tree.leaves(experience)[0])
     if rows % minibatches:
         raise ValueError(f"{rows} responses cannot be cut into {minibatches} equal minibatches")
-    order = jnp.concatenate([jax.random.permutation(k, rows) for k in jax.random.split(key, epochs)])
+    shuffled = [jax.random.permutation(k, rows) for k in jax.random.split(key, epochs)]
+    order = jnp.concatenate(shuffled if minibatches > 1 else [jnp.arange(rows)] * epochs)
     order = order.reshape(epochs * minibatches, rows // minibatches)
 
     def minibatch(state: State, xs: tuple[Array, Any]) -> tuple[State, Metrics]:

@@ -123,6 +123,18 @@ def test_sums_of_bfloat16_gradients_are_float32():
     assert_allclose(metrics["grad_norm"], 1.0, rtol=1e-4)
 
 
+def test_metrics_of_rows_are_those_of_the_whole_batch():
+    def loss(params, x):
+        return (x @ params["w"]).mean(), {"rows": x, "first": x[:, 0]}
+
+    x = rows(8, 3)
+    step = make_train_step(loss, counts=lambda x: {"loss": jnp.asarray(len(x))})
+    state = TrainState.create(apply_fn=None, params={"w": jnp.ones(3)}, tx=optax.sgd(0.1))
+    _, metrics = step(state, microbatches(x, 4))
+    np.testing.assert_array_equal(metrics["rows"], x)
+    np.testing.assert_array_equal(metrics["first"], x[:, 0])
+
+
 def test_rows_that_do_not_divide_are_an_error():
     with pytest.raises(ValueError, match="8 rows do not divide into 3 microbatches"):
         microbatches((MASK,), 3)

@@ -12,7 +12,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from experiments import cispo, dapo, dr_grpo, grpo, gspo, rloo
-from rlhf_jax import losses
+from rlhf_jax import groups, losses
 from rlhf_jax.batches import Prompts, Tokens
 from rlhf_jax.data.tokens import bucket
 from rlhf_jax.errors import UserError
@@ -29,6 +29,7 @@ from rlhf_jax.models import Transformer
 from rlhf_jax.rewards.reward import HostScores
 from rlhf_jax.sampling.sampler import numpy_completions
 from rlhf_jax.scored_groups import Scored, all_rounds, group_metrics, has_signal, rows_with_signal
+from rlhf_jax.sharding import make_mesh, shard_batch, shard_params
 from rlhf_jax.tasks.simulated import Sizes, World
 from rlhf_jax.train import make_state
 
@@ -255,6 +256,54 @@ def test_microbatches_are_the_whole_batch(module, iteration):
         assert_allclose(found[name], metrics[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("module", [grpo, gspo, cispo, rloo])
+def test_a_single_update_is_that_with_log_probabilities_known_beforehand(module, accumulate, iteration, monkeypatch):
+    """And its metrics are the same, of the policy too, of which nothing is computed but in the update."""
+    cfg, scores = replace(EQUATIONS[module][0], **({"sampler_cap": 1.1} if module is grpo else {})), RNG.normal(size=B)
+    if module is rloo:
+        cfg = replace(cfg, beta=0.0)
+    algorithm, numbers = module.algorithm(cfg, NUMBERS), NUMBERS._replace(accumulate=accumulate)
+    model, policy, frozen, *rest = iteration
+    iteration = model, policy, frozen._replace(reference=jax.tree.map(lambda x: 1.3 * x, frozen.reference)), *rest
+    found, metrics = learned(iteration, algorithm, numbers, scores)
+    with monkeypatch.context() as patch:
+        patch.setattr(groups, "token_scores", None)
+        with pytest.raises(TypeError):
+            learned(iteration, algorithm, numbers._replace(epochs=2), scores)
+    monkeypatch.setattr(Numbers, "updates_once", False)
+    expected, before = learned(iteration, algorithm, numbers, scores)
+    assert before["grad_norm"] > 1e-3 and metrics.keys() == before.keys() > {"entropy", "sampler_gap_p95"}
+    chex.assert_trees_all_close(found.params, expected.params, atol=2e-6)
+    for name in metrics:
+        assert_allclose(metrics[name], before[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert metrics.get("approx_kl", 0.0) == metrics.get("clip_fraction", 0.0) == 0.0
+
+
+def test_prompts_are_read_once_where_groups_are_whole(iteration):
+    tokens = Tokens(*[jnp.zeros((B, 20), jnp.int32)] * 5)
+    joined = partial(groups.joined, iteration[0], NUMBERS)
+    assert joined(tokens) == (14, 4) and joined(tokens, shuffled=True) == (14, 1)
+    assert joined(jax.tree.map(lambda x: x[:6], tokens)) == (14, 1)
+    fused = Transformer(replace(iteration[0].config, attention="splash"))
+    assert groups.joined(fused, NUMBERS, tokens) == (14, 1)
+    with jax.set_mesh(make_mesh("data=4,fsdp=2")):
+        assert joined(tokens) == (14, 1)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"accumulate": 2}, {"minibatches": 2}, {"accumulate": 8}])
+def test_a_prompt_read_once_is_the_same_update(sizes, iteration, monkeypatch):
+    algorithm, numbers, scores = grpo.algorithm(grpo.GRPO(), NUMBERS), NUMBERS._replace(**sizes), RNG.normal(size=B)
+    model, policy, frozen, *rest = iteration
+    iteration = model, policy, frozen._replace(reference=jax.tree.map(lambda x: 1.3 * x, frozen.reference)), *rest
+    found, metrics = learned(iteration, algorithm, numbers, scores)
+    monkeypatch.setattr(groups, "joined", lambda *args, shuffled=False: None)
+    expected, alone = learned(iteration, algorithm, numbers, scores)
+    chex.assert_trees_all_close(found.params, expected.params, atol=2e-6)
+    for name in metrics:
+        assert_allclose(metrics[name], alone[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
 def test_the_kl_in_the_reward_is_taken_off_each_answers_score(iteration):
     seen = []
 
@@ -277,8 +326,6 @@ def test_the_kl_in_the_reward_is_taken_off_each_answers_score(iteration):
 
 
 def test_on_eight_devices_an_iteration_is_that_of_one(iteration):
-    from rlhf_jax.sharding import make_mesh, shard_batch, shard_params
-
     algorithm = grpo.algorithm(grpo.GRPO(), NUMBERS)
     scores = RNG.normal(size=B)
     whole, metrics = learned(iteration, algorithm, NUMBERS, scores)

@@ -50,6 +50,13 @@ def test_each_epoch_sees_every_row_once_in_an_order_of_its_own():
     assert (update(jax.random.key(1))[1]["rows"] != metrics["rows"]).any()
 
 
+def test_rows_of_a_single_minibatch_stay_in_their_order():
+    _, metrics = ppo_update(
+        collect, jnp.zeros(8, jnp.int32), experience(8), jnp.arange(2), jax.random.key(0), epochs=2, minibatches=1
+    )
+    np.testing.assert_array_equal(metrics["rows"], np.tile(np.arange(8), (2, 1)))
+
+
 def test_rows_that_do_not_divide_are_an_error():
     with pytest.raises(ValueError, match="8 responses cannot be cut into 3"):
         ppo_update(collect, jnp.zeros(8), experience(8), None, jax.random.key(0), epochs=1, minibatches=3)
