@@ -50,18 +50,25 @@ class Config:
         rows.Config(rows=(self.row,))
 
 
-def origins(programs: Iterable[str]) -> dict[str, str]:
-    """Where each instruction of compiled programs (HLO text) comes from, but for what holds others (loops, calls)."""
+def origins(programs: Iterable[str]) -> dict[tuple[str, str], str]:
+    """Where each instruction of compiled programs (HLO text) comes from, but for what holds others (loops, calls).
+
+    By program and instruction.
+    """
     found = {}
-    for name, kind, rest in INSTRUCTION.findall("\n".join(programs)):
-        if kind not in ("while", "call", "conditional"):
-            path = re.search(r'op_name="jit\([^)]*\)([^"]*)"', rest)
-            found[name] = path[1] if path else ""
+    for text in programs:
+        program = text.split(maxsplit=2)[1].rstrip(",")  # HloModule NAME, …
+        for name, kind, rest in INSTRUCTION.findall(text):
+            if kind not in ("while", "call", "conditional"):
+                path = re.search(r'op_name="jit\([^)]*\)([^"]*)"', rest)
+                found[program, name] = path[1] if path else ""
     return found
 
 
 def place(path: str) -> tuple[str, str]:
-    """(part, direction) of an instruction from its path."""
+    """(part, direction) of an instruction from its path. What the sampler does has its own line."""
+    if "_generate" in path:
+        return "rollout", "forward"
     part = next((part for part, pattern in PARTS.items() if re.search(pattern, path)), "optimiser")
     if "rematted_computation" in path:
         return part, "recomputed"
@@ -92,10 +99,11 @@ def main(cfg: Config) -> dict[str, float]:
         for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
             for line in plane.lines:
                 for event in line.events if line.name != "python" else ():
-                    if event.name in origin:
-                        spent[place(origin[event.name])] += event.duration_ns / 1e9 / cfg.steps
+                    path = origin.get((dict(event.stats).get("hlo_module", ""), event.name))
+                    if path is not None:
+                        spent[place(path)] += event.duration_ns / 1e9 / cfg.steps
     print(f"{'core-seconds a step':<24}" + "".join(f"{direction:>12}" for direction in DIRECTIONS))
-    parts = (*PARTS, "optimiser")
+    parts = (*PARTS, "optimiser", "rollout")
     for part in parts:
         print(f"{part:<24}" + "".join(f"{spent[part, direction]:12.3f}" for direction in DIRECTIONS))
     cores = len(os.sched_getaffinity(0))

@@ -69,17 +69,19 @@ def test_an_operation_is_placed_where_the_program_says_that_it_comes_from():
     params = model.init(jax.random.key(0), jnp.ones((4, 8)), None)
     step = jax.jit(jax.grad(lambda params: (model.apply(params, jnp.ones((4, 8)), None)[0] ** 2).sum()))
     found = time_by_part.origins([step.lower(params).compile().as_text()])
+    assert {program for program, _ in found} == {"jit__lambda"}
     places = {time_by_part.place(path) for path in found.values()}
     directions = {"forward", "recomputed", "backward"}
     assert {direction for part, direction in places if part == "norms"} == directions
     assert {direction for part, direction in places if part == "feed-forward"} >= {"forward", "backward"}
-    text = """
+    text = """HloModule jit_f, is_scheduled=true
       %while.1 = f32[] while(%x), body=%b, metadata={op_name="jit(f)/while"}
       ROOT %dot.2 = f32[2,3]{1,0} dot(%a, %b), metadata={op_type="dot" op_name="jit(f)/layers/up/dot"}
       %copy.1 = f32[] copy(%x)"""
-    assert time_by_part.origins([text]) == {"dot.2": "/layers/up/dot", "copy.1": ""}
+    assert time_by_part.origins([text]) == {("jit_f", "dot.2"): "/layers/up/dot", ("jit_f", "copy.1"): ""}
     assert time_by_part.place("/layers/layers.attention/query/dot_general") == ("projections", "forward")
     assert time_by_part.place("/jvp(Model)/trunk/layers/layers.attention/dot_general") == ("attention", "forward")
+    assert time_by_part.place("/_generate_queued/layer_0/up/dot_general") == ("rollout", "forward")
     assert time_by_part.place("") == ("optimiser", "forward")
 
 
