@@ -233,7 +233,7 @@ def answer_columns(completions: Completions) -> slice:
 
 
 def policy_metrics(answers: Answers, entropy: Float[Array, "B T"], completions: Completions) -> Metrics:
-    """What is measured of the policy before its update, with its log-probabilities known."""
+    """Metrics of the policy before its update, whose log-probabilities are known."""
     mask = answers.tokens.mask
     metrics = {"entropy": masked_mean(entropy, mask)}
     if answers.ref_logprobs is not None:
@@ -244,7 +244,7 @@ def policy_metrics(answers: Answers, entropy: Float[Array, "B T"], completions: 
 # 3. Update.
 
 OLD_LOGPROBS, ENTROPY = "before/logprobs", "before/entropy"
-"""What a single update finds of the policy before it, [B, T]: metrics for as long as it runs."""
+"""The policy's before the update, [B, T], found in a single one: metrics for as long as it runs."""
 
 
 def update(

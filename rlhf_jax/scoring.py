@@ -35,7 +35,7 @@ def hidden_states(model: Transformer, params: Params, tokens: Tokens) -> Float[A
 
 
 class Joined(NamedTuple):
-    """What is known of `Tokens` that are prompts `join`ed with answers; T = width + N."""
+    """The sizes of `Tokens` that are prompts `join`ed with answers; T = width + N."""
 
     width: int
     """Columns of the prompts."""
@@ -68,7 +68,7 @@ def answer_states(model: Transformer, params: Params, tokens: Tokens, joined: Jo
 def _predictors(
     model: Transformer, params: Params, tokens: Tokens, joined: Joined | None
 ) -> tuple[Array, Array, Array, Callable[[Array], Array]]:
-    """Hidden states, their targets and mask, and what lays [B, N] scores of them into [B, T]."""
+    """Hidden states, their targets and mask, and a function that lays their [B, N] scores into [B, T]."""
     if joined is None:
         return hidden_states(model, params, tokens), tokens.targets, tokens.mask, lambda scores: scores
     start = joined.width - 1

@@ -60,7 +60,7 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
 
 
 def repeated_cache(cache: KVCache, times: int, more: int) -> KVCache:
-    """What was read of each sequence, `times` in a row, with room for so many more tokens."""
+    """A cache with each sequence `times` in a row, and room for so many more tokens."""
 
     def larger(x: Array, rows: int, slots: int) -> Array:
         pad = [(0, more if axis == slots else 0) for axis in range(x.ndim)]
