@@ -22,32 +22,18 @@ from typing import Any
 if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from experiments.flags import Flags, ModelFlags, PromptFlags, RewardFlags, RunFlags, SamplingFlags
+from experiments.flags import BestOfNFlags, ModelFlags, PromptFlags, RewardFlags, RunFlags, SamplingFlags
 from experiments.panels import BEST_OF_N_REPORT
 from experiments.stages import open_rewards, open_task, policy_sampler
 from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.best_of_n import Pool, best_of_n_metrics, powers_up_to, prompts_a_pool, sample_pools
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
 from rlhf_jax.data.tokens import take
-from rlhf_jax.errors import UserError, at_least
+from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import from_first
 from rlhf_jax.log import Run
 from rlhf_jax.tasks.measure import AnswerScorer, PolicySampler, make_reward_scorer, write_examples
 from rlhf_jax.tasks.task import Task
-
-
-@dataclass(frozen=True)
-class BestOfNFlags(Flags):
-    """The flags of best of n alone."""
-
-    n: int = 16
-    """Answers to each prompt."""
-    no_end_score: float = -3.0
-    """The score of an answer that does not end, as in ppo.py."""
-
-    def __post_init__(self) -> None:
-        at_least(self, n=2)
-        super().__post_init__()
 
 
 @dataclass(frozen=True)

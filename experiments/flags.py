@@ -470,6 +470,20 @@ class GroupConfig(RunFlags, SamplingFlags, ReferenceFlags, ModelFlags, PromptFla
             raise UserError("there is no reward: give --reward math or FILE.py:NAME, or --reward-model FOLDER")
 
 
+@dataclass(frozen=True)
+class BestOfNFlags(Flags):
+    """The answers to choose from."""
+
+    n: int = 16
+    """Answers to each prompt."""
+    no_end_score: float = -3.0
+    """The score of an answer that does not end, as in ppo.py."""
+
+    def __post_init__(self) -> None:
+        at_least(self, n=2)
+        super().__post_init__()
+
+
 def names(sources: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """One source, or several, or none."""
     return (sources,) if isinstance(sources, str) else tuple(sources or ())

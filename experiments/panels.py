@@ -459,3 +459,23 @@ BEST_OF_N_REPORT = Report(
     {},
 )
 """The report of best of n."""
+REJECTION_REPORT = Report(
+    (truth("rejection_sampling", "Rejection sampling"),),
+    (
+        Section(
+            "Rejection sampling",
+            "Each round learns from the best of the last policy's own answers.",
+            "rejection_sampling",
+            "round",
+            panels=(
+                Panel("score", (Line("score", "score", PROXY),)),
+                UTILITY,
+                Panel("KL from the model before, nats a response", (Line("kl", "k1", START),)),
+                LENGTH,
+            ),
+        ),
+    ),
+    side_by_side("rejection_sampling", "rejection sampling"),
+    (),
+    policy_numbers("rejection_sampling", "rejection sampling"),
+)

@@ -1,20 +1,19 @@
 """The controlled world as a task: demonstrators with a ceiling, annotators who agree 73% of the time, true utility."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from rlhf_jax.batches import Completions, Prompts, Rankings, Tokens
+from rlhf_jax.batches import Completions, Prompts, Rankings
 from rlhf_jax.data.encode import RankedAnswers
-from rlhf_jax.data.order import EpochOrder
+from rlhf_jax.data.epochs import EpochBatches
 from rlhf_jax.data.preferences import join_rankings
 from rlhf_jax.data.tokens import pack_sequences, pad_prompts, pad_sequences, take
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import FLOAT32, ModelConfig, Precision
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.rewards.reward import Columns, Completion, HostScores, Part, Prompt, Reward
-from rlhf_jax.sharding import host_share
 from rlhf_jax.simulation import Annotators, Demonstrators, agreement_rate, calibrate_noise, ceiling
 from rlhf_jax.simulation.world import Problem, draw_problems, is_exact, make_tokenizer, utilities
 from rlhf_jax.tasks.task import Comparisons, Demonstrations, PromptRow, PromptSets, Sampler
@@ -179,32 +178,6 @@ class World:
             for ids, mask, answer in zip(prompts.tokens, prompts.mask, answers, strict=True)
         ]
         return pairs, utilities(problems, texts, [True] * len(texts))
-
-
-class EpochBatches(Iterator[Tokens]):
-    """Endless batches of rows that are in memory, in another order each epoch; each process has rows of its own.
-
-    A batch has at most as many rows as there are. Rows that are left over at an epoch's end are left out of it.
-    """
-
-    def __init__(self, tokens: Tokens, batch_size: int, seed: int) -> None:
-        rows = len(tokens.mask)
-        self._tokens, self._step = tokens, 0
-        self._order = EpochOrder([seed, 1], rows, min(batch_size, rows))
-
-    def __next__(self) -> Tokens:
-        rows = self._order.rows(self._step)
-        self._step += 1
-        number, count = host_share()
-        return take(self._tokens, np.split(rows, count)[number])
-
-    def get_state(self) -> int:
-        """How many batches were given: a JSON value."""
-        return self._step
-
-    def set_state(self, state: int) -> None:
-        """Goes on after so many batches."""
-        self._step = state
 
 
 def _new_model(layers: int, precision: Precision) -> Pretrained:

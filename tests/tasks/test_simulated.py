@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 
 from rlhf_jax.batches import Completions
+from rlhf_jax.data import epochs
+from rlhf_jax.data.epochs import EpochBatches
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import UserError
 from rlhf_jax.pretrained import load_policy
 from rlhf_jax.tasks import simulated
-from rlhf_jax.tasks.simulated import ANSWER_LENGTH, EpochBatches, Sizes, World
+from rlhf_jax.tasks.simulated import ANSWER_LENGTH, Sizes, World
 from rlhf_jax.tasks.task import Task
 
 SMALL = Sizes(
@@ -81,12 +83,12 @@ def test_batches_in_shares_are_the_batch_and_go_on_where_they_stood(world, monke
     expected = [next(whole).inputs for _ in range(5)]
     shares = []
     for number in (0, 1):
-        monkeypatch.setattr(simulated, "host_share", lambda number=number: (number, 2))
+        monkeypatch.setattr(epochs, "host_share", lambda number=number: (number, 2))
         batches = EpochBatches(tokens, 4, 0)
         shares.append([next(batches).inputs for _ in range(5)])
     for batch, one, two in zip(expected, *shares, strict=True):
         np.testing.assert_array_equal(np.concatenate([one, two]), batch)
-    monkeypatch.setattr(simulated, "host_share", lambda: (0, 1))
+    monkeypatch.setattr(epochs, "host_share", lambda: (0, 1))
     resumed = EpochBatches(tokens, 4, 0)
     resumed.set_state(3)
     np.testing.assert_array_equal(next(resumed).inputs, expected[3])
