@@ -79,7 +79,7 @@ from rlhf_jax.rewards.reward import (
 )
 from rlhf_jax.rewards.watch import answer_statistics
 from rlhf_jax.sampling import ended, generate
-from rlhf_jax.scoring import response_logprobs, sft_objective, token_scores, token_values
+from rlhf_jax.scoring import Joined, response_logprobs, sft_objective, token_scores, token_values
 from rlhf_jax.sharding import check_rows, shard_batch, to_host
 from rlhf_jax.tasks.measure import as_texts, compare_policies, make_reward_scorer
 from rlhf_jax.tasks.task import Judge, PromptRow, PromptSets
@@ -228,8 +228,9 @@ def shape(
     mask = tokens.mask
     # Re-scored at training shapes, so that the first ratio is 1.
     policy, reference = frozen.over_trunk(state.policy.params), frozen.over_trunk(frozen.reference)
-    old_logprobs, entropy = token_scores(setup.policy, policy, tokens, temperature=cfg.temperature)
-    ref_logprobs = response_logprobs(setup.policy, reference, tokens, temperature=cfg.temperature)
+    known = Joined(mask.shape[1] - setup.max_new_tokens)
+    old_logprobs, entropy = token_scores(setup.policy, policy, tokens, temperature=cfg.temperature, joined=known)
+    ref_logprobs = response_logprobs(setup.policy, reference, tokens, temperature=cfg.temperature, joined=known)
     values = token_values(setup.critic, frozen.critic(state.critic.params), tokens)
     rewards = kl_shaped_rewards(scores, old_logprobs, ref_logprobs, mask, beta=state.beta)
     advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, lam=cfg.lam)
@@ -261,11 +262,12 @@ def policy_loss(
     experience, demonstrations = batch
     params, mask = frozen.over_trunk(trainable), experience.tokens.mask
     bonus: Any = 0.0
+    numbers: Any = {"temperature": cfg.temperature, "joined": Joined(mask.shape[1] - setup.max_new_tokens)}
     if cfg.entropy_coef:
-        logprobs, entropy = token_scores(setup.policy, params, experience.tokens, temperature=cfg.temperature)
+        logprobs, entropy = token_scores(setup.policy, params, experience.tokens, **numbers)
         bonus = cfg.entropy_coef * masked_mean(entropy, mask)
     else:
-        logprobs = response_logprobs(setup.policy, params, experience.tokens, temperature=cfg.temperature)
+        logprobs = response_logprobs(setup.policy, params, experience.tokens, **numbers)
     loss, metrics = ppo_clip_loss(
         logprobs, experience.old_logprobs, experience.advantages, mask, clip_eps=cfg.clip_eps
     )
