@@ -41,6 +41,7 @@ class Config(RunFlags, SamplingFlags, ModelFlags, PromptFlags, RewardFlags, Best
     """The best of n answers to each prompt, by a reward."""
 
     def __post_init__(self) -> None:
+        """Raises UserError for --watch, which nothing here would use."""
         super().__post_init__()
         if self.watch:
             raise UserError("--watch is for training: best of n has one policy, which --reward scores")

@@ -279,7 +279,6 @@ def evaluate_win_rate(cfg: Config, models: Models, prompts: Sequence[str], run: 
     """The win rate of --model over --against on the same prompts, by the reward model and by the judge."""
     assert models.model and models.against
     metrics: Rates = {}
-    prompts = fitting(cfg, (models.model, models.against), cfg.prompts, prompts, prompts, run)
     ours, theirs = (respond(cfg, model, prompts, side) for side, model in enumerate((models.model, models.against)))
     columns: dict[str, list[Any]] = {"against": theirs.texts}
     if models.reward_model:
@@ -319,7 +318,6 @@ def evaluate_world(cfg: Config, models: Models, run: Run) -> Rates:
 
 def evaluate_ifeval(cfg: Config, model: Pretrained, rows: Sequence[suites.Instruction], run: Run) -> Rates:
     """The share of prompts whose instructions were all followed, and of instructions; strictly and loosely."""
-    rows = fitting(cfg, [model], cfg.ifeval, rows, [row.prompt for row in rows], run)
     answers = respond(cfg, model, [row.prompt for row in rows])
     verdicts = [
         ifeval.follow(row.instructions, row.arguments, text) for row, text in zip(rows, answers.texts, strict=True)
@@ -336,7 +334,6 @@ def evaluate_ifeval(cfg: Config, model: Pretrained, rows: Sequence[suites.Instru
 
 def evaluate_gsm8k(cfg: Config, model: Pretrained, rows: Sequence[suites.MathProblem], run: Run) -> Rates:
     """The share of right numbers, strictly and leniently."""
-    rows = fitting(cfg, [model], cfg.gsm8k, rows, [row.question for row in rows], run)
     answers = respond(cfg, model, [row.question for row in rows])
     grades = [math.grade(text, row.answer) for row, text in zip(rows, answers.texts, strict=True)]
     columns = {how: [getattr(grade, how) for grade in grades] for how in math.Correct._fields}
@@ -396,13 +393,18 @@ def main(cfg: Config) -> dict[str, float]:
             for note in found.notes:
                 run.say(note)
             metrics |= evaluate_preferences(cfg, models, name, found, run)
-        if prompts:
+        if models.model and models.against and prompts:
+            prompts = fitting(cfg, (models.model, models.against), cfg.prompts, prompts, prompts, run)
             metrics |= evaluate_win_rate(cfg, models, prompts, run)
         if cfg.world:
             metrics |= evaluate_world(cfg, models, run)
         if models.model and instructions:
+            texts_of = [row.prompt for row in instructions]
+            instructions = fitting(cfg, [models.model], cfg.ifeval, instructions, texts_of, run)
             metrics |= evaluate_ifeval(cfg, models.model, instructions, run)
         if models.model and problems:
+            texts_of = [row.question for row in problems]
+            problems = fitting(cfg, [models.model], cfg.gsm8k, problems, texts_of, run)
             metrics |= evaluate_gsm8k(cfg, models.model, problems, run)
         if models.model and texts:
             metrics |= evaluate_text(cfg, models.model, texts)

@@ -70,6 +70,7 @@ class Config(RunFlags, SamplingFlags, ModelFlags, PromptFlags, RewardFlags, Reje
     """SFT on the best of n answers of the policy's own."""
 
     def __post_init__(self) -> None:
+        """Raises UserError for --watch, which nothing here would use."""
         super().__post_init__()
         if self.watch:
             raise UserError("--watch is not used here")

@@ -20,6 +20,7 @@ LEVELS = (
     {
         "actor_critic",
         "adapters",
+        "best_of_n",
         "export",
         "loop",
         "preference",

@@ -1,6 +1,7 @@
 """Best of n from the command: the file that it writes, that SFT reads it, and a run that was cut short."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -43,15 +44,22 @@ def test_the_best_answers_are_written_and_scored_as_the_reward_has_it(done):
     assert all(row["best_of_n_score"] >= row["start_score"] and "start_utility" in row for row in examples)
 
 
-@pytest.mark.parametrize("cut", [0, 10, 60])
-def test_a_run_that_was_cut_short_goes_on_to_the_same_file(flags, done, tmp_path, cut):
+def test_a_run_that_was_cut_short_goes_on_to_the_same_file(flags, done, tmp_path):
     whole, folder = (done[0] / "best.jsonl").read_bytes(), tmp_path / "run"
-    best_of_n.main(best_of_n.Config(run_dir=str(folder), **flags))
-    assert (folder / "best.jsonl").read_bytes() == whole
+    shutil.copytree(done[0], folder)
     (folder / "summary.json").unlink()
-    (folder / "best.jsonl").write_bytes(whole[: len(whole) * cut // 100])  # in the middle of a line
+    (folder / "best.jsonl").write_bytes(whole[: len(whole) * 60 // 100])  # in the middle of a line
     best_of_n.main(best_of_n.Config(run_dir=str(folder), resume=True, **flags))
     assert (folder / "best.jsonl").read_bytes() == whole
+
+
+def test_a_file_is_taken_up_where_its_last_pool_begins(tmp_path):
+    file = tmp_path / "best.jsonl"
+    rows = "".join(json.dumps({"row": row}) + "\n" for row in (0, 1, 4, 7, 8, 10))
+    for text, first, kept in [("", 0, 0), (rows, 8, 4), (rows[:-3], 8, 4), (rows[:35], 4, 2), (rows[:3], 0, 0)]:
+        file.write_text(text)
+        assert best_of_n.take_up(file, 4) == first and len(lines(tmp_path)) == kept
+    assert best_of_n.take_up(tmp_path / "none", 4) == 0
 
 
 def test_sft_reads_the_best_answers(done, small_policy, tmp_path):

@@ -150,7 +150,7 @@ def decode(message: bytes, known: list[Any], resolve: Resolve) -> Any:
 
 
 class _Reader:
-    """What is read of a message, up to a position in it."""
+    """A message that is being read, up to a position in it."""
 
     def __init__(self, message: bytes, known: list[Any], resolve: Resolve):
         self.position = 0
