@@ -18,8 +18,9 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 
 from jaxtyping import Array, Bool, Float, Int
 
-from experiments.flags import Flags, GroupConfig, Groups
+from experiments.flags import Flags, GroupConfig
 from experiments.stages import group_stage
+from experiments.training import Groups
 from rlhf_jax.advantages import group_advantages
 from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.errors import at_least

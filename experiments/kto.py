@@ -24,7 +24,6 @@ from experiments.flags import (
     ComparisonFlags,
     Flags,
     ModelFlags,
-    Preference,
     PromptFlags,
     ReferenceFlags,
     RunFlags,
@@ -32,6 +31,7 @@ from experiments.flags import (
     UnpairedFlags,
 )
 from experiments.stages import preference_stage
+from experiments.training import Preference
 from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.data.pairs import AnswerBatch
 from rlhf_jax.errors import UserError, at_least

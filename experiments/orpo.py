@@ -25,13 +25,13 @@ from experiments.flags import (
     ComparisonFlags,
     Flags,
     ModelFlags,
-    Preference,
     PromptFlags,
     ReferenceFlags,
     RunFlags,
     SamplingFlags,
 )
 from experiments.stages import preference_stage
+from experiments.training import Preference
 from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.data.pairs import AnswerBatch
 from rlhf_jax.errors import UserError

@@ -32,7 +32,6 @@ from flax.training.train_state import TrainState
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments.flags import (
-    Adapters,
     DemonstrationFlags,
     Flags,
     ModelFlags,
@@ -41,7 +40,6 @@ from experiments.flags import (
     RewardFlags,
     RunFlags,
     SamplingFlags,
-    Training,
 )
 from experiments.panels import PPO_REPORT
 from experiments.stages import (
@@ -53,6 +51,7 @@ from experiments.stages import (
     pretrained_defaults,
     say_defaults,
 )
+from experiments.training import Adapters, Training
 from rlhf_jax.actor_critic import Frozen, Setup, State, start_actor_critic
 from rlhf_jax.advantages import gae
 from rlhf_jax.batches import Completions, Experience, Prompts, Tokens

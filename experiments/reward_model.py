@@ -29,18 +29,16 @@ from flax.training.train_state import TrainState
 from jaxtyping import PRNGKeyArray
 
 from experiments.flags import (
-    AdapterDropout,
-    Adapters,
     ComparisonFlags,
     DemonstrationFlags,
     Flags,
     ModelFlags,
     RunFlags,
     SamplingFlags,
-    Training,
 )
 from experiments.panels import REWARD_MODEL_REPORT
 from experiments.stages import open_task, or_default, policy_sampler, pretrained_defaults, say_defaults
+from experiments.training import AdapterDropout, Adapters, Training
 from rlhf_jax.batches import PackedRankings, Rankings, Tokens
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
 from rlhf_jax.data.order import EpochOrder

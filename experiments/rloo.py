@@ -20,8 +20,9 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from experiments.flags import Flags, GroupConfig, Groups
+from experiments.flags import Flags, GroupConfig
 from experiments.stages import group_stage
+from experiments.training import Groups
 from rlhf_jax.advantages import leave_one_out_advantages
 from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.errors import UserError, at_least

@@ -23,17 +23,15 @@ from flax.training.train_state import TrainState
 from jaxtyping import PRNGKeyArray
 
 from experiments.flags import (
-    AdapterDropout,
-    Adapters,
     DemonstrationFlags,
     Flags,
     ModelFlags,
     RunFlags,
     SamplingFlags,
-    Training,
 )
 from experiments.panels import SFT_REPORT
 from experiments.stages import open_task, or_default, policy_sampler, pretrained_defaults, say_defaults
+from experiments.training import AdapterDropout, Adapters, Training
 from rlhf_jax import checkpoint
 from rlhf_jax.adapters import merged_on_host
 from rlhf_jax.batches import Tokens

@@ -10,7 +10,7 @@ import pytest
 from flax.training.train_state import TrainState
 
 from experiments import pipeline, ppo, reward_model, sft
-from experiments.flags import Training
+from experiments.training import Training
 from rlhf_jax import checkpoint
 from rlhf_jax import loop as loop_module
 from rlhf_jax.errors import UserError

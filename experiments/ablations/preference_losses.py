@@ -22,9 +22,9 @@ from experiments import dpo, ipo, kto, orpo, simpo
 from experiments.ablations.grid import GridFlags, run_grid
 from experiments.ablations.grid_results import Cells, Column, Page, Panel, points_line, variants_table
 from experiments.ablations.worlds import AfterSFT, after_sft
-from experiments.flags import Preference
 from experiments.sft import SFT
 from experiments.stages import train_preference
+from experiments.training import Preference
 from rlhf_jax.cli import run_main
 from rlhf_jax.data.pairs import paired, singly
 from rlhf_jax.errors import UserError

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from experiments import flags, pipeline, ppo, reward_model, sft
+from experiments import pipeline, ppo, reward_model, sft, training
 from rlhf_jax.cli import run_main
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import (
@@ -152,13 +152,13 @@ def test_the_pipeline_with_adapters(small_world, undrawn, trained, tmp_path, mon
     lora = {"lora_rank": 2, "lora_alpha": 4.0, "frozen_dtype": "int8"}
     stages = {name: replace(stage, **lora) for name, stage in SMALL.items()}
     dropping = []
-    taken = flags.AdapterDropout.model_in_training
+    taken = training.AdapterDropout.model_in_training
 
     def in_training(cfg, frozen, own, key, step):
         dropping.append((type(cfg).__name__, cfg.lora_dropout, isinstance(step, jax.core.Tracer)))
         return taken(cfg, frozen, own, key, step)
 
-    monkeypatch.setattr(flags.AdapterDropout, "model_in_training", in_training)
+    monkeypatch.setattr(training.AdapterDropout, "model_in_training", in_training)
     for name in ("sft", "reward_model"):
         stages[name] = replace(stages[name], lora_dropout=0.1)
     metrics = pipeline.main(pipeline.Config(run_dir=str(tmp_path / "run"), **stages))

@@ -11,7 +11,7 @@ import pytest
 from experiments import ppo, reward_model, sft
 from experiments.ablations import kl_coefficient, precision, preference_losses, verifiable
 from experiments.ablations.grid_results import Cells
-from experiments.flags import Preference
+from experiments.training import Preference
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import MIXED, Transformer, from_language_model
 from rlhf_jax.tasks import simulated
