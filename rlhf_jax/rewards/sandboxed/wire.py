@@ -91,6 +91,7 @@ class _Writer:
         self._places = {id(item): number for number, item in enumerate(known)}
 
     def put(self, item: Any) -> None:
+        """Adds the bytes of one value. Raises NotPlain where `refer` does."""
         kind = type(item)
         if kind in LETTERS:
             self.out.append(LETTERS[kind])
@@ -150,13 +151,14 @@ def decode(message: bytes, known: list[Any], resolve: Resolve) -> Any:
 
 
 class _Reader:
-    """A message that is being read, up to a position in it."""
+    """A message, and the position up to which it is read."""
 
     def __init__(self, message: bytes, known: list[Any], resolve: Resolve):
         self.position = 0
         self._message, self._known, self._resolve = message, known, resolve
 
     def get(self) -> Any:
+        """The next value. Raises Breach at the end of the message; other errors, such as LookupError, for nonsense."""
         code = self._take(1)
         if code in SINGLE:
             return SINGLE[code]
