@@ -109,11 +109,11 @@ def grade(response: str, answer: Any, *, worked_out: bool = False) -> Correct:
     Hendrycks et al. 2021, "Measuring Mathematical Problem Solving With the MATH Dataset",
     https://arxiv.org/abs/2103.03874.
     """
+    return _grade(response, answer, _equal, worked_out=worked_out)
 
-    def equal(one: str, other: str) -> bool:
-        return symbolically_equal([(one, other)], jobs=1)[0]
 
-    return _grade(response, answer, equal, worked_out=worked_out)
+def _equal(one: str, other: str) -> bool:
+    return symbolically_equal([(one, other)], jobs=1)[0]
 
 
 def _grade(response: str, answer: Any, equal: Equal, *, worked_out: bool) -> Correct:
