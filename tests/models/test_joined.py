@@ -44,21 +44,20 @@ def batch(length):
     return join(prompts, Completions(jnp.asarray(answers, jnp.int32), jnp.asarray(mask), nothing), pad_id=0)
 
 
-def same(model, params, tokens, over=lambda own: own):
-    """Compares both passes."""
+def same(model, params, tokens, over=lambda own: own, *, sizes=(SIZE,)):
+    """Compares passes over groups of so many rows with that over whole rows."""
     weights = jnp.asarray(RNG.normal(size=(2, *tokens.mask.shape)), jnp.float32)
 
     def run(joined):
         def loss(own):
             logprobs, entropy = token_scores(model, over(own), tokens, temperature=0.7, joined=joined)
-            alone = response_logprobs(model, over(own), tokens, temperature=0.7, joined=joined)
-            return (weights[0] * logprobs + weights[1] * entropy).sum(), (logprobs, entropy, alone)
+            return (weights[0] * logprobs + weights[1] * entropy).sum(), (logprobs, entropy)
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
     (_, scores), grads = run(None)
     assert (scores[0] != 0).sum() == tokens.mask.sum() > GROUPS * SIZE - 1
-    for size in (1, SIZE):
+    for size in sizes:
         (_, found), found_grads = run(Joined(WIDTH, size))
         jax.tree.map(partial(assert_allclose, atol=3e-5, rtol=3e-4), (found, found_grads), (scores, grads))
 
@@ -70,8 +69,18 @@ def test_a_prompt_read_once_is_exact(config):
 
 @pytest.mark.parametrize("length", [1, 2, 70])
 def test_answers_of_one_token_and_of_many(length):
-    """70 are more columns than the head reads at once."""
-    same(Transformer(PLAIN), new_params(PLAIN), batch(length))
+    """70 are more columns than the head reads at once. A group of one row reads its prompt alone."""
+    same(Transformer(PLAIN), new_params(PLAIN), batch(length), sizes=(1, SIZE))
+
+
+def test_log_probabilities_alone_are_those_with_the_entropy():
+    model, params, tokens = Transformer(PLAIN), new_params(PLAIN), batch(7)
+    for joined in (None, Joined(WIDTH, 1), Joined(WIDTH, SIZE)):
+        both, alone = (
+            jax.jit(partial(function, model, temperature=0.7, joined=joined))(params, tokens)
+            for function in (token_scores, response_logprobs)
+        )
+        assert_allclose(alone, both[0], atol=3e-6)
 
 
 def test_over_an_adapter():
