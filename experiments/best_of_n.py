@@ -92,9 +92,8 @@ def write_best(cfg: Config, task: Task, run: Run, sampler: PolicySampler, score:
     if run.first:
         with open(file, encoding="utf-8") as found:
             count = sum(1 for _ in found)
-        run.say(
-            f"best answers: {file} ({count} of {len(sets.train.row)} prompts; the others have no answer that ends)"
-        )
+        run.say(f"best answers: {file} ({count} of {len(sets.train.row)} prompts; the best answer to the others is"
+                " empty or does not end)")  # fmt: skip
 
 
 def best_rows(task: Task, pool: Pool, first: int) -> list[dict[str, Any]]:
@@ -120,10 +119,11 @@ def take_up(file: Path, size: int) -> int:
     """
     if not file.exists():
         return 0
-    kept = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    # Not splitlines, which also ends a line at characters that a text may have inside.
+    kept = file.read_bytes().split(b"\n")[:-1]
     rows = [json.loads(line)["row"] for line in kept]
     first = rows[-1] // size * size if rows else 0
-    file.write_text("".join(line for line, row in zip(kept, rows, strict=True) if row < first), encoding="utf-8")
+    file.write_bytes(b"".join(line + b"\n" for line, row in zip(kept, rows, strict=True) if row < first))
     return first
 
 

@@ -28,7 +28,7 @@ def done(flags, tmp_path_factory):
 
 
 def lines(folder):
-    return [json.loads(line) for line in (folder / "best.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / "best.jsonl").read_bytes().split(b"\n")[:-1]]
 
 
 def test_the_best_answers_are_written_and_scored_as_the_reward_has_it(done):
@@ -56,8 +56,11 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_file(flags, done, tmp_path
 def test_a_file_is_taken_up_where_its_last_pool_begins(tmp_path):
     file = tmp_path / "best.jsonl"
     rows = "".join(json.dumps({"row": row}) + "\n" for row in (0, 1, 4, 7, 8, 10))
-    for text, first, kept in [("", 0, 0), (rows, 8, 4), (rows[:-3], 8, 4), (rows[:35], 4, 2), (rows[:3], 0, 0)]:
-        file.write_text(text)
+    odd = json.dumps({"row": 1, "completion": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n"  # ends of lines to some
+    for text, first, kept in [
+        ("", 0, 0), (rows, 8, 4), (rows[:-3], 8, 4), (rows[:35], 4, 2), (rows[:3], 0, 0), (odd + rows[22:], 8, 3),
+    ]:  # fmt: skip
+        file.write_text(text, encoding="utf-8")
         assert best_of_n.take_up(file, 4) == first and len(lines(tmp_path)) == kept
     assert best_of_n.take_up(tmp_path / "none", 4) == 0
 
