@@ -130,7 +130,7 @@ def train_round(
     """
     sets, base = task.prompts(), task.base._replace(params=policy)
     train, heldout = (
-        pick(cfg, task, policy, prompts, sampler, score, 100_000 * number + 50_000 * side)
+        pick(cfg, task, policy, prompts, sampler, score, 20_000_000 * number + 10_000_000 * side)
         for side, (prompts, score) in enumerate(zip((sets.train, sets.heldout), scorers, strict=True))
     )
     if not train.best or not heldout.best:
