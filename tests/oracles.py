@@ -180,13 +180,14 @@ def bradley_terry_loss(chosen_rewards, rejected_rewards, *, margin=0.0):
     return -mean(log_sigmoid(c - r - m) for c, r, m in zip(chosen_rewards, rejected_rewards, margins, strict=True))
 
 
-def ranking_loss(rewards, ranks, mask):
+def ranking_loss(rewards, ranks, mask, *, margin=0.0, label_smoothing=0.0):
     losses = []
-    for b in range(len(rewards)):
+    margins, doubts = (np.broadcast_to(x, len(rewards)) for x in (margin, label_smoothing))
+    for b, (m, doubt) in enumerate(zip(margins, doubts, strict=True)):
         real = [k for k in range(rewards.shape[1]) if mask[b, k]]
-        pairs = [(w, x) for w in real for x in real if ranks[b, w] < ranks[b, x]]
-        if pairs:
-            losses.append(-mean(log_sigmoid(rewards[b, w] - rewards[b, x]) for w, x in pairs))
+        differences = [rewards[b, w] - rewards[b, x] for w in real for x in real if ranks[b, w] < ranks[b, x]]
+        if differences:
+            losses.append(-mean((1 - doubt) * log_sigmoid(d - m) + doubt * log_sigmoid(-d - m) for d in differences))
     return mean(losses)
 
 
@@ -217,8 +218,10 @@ def dpo_loss(
     label_smoothing=0.0,
 ):
     differences = log_ratio_differences(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
+    doubts = np.broadcast_to(label_smoothing, len(differences))
     return -mean(
-        (1 - label_smoothing) * log_sigmoid(beta * d) + label_smoothing * log_sigmoid(-beta * d) for d in differences
+        (1 - doubt) * log_sigmoid(beta * d) + doubt * log_sigmoid(-beta * d)
+        for d, doubt in zip(differences, doubts, strict=True)
     )
 
 

@@ -44,24 +44,30 @@ def ranking_loss(
     mask: Bool[Array, "B K"],
     *,
     margin: ScalarLike | Float[Array, " B"] = 0.0,
+    label_smoothing: ScalarLike | Float[Array, " B"] = 0.0,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Bradley-Terry over all pairs of a prompt's K ranked responses, as one batch element.
 
-        L = −E_x[ (1 / C(K,2)) Σ_{w ≻ l} log σ(r(x, y_w) − r(x, y_l) − m) ]
+        L = −E_x[ (1 / C(K,2)) Σ_{w ≻ l} (1−ε) log σ(Δ − m) + ε log σ(−Δ − m) ],   Δ = r(x, y_w) − r(x, y_l)
 
-    Rank 0 is best; equal ranks form no pair. `margin` m is a number or one a prompt [B], the same for each of its
-    pairs. The mean is over a prompt's pairs, then over prompts that have any.
+    Rank 0 is best; equal ranks form no pair. `margin` m and ε = `label_smoothing`, the chance that the order of a
+    pair is wrong, are each a number or one a prompt [B], the same for each of its pairs. With ε = 1 − p the labels are
+    soft: that y_w is the better one has probability p. The mean is over a prompt's pairs, then over prompts that have
+    any.
     Reference: Ouyang et al. 2022, eq. 1, https://arxiv.org/abs/2203.02155; the margin is that of Touvron et al. 2023
-    (Llama 2), eq. 2, https://arxiv.org/abs/2307.09288.
+    (Llama 2), eq. 2, https://arxiv.org/abs/2307.09288; soft labels are those of Bai et al. 2022, §4.3,
+    https://arxiv.org/abs/2212.08073.
     """
     check_shapes({"rewards": rewards, "ranks": ranks, "mask": mask}, rank=2)
-    check_number_or_row({"margin": margin}, {"rewards": rewards})
+    check_number_or_row({"margin": margin, "label_smoothing": label_smoothing}, {"rewards": rewards})
     mask = boolean(mask)
     rewards = jnp.where(mask, wide(rewards), 0.0)
     difference = rewards[:, :, None] - rewards[:, None, :]
     pairs = _pairs(ranks, mask)
     has_pairs = pairs.any(axis=(1, 2))
-    likelihood = jax.nn.log_sigmoid(difference - jnp.reshape(wide(jnp.asarray(margin)), (-1, 1, 1)))
+    m, doubt = (jnp.reshape(wide(jnp.asarray(x)), (-1, 1, 1)) for x in (margin, label_smoothing))
+    right, wrong = jax.nn.log_sigmoid(difference - m), jax.nn.log_sigmoid(-difference - m)
+    likelihood = (1.0 - doubt) * right + doubt * wrong
     loss = -masked_mean(likelihood, pairs, axis=(1, 2))
     accuracy = masked_mean(_correct(difference), pairs, axis=(1, 2))
     return masked_mean(loss, has_pairs), {

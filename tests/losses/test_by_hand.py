@@ -113,6 +113,18 @@ def test_ranking():
     check(losses.ranking_loss(rewards, ranks, on(1, 1, 1)), loss, accuracy=1.0, reward_difference=4 / 3 * LOG3)
 
 
+def test_soft_rankings():
+    # σ = 3/4, 3/4 and 9/10 as above; with probability 1/5 each pair is the other way round: 1/4, 1/4 and 1/10.
+    rewards, ranks = row(0.0, 2 * LOG3, LOG3), jnp.asarray([[2, 0, 1]])
+    right, wrong = 2 * math.log(3 / 4) + math.log(9 / 10), 2 * math.log(1 / 4) + math.log(1 / 10)
+    loss = -(0.8 * right + 0.2 * wrong) / 3
+    check(losses.ranking_loss(rewards, ranks, on(1, 1, 1), label_smoothing=0.2), loss, accuracy=1.0)
+    # Δ = log 3 and a margin of log 3: σ(0) if it is right, σ(−log 9) = 1/10 if not.
+    pair, order = row(LOG3, 0.0), jnp.asarray([[0, 1]])
+    loss = 0.75 * LOG2 + 0.25 * math.log(10)
+    check(losses.ranking_loss(pair, order, on(1, 1), margin=LOG3, label_smoothing=f32(0.25)), loss, accuracy=1.0)
+
+
 def test_plackett_luce():
     # 9 of 9 + 3 + 1, then 3 of 3 + 1, then 1 of 1.
     rewards, ranks = row(0.0, 2 * LOG3, LOG3), jnp.asarray([[2, 0, 1]])

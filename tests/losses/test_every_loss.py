@@ -125,6 +125,12 @@ CASES = {
         counts_rows=True,
     ),
     "ranking": Case(losses.ranking_loss, {"rewards": real(*TOKENS), "ranks": RANKS, "mask": MASK}, {}, ("rewards",)),
+    "soft_ranking": Case(
+        losses.ranking_loss,
+        {"rewards": real(*TOKENS), "ranks": RANKS, "mask": MASK},
+        {"margin": 0.3, "label_smoothing": 0.2},
+        ("rewards",),
+    ),
     "plackett_luce": Case(
         losses.plackett_luce_loss, {"rewards": real(*TOKENS), "ranks": RANKS, "mask": MASK}, {}, ("rewards",)
     ),

@@ -6,10 +6,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import losses
 from rlhf_jax.logprobs import token_logprobs
@@ -105,6 +106,37 @@ def test_a_prompts_margin_is_that_of_its_pairs():
     assert_allclose(metrics["accuracy"], also["accuracy"])
     none = losses.ranking_loss(rewards, ranks, mask, margin=0.0)[0]
     assert_allclose(none, losses.ranking_loss(rewards, ranks, mask)[0])
+
+
+def test_a_prompts_doubt_is_that_of_its_pairs():
+    rewards, doubt, zero = normal(B, 3), jnp.linspace(0.0, 0.5, B), jnp.zeros(B)
+    ranks, mask = jnp.broadcast_to(jnp.asarray([[1, 0, 7]]), (B, 3)), jnp.ones((B, 3), bool)
+    two = mask.at[:, 2].set(False)
+    loss, metrics = losses.ranking_loss(rewards, ranks, two, label_smoothing=doubt)
+    expected, also = losses.bradley_terry_loss(rewards[:, 1], rewards[:, 0], label_smoothing=doubt)
+    assert_allclose(loss, expected, rtol=1e-5)
+    assert_allclose(metrics["accuracy"], also["accuracy"])
+    slow = oracles.ranking_loss(*(np.asarray(x) for x in (rewards, ranks, mask)), label_smoothing=np.asarray(doubt))
+    assert_allclose(losses.ranking_loss(rewards, ranks, mask, label_smoothing=doubt)[0], slow, rtol=1e-5)
+    pairs = normal(B), normal(B), zero, zero
+    slow = oracles.dpo_loss(*map(np.asarray, pairs), beta=0.3, label_smoothing=np.asarray(doubt))
+    assert_allclose(losses.dpo_loss(*pairs, beta=0.3, label_smoothing=doubt)[0], slow, rtol=1e-5)
+    # Without doubt nothing changes, to the last bit.
+    sure = losses.ranking_loss(rewards, ranks, mask, label_smoothing=zero)
+    jax.tree.map(assert_array_equal, sure, losses.ranking_loss(rewards, ranks, mask))
+
+
+def test_a_label_of_one_half_pulls_two_scores_together():
+    ranks, mask = jnp.asarray([[0, 1]] * 3), jnp.ones((3, 2), bool)
+    rewards = jnp.asarray([[2.0, -1.0], [-1.0, 2.0], [0.5, 0.5]])
+    pull = jax.grad(lambda r: losses.ranking_loss(r, ranks, mask, label_smoothing=0.5)[0])(rewards)
+    assert pull[0, 0] > 0 > pull[0, 1] and pull[1, 0] < 0 < pull[1, 1]
+    assert_allclose(pull[2], [0.0, 0.0], atol=1e-7)
+    # dL/dΔ = (σ(Δ) − p) / 3 prompts, here with p = ½.
+    assert_allclose(pull[0, 0], (1 / (1 + math.exp(-3)) - 0.5) / 3, rtol=1e-5)
+    # It rests where σ(Δ) is the label: log 3 for 3/4.
+    rest = jax.grad(lambda r: losses.ranking_loss(r, ranks[:1], mask[:1], label_smoothing=0.25)[0])
+    assert_allclose(rest(jnp.asarray([[math.log(3), 0.0]])), [[0.0, 0.0]], atol=1e-6)
 
 
 @settings(max_examples=10, deadline=None, phases=(Phase.generate,))
