@@ -45,7 +45,8 @@ class DPOFlags(Flags):
     beta: float = 0.1
     """β. The larger it is, the closer the policy stays to the reference."""
     label_smoothing: float = 0.0
-    """The probability that a label is wrong (conservative DPO)."""
+    """The probability ε that a label is wrong (conservative DPO). A comparison's own doubt d adds to it: the two go
+    wrong independently, and the label is wrong where one of them does, d + ε − 2dε."""
 
     def __post_init__(self) -> None:
         """Raises UserError for numbers out of range."""
@@ -69,9 +70,9 @@ class Config(RunFlags, SamplingFlags, PromptFlags, ReferenceFlags, ModelFlags, C
 
 def loss(cfg: DPO, logprobs: Float[Array, " B"], batch: AnswerBatch, _: None) -> tuple[Array, Metrics]:
     """DPO's loss of a batch: the first half are chosen answers, the second half their rejected ones."""
-    return dpo_loss(
-        *jnp.split(logprobs, 2), *jnp.split(batch.ref_logprobs, 2), beta=cfg.beta, label_smoothing=cfg.label_smoothing
-    )
+    doubt = jnp.split(batch.doubt, 2)[0]
+    wrong = doubt + cfg.label_smoothing - 2.0 * doubt * cfg.label_smoothing
+    return dpo_loss(*jnp.split(logprobs, 2), *jnp.split(batch.ref_logprobs, 2), beta=cfg.beta, label_smoothing=wrong)
 
 
 def reward(cfg: DPO, logprobs: Any, ref_logprobs: Any, lengths: Any) -> Any:
@@ -82,7 +83,7 @@ def reward(cfg: DPO, logprobs: Any, ref_logprobs: Any, lengths: Any) -> Any:
 @on_mesh
 def main(cfg: Config) -> dict[str, float]:
     """Trains, compares the policy with the one it started from, exports it, and returns the final metrics."""
-    return preference_stage(cfg, "dpo", "DPO", partial(loss, cfg), partial(reward, cfg))
+    return preference_stage(cfg, "dpo", "DPO", partial(loss, cfg), partial(reward, cfg), soft=True)
 
 
 if __name__ == "__main__":

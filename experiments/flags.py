@@ -139,6 +139,15 @@ class ComparisonFlags(DataFlags):
     """Names of the columns in the files, OURS=THEIRS."""
     comparisons_weights: tuple[float, ...] = ()
     """Shares of the sources; as many comparisons are used as these allow without repeating one."""
+    comparisons_clamp: float | None = None
+    """The highest probability that a label may have, such as 0.6; the lowest is 1 minus that (Bai et al. 2022). For
+    files with a column probability; rows without one keep their label."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a probability that is none."""
+        if self.comparisons_clamp is not None and not 0.5 < self.comparisons_clamp < 1:
+            raise UserError(f"comparisons-clamp is {self.comparisons_clamp}; it must be between 0.5 and 1")
+        super().__post_init__()
 
     def sources(self) -> dict[str, Source]:
         """All files that the flags name, by their kind. Raises UserError for flags about files that are not given."""
@@ -149,6 +158,9 @@ class ComparisonFlags(DataFlags):
             self.comparisons_columns,
             self.comparisons_weights,
         )
+        if self.comparisons_clamp and not own:
+            raise UserError("--comparisons-clamp is about the files of --comparisons, and there are none")
+        own = {kind: files._replace(clamp=self.comparisons_clamp) for kind, files in own.items()}
         return own | super().sources()
 
 

@@ -108,7 +108,8 @@ def make_step(
     def loss_fn(trainable: Params, batch: Rankings | PackedRankings, frozen: Params, step: Any) -> tuple[Any, Metrics]:
         params = cfg.model_in_training(frozen, trainable, dropout_key, step)
         margin = batch.margin if isinstance(batch, PackedRankings) else 0.0  # the world's annotators give none
-        return ranking_loss(ranking_rewards(model, params, batch), batch.ranks, batch.mask, margin=margin)
+        rewards = ranking_rewards(model, params, batch)
+        return ranking_loss(rewards, batch.ranks, batch.mask, margin=margin, label_smoothing=batch.doubt)
 
     counts = (lambda batch: ranking_counts(batch.ranks, batch.mask)) if cfg.accumulate > 1 else None
     return make_train_step(loss_fn, counts=counts)

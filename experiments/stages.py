@@ -218,11 +218,19 @@ def train_preference(
 
 
 def preference_stage(
-    cfg: Any, stage: str, who: str, loss: PreferenceLoss, implicit_reward: ImplicitReward, *, single: bool = False
+    cfg: Any,
+    stage: str,
+    who: str,
+    loss: PreferenceLoss,
+    implicit_reward: ImplicitReward,
+    *,
+    single: bool = False,
+    soft: bool = False,
 ) -> dict[str, float]:
     """A run of one preference loss: reads, trains, compares the policy with where it started, exports.
 
-    `single`: the loss takes answers one by one (KTO), from `--unpaired` or from comparisons taken apart.
+    `single`: the loss takes answers one by one (KTO), from `--unpaired` or from comparisons taken apart. `soft`: it
+    has soft labels, a doubt of each pair.
     """
     with run_with_report(cfg, stage, preference_report(stage, who)) as run:
         task = open_task(cfg, run, first="sft")
@@ -235,6 +243,8 @@ def preference_stage(
         else:
             if any(ranking.margin for ranking in comparisons.train):
                 run.warn(f"{stage} has no margin between answers: the column 'margin' is not used")
+            if not soft and any(ranking.doubt for ranking in comparisons.train):
+                run.warn(f"{stage} has no soft labels: the column 'probability' only says which answer is better")
             examples = paired(comparisons.train, cfg.pairs)
             examples = singly(examples) if single else examples
         trained = train_preference(

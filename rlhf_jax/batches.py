@@ -33,6 +33,8 @@ class RankedAnswers(NamedTuple):
     """One for each response; 0 is best, equal ranks form no pair."""
     margin: float = 0.0
     """How much better the best answer was found, where people said so."""
+    doubt: float = 0.0
+    """The chance that the order of two answers is wrong, at most ½: 1 − p where the label has a probability p."""
 
 
 class LabelledAnswer(NamedTuple):
@@ -51,6 +53,8 @@ class Rankings(NamedTuple):
     """0 is best; equal ranks form no pair."""
     mask: Bool[Array, "P K"]
     """False where a prompt has fewer than K responses."""
+    doubt: Float[Array, " P"]
+    """The chance that the order of two responses is wrong."""
 
 
 class PackedAnswers(NamedTuple):
@@ -78,6 +82,8 @@ class PackedRankings(NamedTuple):
     ranks: Int[Array, "P K"]
     """0 is best; equal ranks form no pair."""
     margin: Float[Array, " P"]
+    doubt: Float[Array, " P"]
+    """The chance that the order of two answers is wrong."""
 
 
 class Prompts(NamedTuple):

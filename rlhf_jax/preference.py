@@ -104,8 +104,9 @@ def make_batches(
 
     def lay_groups(drawn: np.ndarray) -> AnswerBatch:
         rows, good = (numbers[drawn].T.reshape(-1) for numbers in (examples.groups, examples.good))
+        doubt: Any = np.tile(examples.doubt[drawn], examples.groups.shape[1])
         batch = AnswerBatch(
-            lay([answers[row] for row in rows], length=length), good, lengths[rows], ref_logprobs[rows]
+            lay([answers[row] for row in rows], length=length), good, lengths[rows], ref_logprobs[rows], doubt
         )
         if not mismatched:
             return batch

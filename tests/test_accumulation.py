@@ -171,7 +171,13 @@ def test_packed_rankings_of_unequal_length():
     """Packed apart they fill different numbers of rows; some prompts have more answers than others."""
     rng = np.random.default_rng(0)
     rankings = [
-        RankedAnswers([3, 4], [rng.integers(3, 24, n).tolist() for n in lengths], tuple(range(len(lengths))), 0.0)
+        RankedAnswers(
+            [3, 4],
+            [rng.integers(3, 24, n).tolist() for n in lengths],
+            tuple(range(len(lengths))),
+            0.0,
+            len(lengths) / 8,
+        )
         for lengths in ([1, 2], [9, 10, 11], [2, 1], [3, 1, 1])
     ]
     pack = partial(pack_rankings, length=14, pad_id=0, answers=3)
@@ -182,7 +188,8 @@ def test_packed_rankings_of_unequal_length():
     model = ScalarModel(CONFIG)
 
     def loss_fn(params, batch):
-        return ranking_loss(packed_rewards(token_values(model, params, batch.tokens), batch), batch.ranks, batch.mask)
+        rewards = packed_rewards(token_values(model, params, batch.tokens), batch)
+        return ranking_loss(rewards, batch.ranks, batch.mask, label_smoothing=batch.doubt)
 
     found = moved(loss_fn, CRITIC, stacked, lambda b: ranking_counts(b.ranks, b.mask))
     expected = moved(loss_fn, CRITIC, jax.tree.map(jnp.asarray, pack(rankings)))

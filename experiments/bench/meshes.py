@@ -113,7 +113,7 @@ def preferences() -> tuple[Any, tuple[Any, ...]]:
     model, some = Transformer(MODEL), tokens(2)
     references: Any = np.linspace(-9, -2, ROWS, dtype=np.float32)
     chosen: Any = np.arange(ROWS) < ROWS // 2
-    batch = AnswerBatch(some, chosen, some.mask.sum(axis=1), references)
+    batch = AnswerBatch(some, chosen, some.mask.sum(axis=1), references, np.zeros_like(references))
     state = make_state(model, weights()[0], optax.sgd(1.0))
     return make_train_step(partial(objective, partial(dpo.loss, dpo.DPO()), model)), (state, shard_batch(batch))
 

@@ -147,7 +147,11 @@ def build(case: Case, make: Make, parts: int = 1) -> Program:
     if case.experiment == "dpo":
         dpo_cfg = dpo.DPO(**trained)
         frozen, _, state = training(dpo_cfg, model, params, make)
-        good = make(lambda: AnswerBatch(batch(), jnp.ones(rows, bool), jnp.ones(rows, jnp.int32), jnp.ones(rows)))
+        good = make(
+            lambda: AnswerBatch(
+                batch(), jnp.ones(rows, bool), jnp.ones(rows, jnp.int32), jnp.ones(rows), jnp.zeros(rows)
+            )
+        )
         step = make_preference_step(partial(dpo.loss, dpo_cfg), config, accumulate=1)
         return Program(step, (state, good, frozen), learned)
     rewards = make(lambda p: from_language_model(p, jax.random.key(0), config), params)
@@ -155,7 +159,11 @@ def build(case: Case, make: Make, parts: int = 1) -> Program:
         reward_cfg = reward_model.RewardModel(**trained)
         frozen, _, state = training(reward_cfg, scalar, rewards, make)
         shape = rows // 2, 2
-        pairs = make(lambda: Rankings(batch(), jnp.broadcast_to(jnp.arange(2), shape), jnp.ones(shape, bool)))
+        pairs = make(
+            lambda: Rankings(
+                batch(), jnp.broadcast_to(jnp.arange(2), shape), jnp.ones(shape, bool), jnp.zeros(shape[0])
+            )
+        )
         step = reward_model.make_step(reward_cfg, config, jax.random.key(0))
         return Program(step, (state, pairs, frozen, make(lambda: jnp.zeros((), jnp.int32))), valued)
 

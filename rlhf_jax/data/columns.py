@@ -25,6 +25,8 @@ WEIGHTS = (
     "assistant_mask", "assistant_masks", "completion_mask",
 )  # fmt: skip
 """Columns that would change how much of a row is learned."""
+BETWEEN = ("margin", "probability")
+"""Columns that are between a chosen and a rejected answer."""
 VERDICTS = ("label", "kto_tag")
 """Columns that say whether an answer is a good one."""
 SHOWN = 8
@@ -64,8 +66,9 @@ def refuse(row: Mapping[str, Any], kind: str, read: Iterable[str]) -> None:
                 f"column {name!r} says whether the answer is good, and a demonstration is learned whatever it says;"
                 " take it out, or give prompt, completion and label as --unpaired"
             )
-    if kind == "comparisons" and "margin" not in read and given(row, "margin") is not None:
-        raise BadRow("column 'margin' cannot be used: it is between two answers, chosen and rejected")
+    for name in BETWEEN:
+        if kind == "comparisons" and name not in read and given(row, name) is not None:
+            raise BadRow(f"column {name!r} cannot be used: it is between two answers, chosen and rejected")
 
 
 def not_read(row: Mapping[str, Any], kind: str, read: Iterable[str], others: Iterable[str] = ()) -> str:

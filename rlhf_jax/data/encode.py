@@ -135,7 +135,8 @@ def _result(row: Any, ids: Any) -> Any:
     ranked = list(zip(responses, row.ranks, strict=True))
     if any(a == b and i != j for k, (a, i) in enumerate(ranked) for b, j in ranked[:k]):
         raise BadRow(EQUAL)  # the words differ in what the chat template does not show
-    return RankedAnswers(given, responses, row.ranks, row.margin)
+    doubt = 0.0 if row.probability is None else 1.0 - row.probability
+    return RankedAnswers(given, responses, row.ranks, row.margin, doubt)
 
 
 def _bare(answer: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[Conversation, bool]:

@@ -8,7 +8,8 @@
 
 A prompt, chosen or rejected is text, a list of messages {"role", "content"}, or a transcript of "\\n\\nHuman:" and
 "\\n\\nAssistant:" turns as in HH-RLHF (Bai et al. 2022, https://arxiv.org/abs/2204.05862). Beside them may stand
-tools, a system text and a history (`columns`). Texts are kept as they are, space around them too.
+tools, a system text and a history (`columns`), and beside chosen and rejected a margin, and the probability that
+chosen is the better one: below ½ the two change places. Texts are kept as they are, space around them too.
 """
 
 from collections.abc import Callable, Mapping
@@ -65,6 +66,8 @@ class Comparison(NamedTuple):
     place: Place
     margin: float = 0.0
     tools: Tools = None
+    probability: float | None = None
+    """That the first answer is the better one, at least ½; None where the row does not say it."""
 
 
 class Prompt(NamedTuple):
@@ -212,20 +215,21 @@ def _unpaired(row: Mapping[str, Any], place: Place) -> Unpaired:
     return Unpaired(calling(prompt, tools), calling(answer, tools), row["label"], place, tools)
 
 
+BETWEEN = columns.BETWEEN
 FORMATS = {
     "messages": Format("demonstrations", ("messages",), columns.COMMON, _messages),
     "sharegpt": Format("demonstrations", ("conversations",), columns.COMMON, _messages),
     "prompt_completion": Format("demonstrations", ("prompt", "completion"), columns.COMMON, _completion),
     "alpaca": Format("demonstrations", ("instruction", "output"), ("input", *columns.COMMON), _alpaca),
     "text": Format("demonstrations", ("text",), (), _text),
-    "preference": Format("comparisons", ("prompt", "chosen", "rejected"), ("margin", *columns.COMMON), _preference),
+    "preference": Format("comparisons", ("prompt", "chosen", "rejected"), (*BETWEEN, *columns.COMMON), _preference),
     "instruction_preference": Format(
         "comparisons",
         ("instruction", "chosen", "rejected"),
-        ("input", "margin", *columns.COMMON),
+        ("input", *BETWEEN, *columns.COMMON),
         _instruction_preference,
     ),
-    "transcripts": Format("comparisons", ("chosen", "rejected"), ("margin", *columns.COMMON), _transcripts),
+    "transcripts": Format("comparisons", ("chosen", "rejected"), (*BETWEEN, *columns.COMMON), _transcripts),
     "ranking": Format("comparisons", ("prompt", "responses", "ranks"), columns.COMMON, _ranked),
     "scored": Format("comparisons", ("prompt", "responses", "scores"), columns.COMMON, _ranked),
     "prompts": Format("prompts", ("prompt",), columns.COMMON, _prompt),
@@ -314,7 +318,18 @@ def _compare(
     ):
         raise BadRow(EQUAL)
     margin = 0.0 if row.get("margin") is None else finite_number(row["margin"], "margin")
+    probability = None if row.get("probability") is None else _probability(row["probability"], margin)
+    if probability is not None and probability < 0.5:
+        answers, probability = answers[::-1], 1.0 - probability
     tools = row_tools(row)
-    return Comparison(
-        calling(prompt, tools), tuple(calling(answer, tools) for answer in answers), ranks, place, margin, tools
-    )
+    written = tuple(calling(answer, tools) for answer in answers)
+    return Comparison(calling(prompt, tools), written, ranks, place, margin, tools, probability)
+
+
+def _probability(value: Any, margin: float) -> float:
+    probability = finite_number(value, "probability")
+    if not 0 <= probability <= 1:
+        raise BadRow("field 'probability' holds a number that is not between 0 and 1")
+    if probability < 0.5 and margin:
+        raise BadRow("field 'probability' says that 'rejected' is the better one, and a margin is between the two")
+    return probability

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.batches import LabelledAnswer, PackedAnswers, RankedAnswers, Tokens
-from rlhf_jax.data.preferences import Answer, pack_answers, rank_table
+from rlhf_jax.data.preferences import Answer, doubts, pack_answers, rank_table
 from rlhf_jax.data.tokens import bucket, pad_sequences, size
 from rlhf_jax.errors import UserError
 
@@ -26,6 +26,8 @@ class Examples(NamedTuple):
     groups: Int[np.ndarray, "M W"]
     """Numbers of answers."""
     good: Bool[np.ndarray, "M W"]
+    doubt: Float[np.ndarray, " M"]
+    """The chance that a pair's order is wrong."""
 
 
 class AnswerBatch(NamedTuple):
@@ -36,6 +38,8 @@ class AnswerBatch(NamedTuple):
     lengths: Int[Array, " B"]
     """Tokens of each response."""
     ref_logprobs: Float[Array, " B"]
+    doubt: Float[Array, " B"]
+    """The chance that the order of an answer's pair is wrong."""
     mismatched: Tokens | PackedAnswers | None = None
     """The same responses after other prompts (KTO)."""
     ref_mismatched: Float[Array, " B"] | None = None
@@ -45,22 +49,28 @@ def paired(rankings: Sequence[RankedAnswers], pairs: Pairs) -> Examples:
     """Pairs of each prompt's answers; equal ranks form none. Answers are in the order of the rankings."""
     find = best_and_worst if pairs == "best_worst" else all_pairs
     ranks, mask = rank_table(rankings)
-    used, groups = np.unique(find(ranks, mask), return_inverse=True)
+    found = find(ranks, mask)
+    used, groups = np.unique(found, return_inverse=True)
     places = [divmod(int(number), ranks.shape[1]) for number in used]
     answers = [(rankings[p].prompt, rankings[p].responses[k]) for p, k in places]
     groups = groups.reshape(-1, 2)
-    return Examples(answers, groups, np.broadcast_to([True, False], groups.shape))
+    doubt = doubts(rankings)[found[:, 0] // ranks.shape[1]]
+    return Examples(answers, groups, np.broadcast_to([True, False], groups.shape), doubt)
 
 
 def singly(examples: Examples) -> Examples:
     """Pairs taken apart: every chosen answer is a good one, every rejected one a bad one."""
-    return examples._replace(groups=examples.groups.reshape(-1, 1), good=examples.good.reshape(-1, 1))
+    each = examples.groups.shape[1]
+    return Examples(
+        examples.answers, examples.groups.reshape(-1, 1), examples.good.reshape(-1, 1), examples.doubt.repeat(each)
+    )
 
 
 def labelled(rows: Sequence[LabelledAnswer]) -> Examples:
     """Single answers with the labels that they came with."""
     answers: list[Answer] = [(row.prompt, row.response) for row in rows]
-    return Examples(answers, np.arange(len(rows))[:, None], np.array([[row.good] for row in rows]))
+    good = np.array([[row.good] for row in rows])
+    return Examples(answers, np.arange(len(rows))[:, None], good, np.zeros(len(rows), np.float32))
 
 
 def best_and_worst(ranks: Int[np.ndarray, "P K"], mask: Bool[np.ndarray, "P K"]) -> Int[np.ndarray, "M 2"]:

@@ -56,17 +56,18 @@ def pack_rankings(
     prompts: int | None = None,
     answers: int | None = None,
 ) -> PackedRankings:
-    """`pack_answers` of rankings, with their ranks and margins, for reward models.
+    """`pack_answers` of rankings, with their ranks, margins and doubts, for reward models.
 
     `prompts` and `answers` fill P and K up to that many. Raises ValueError when a document is longer than `length`,
     or there are more prompts or answers than that.
     """
     ranks, mask = rank_table(rankings, prompts=prompts, answers=answers)
     packed = pack_answers(_in_table(rankings, ranks.shape[1]), length=length, pad_id=pad_id, slots=ranks.size)
-    margin = np.zeros(len(ranks), np.float32)
-    margin[: len(rankings)] = [ranking.margin for ranking in rankings]
+    margin = _filled([ranking.margin for ranking in rankings], len(ranks))
     row, column = packed.row.reshape(ranks.shape), packed.column.reshape(ranks.shape)
-    return host_batch(PackedRankings, packed.tokens, packed.owner, row, column, mask, ranks, margin)
+    return host_batch(
+        PackedRankings, packed.tokens, packed.owner, row, column, mask, ranks, margin, doubts(rankings, len(ranks))
+    )
 
 
 def stack_packed(batches: Sequence[Packed]) -> Packed:
@@ -119,7 +120,7 @@ def pad_rankings(rankings: Sequence[RankedAnswers], *, length: int, pad_id: int)
     """
     ranks, mask = rank_table(rankings)
     documents = [answer or ((), ()) for answer in _in_table(rankings, ranks.shape[1])]
-    return host_batch(Rankings, pad_sequences(documents, length=length, pad_id=pad_id), ranks, mask)
+    return host_batch(Rankings, pad_sequences(documents, length=length, pad_id=pad_id), ranks, mask, doubts(rankings))
 
 
 def join_rankings(
@@ -147,7 +148,7 @@ def join_rankings(
     positions = np.maximum(np.cumsum(real, axis=1, dtype=np.int32) - 1, 0)
     segments = real[:, :-1].astype(np.int32)
     joined = host_batch(Tokens, tokens[:, :-1], tokens[:, 1:], learned[:, 1:], positions[:, :-1], segments)
-    return host_batch(Rankings, joined, ranks, mask)
+    return host_batch(Rankings, joined, ranks, mask, doubts(rankings))
 
 
 def rank_table(
@@ -166,6 +167,17 @@ def rank_table(
         ranks[p, : len(ranking.ranks)] = ranking.ranks
         mask[p, : len(ranking.ranks)] = True
     return ranks, mask
+
+
+def doubts(rankings: Sequence[RankedAnswers], count: int | None = None) -> Float[np.ndarray, " P"]:
+    """The doubt of each prompt's ranks; 0 for prompts that fill up to `count`."""
+    return _filled([ranking.doubt for ranking in rankings], len(rankings) if count is None else count)
+
+
+def _filled(numbers: Sequence[float], count: int) -> Float[np.ndarray, " P"]:
+    found = np.zeros(count, np.float32)
+    found[: len(numbers)] = numbers
+    return found
 
 
 def _in_table(rankings: Sequence[RankedAnswers], most: int) -> list[Answer | None]:

@@ -48,6 +48,8 @@ class Source(NamedTuple):
     weights: tuple[float, ...] = ()
     suffix: str = ""
     """Text put behind each prompt."""
+    clamp: float | None = None
+    """The highest probability of a soft label."""
 
 
 class TextTask:
@@ -223,7 +225,7 @@ class TextTask:
         weights = self._sources["comparisons"].weights
         if weights:
             found = [mix_once(found, weights, seed=self._seed)]
-        rows = [row for some in found for row in some]
+        rows = self._soften([row for some in found for row in some])
         parts = self._split([(row[0].row.prompt, row) for row in rows], rng)
         if not all(parts):
             raise UserError(f"{self._name('comparisons')}: too few comparisons to train on some and hold out others")
@@ -233,6 +235,22 @@ class TextTask:
         return tuple(
             [(read, reordered(ids, rng.permutation(len(ids.ranks)).tolist())) for read, ids in part] for part in parts
         )
+
+    def _soften(self, rows: list[tuple[Read, RankedAnswers]]) -> list[tuple[Read, RankedAnswers]]:
+        """The comparisons with their probabilities clamped. Raises UserError for a clamp where none has one."""
+        clamp = self._sources["comparisons"].clamp
+        soft = sum(read.row.probability is not None for read, _ in rows)
+        if clamp is not None and not soft:
+            raise UserError(f"--comparisons-clamp {clamp}: no row of {self._name('comparisons')} has a probability")
+        if clamp is not None:
+            rows = [
+                (read, ids if read.row.probability is None else ids._replace(doubt=max(ids.doubt, 1.0 - clamp)))
+                for read, ids in rows
+            ]
+        if soft:
+            mean = sum(ids.doubt for _, ids in rows) / soft
+            self._run.say(f"comparisons: {soft} of {len(rows)} have a probability; it is {1 - mean:.2f} on average")
+        return rows
 
     def _split(
         self, rows: Sequence[tuple[Conversation, Any]], rng: np.random.Generator

@@ -111,8 +111,9 @@ def test_a_column_that_means_something_and_is_not_used_is_refused_by_name(name):
                 normalise(name, ROWS[name] | {column: False}, PLACE)
             normalise(name, ROWS[name] | {column: "a topic"}, PLACE)
     if name in ("ranking", "scored"):
-        with pytest.raises(BadRow, match="column 'margin' cannot be used: it is between two answers"):
-            normalise(name, ROWS[name] | {"margin": 2}, PLACE)
+        for column in ("margin", "probability"):
+            with pytest.raises(BadRow, match=f"column '{column}' cannot be used: it is between two answers"):
+                normalise(name, ROWS[name] | {column: 1}, PLACE)
 
 
 @pytest.mark.parametrize("name", FORMATS)

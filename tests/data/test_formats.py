@@ -159,6 +159,20 @@ BAD = [
     ("transcripts", {"chosen": side(" y", ""), "rejected": side(" n", "")}, "empty prompt"),
     ("preference", {"prompt": "q", "chosen": "a", "rejected": "b", "margin": "2"}, "'margin' holds str, not a number"),
     ("preference", {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 10**400}, "not finite"),
+    (
+        "preference",
+        {"prompt": "q", "chosen": "a", "rejected": "b", "probability": "1"},
+        "'probability' holds str, not",
+    ),
+    ("preference", {"prompt": "q", "chosen": "a", "rejected": "b", "probability": True}, "'probability' holds bool"),
+    ("preference", {"prompt": "q", "chosen": "a", "rejected": "b", "probability": float("nan")}, "not finite"),
+    ("preference", {"prompt": "q", "chosen": "a", "rejected": "b", "probability": 1.01}, "is not between 0 and 1"),
+    ("preference", {"prompt": "q", "chosen": "a", "rejected": "b", "probability": -0.01}, "is not between 0 and 1"),
+    (
+        "preference",
+        {"prompt": "q", "chosen": "a", "rejected": "b", "probability": 0.4, "margin": 1},
+        "and a margin is",
+    ),
     ("preference", {"prompt": "q", "chosen": [HELLO, HI], "rejected": "b"}, "does not begin and end with the assis"),
     ("ranking", {"prompt": "q", "responses": ["a"], "ranks": [0]}, "fewer than two answers"),
     ("ranking", {"prompt": "q", "responses": ["a", "b"], "ranks": [0]}, "not lists of equal length"),
@@ -175,6 +189,19 @@ def test_a_row_that_cannot_be_used_says_why(name, row, reason):
     with pytest.raises(BadRow) as caught:
         normalise(name, row, PLACE)
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["preference", "instruction_preference", "transcripts"])
+def test_a_pair_whose_label_is_below_one_half_is_turned_round(name):
+    row = {field: value for field, value in GOOD[name][0].items() if field != "margin"}
+    turned = row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+    without = normalise(name, row, PLACE)
+    assert without.probability is None and normalise(name, row | {"probability": None}, PLACE) == without
+    for probability in (0.5, 0.75, 1):
+        assert normalise(name, row | {"probability": probability}, PLACE) == without._replace(probability=probability)
+    for probability in (0, 0.25):
+        found = normalise(name, turned | {"probability": probability}, PLACE)
+        assert found == without._replace(probability=1 - probability)
 
 
 def test_nothing_is_guessed(tmp_path):

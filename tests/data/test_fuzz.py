@@ -65,7 +65,7 @@ PLAUSIBLE = {
     "chosen": word | said, "rejected": word | said, "responses": st.lists(word, min_size=2, max_size=3, unique=True),
     "ranks": st.permutations([0, 1]) | st.permutations([0, 1, 2]),
     "scores": st.lists(st.floats(), min_size=2, max_size=3),
-    "label": st.booleans(), "margin": st.floats(0, 9),
+    "label": st.booleans(), "margin": st.floats(0, 9), "probability": st.floats(0, 1),
     "tools": st.none() | st.lists(call, max_size=2) | st.sampled_from(["", "[]", '[{"name": "add"}]', "[3]"]),
     "functions": st.none() | st.just([{"name": "add"}]),
     "history": st.none() | st.lists(st.tuples(word, word), max_size=2),

@@ -32,14 +32,16 @@ def test_pairs_of_ranked_answers():
 def test_each_answer_is_there_once_in_the_rankings_order(pairs, answers, groups):
     """Answer k of prompt p is the response [p, k]; prompts without a pair, and answers of no pair, are not there."""
     rankings = [
-        RankedAnswers([p], [[p, k] for k in range(mask.sum())], tuple(ranks[mask].tolist()))
+        RankedAnswers([p], [[p, k] for k in range(mask.sum())], tuple(ranks[mask].tolist()), doubt=p / 8)
         for p, (ranks, mask) in enumerate(zip(RANKS, MASK, strict=True))
     ]
     examples = paired(rankings, pairs)
     assert examples.answers == [([p], [p, k]) for p, k in answers]
     assert sorted(map(tuple, examples.groups.tolist())) == sorted(groups)
     assert examples.good.tolist() == [[True, False]] * len(groups)
+    assert examples.doubt.tolist() == [p[0] / 8 for p, _ in (examples.answers[best] for best, _ in examples.groups)]
     single = singly(examples)
+    assert single.doubt.tolist() == np.repeat(examples.doubt, 2).tolist()
     assert single.groups.ravel().tolist() == examples.groups.ravel().tolist()
     assert single.good.tolist() == [[True], [False]] * len(groups)
 
@@ -48,6 +50,7 @@ def test_single_answers_keep_their_labels():
     found = labelled([LabelledAnswer([3], [4, 2], True), LabelledAnswer([3, 5], [2], False)])
     assert found.answers == [([3], [4, 2]), ([3, 5], [2])]
     assert found.groups.tolist() == [[0], [1]] and found.good.tolist() == [[True], [False]]
+    assert found.doubt.tolist() == [0.0, 0.0]
 
 
 def test_a_mismatched_answer_follows_the_prompt_of_another():

@@ -57,8 +57,11 @@ def leaky(batch):
     return batch._replace(tokens=batch.tokens._replace(segment_ids=jnp.minimum(batch.tokens.segment_ids, 1)))
 
 
+joined = partial(join_rankings, prompt_length=4, answer_length=4, pad_id=PAD)
+
+
 def test_packed_by_hand():
-    one = RankedAnswers([5, 6], [[7, EOS], [EOS]], (1, 0), 0.0)
+    one = RankedAnswers([5, 6], [[7, EOS], [EOS]], (1, 0), 0.0, 0.25)
     two = RankedAnswers([8], [[9, EOS]], (0,), 0.0)
     batch = pack_rankings([one, two], length=7, pad_id=PAD)
     np.testing.assert_array_equal(batch.tokens.inputs, [[5, 6, 7, EOS, 5, 6, EOS], [8, 9, EOS, 0, 0, 0, 0]])
@@ -69,6 +72,10 @@ def test_packed_by_hand():
     np.testing.assert_array_equal(batch.column, [[3, 6], [2, 0]])
     np.testing.assert_array_equal(batch.ranks, [[1, 0], [0, 0]])
     np.testing.assert_array_equal(batch.mask, [[True, True], [True, False]])
+    filled = pack_rankings([one, two], length=7, pad_id=PAD, prompts=3)
+    for some in (filled, pad_rankings([one, two], length=7, pad_id=PAD), joined([one, two])):
+        assert some.doubt.dtype == np.float32 and some.doubt[:2].tolist() == [0.25, 0.0]
+    assert filled.doubt.tolist() == [0.25, 0.0, 0.0]
     with pytest.raises(ValueError, match="more than the row's length of 3"):
         pack_rankings([one], length=3, pad_id=PAD)
     for wrong in ({"prompts": 1}, {"answers": 1}):

@@ -50,7 +50,8 @@ def small_comparisons():
     answers = some_answers()
     ranks = [(0, 1), (1, 0), (0, 1)] * 4
     rankings = [
-        RankedAnswers(answers[2 * p][0], [answers[2 * p][1], answers[2 * p + 1][1]], ranks[p]) for p in range(12)
+        RankedAnswers(answers[2 * p][0], [answers[2 * p][1], answers[2 * p + 1][1]], ranks[p], doubt=p / 24)
+        for p in range(12)
     ]
     lay = partial(pad_rankings, length=16, pad_id=0)
     return Comparisons(rankings, lay(rankings), {}, lay, packed=False)
@@ -150,6 +151,10 @@ def test_each_objective_is_its_equation_of_every_answer_apart(loss, packed):
         assert [prompt for prompt, _ in answers[:6]] == [prompt for prompt, _ in answers[6:]]
         against = (lengths[:6], lengths[6:]) if loss in ("simpo", "orpo") else (theirs[:6], theirs[6:])
         told = {"gamma": 1.0} if loss == "simpo" else {}
+        if loss == "dpo":  # the others have no soft labels
+            doubts = {tuple(ranking.prompt): ranking.doubt for ranking in small_comparisons().train}
+            told["label_smoothing"] = np.array([doubts[tuple(prompt)] for prompt, _ in answers[:6]])
+            np.testing.assert_allclose(some.doubt, np.tile(told["label_smoothing"], 2))
         expected = getattr(oracles, f"{loss}_loss")(ours[:6], ours[6:], *against, beta=BETAS[loss], **told)
     np.testing.assert_allclose(value, expected, rtol=1e-4)
     moved = ours - theirs
@@ -292,6 +297,18 @@ def test_kto_on_real_text_from_unpaired_answers_alone(stories, tmp_path):
     np.testing.assert_allclose(rows[0]["loss"], 0.5, atol=1e-5)
 
 
+def test_a_doubt_and_label_smoothing_go_wrong_independently():
+    smoothed = partial(dpo.loss, dpo.DPO(beta=0.3, label_smoothing=0.1))
+    logprobs, good, zero = jnp.asarray([-1.0, -4.0, -2.0, -1.0]), jnp.arange(4) < 2, jnp.zeros(4)
+    batch = pairs.AnswerBatch(pad_sequences([([3], [4, 2])] * 4, length=16, pad_id=0), good, good + 2, zero, zero)
+    doubts = {0.0: 0.1, 0.25: 0.25 * 0.9 + 0.75 * 0.1, 0.5: 0.5}
+    for doubt, wrong in doubts.items():
+        found, _ = smoothed(logprobs, batch._replace(doubt=jnp.full(4, doubt)), None)
+        expected = oracles.dpo_loss(*np.split(np.asarray(logprobs), 2), np.zeros(2), np.zeros(2), beta=0.3,
+                                    label_smoothing=wrong)  # fmt: skip
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_dpo_says_that_it_does_not_use_a_margin(stories, tmp_path, capsys):
     rows = [{"prompt": f"is it {n}?", "chosen": f"it is {n}", "rejected": "no", "margin": n % 3} for n in range(20)]
     path = tmp_path / "pairs.jsonl"
@@ -304,3 +321,19 @@ def test_dpo_says_that_it_does_not_use_a_margin(stories, tmp_path, capsys):
     )  # fmt: skip
     assert "dpo_val_accuracy" in metrics
     assert "dpo has no margin between answers: the column 'margin' is not used" in capsys.readouterr().out
+
+
+def test_a_loss_without_soft_labels_says_so(stories, tmp_path, capsys):
+    rows = [{"prompt": f"is it {n}?", "chosen": f"yes {n}", "rejected": "no", "probability": 0.7} for n in range(20)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    warning = "has no soft labels: the column 'probability' only says which answer is better"
+    given = dict(
+        model=stories, comparisons=str(path), comparisons_clamp=0.6, max_length=64, max_new_tokens=8, steps=1,
+        batch_size=4, beta=0.5, learning_rate=0.0,
+    )  # fmt: skip
+    for name, warned in (("dpo", False), ("ipo", True)):
+        LOSSES[name].main(LOSSES[name].Config(run_dir=str(tmp_path / name), **given))
+        shown = capsys.readouterr().out
+        assert (warning in shown) == warned
+        assert "comparisons: 20 of 20 have a probability; it is 0.60 on average" in shown

@@ -11,6 +11,7 @@ from experiments import ppo, reward_model, sft
 from experiments.stages import open_task
 from rlhf_jax import checkpoint, loop
 from rlhf_jax.cli import run_main
+from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run
 from rlhf_jax.tasks import text
 
@@ -185,7 +186,7 @@ def test_rankings_and_prompts_of_their_own(files, tmp_path):
         assert sets.rows[number].prompt in asked[row] and sets.rows[number].columns["question"].startswith("why")
     files = {name: files[name] for name in ("model", "comparisons", "max_length", "max_new_tokens")}
     cfg = reward_model.Config(**files, run_dir=str(tmp_path / "run"), epochs=1, prompts_per_step=8)
-    comparisons = task_of(cfg, tmp_path / "other").comparisons(lambda prompts, number: None)
+    comparisons = task_of(cfg, tmp_path / "other").comparisons(unasked)
     assert len(comparisons.train) == 36 and comparisons.heldout.mask.shape == (4, 2)
     assert max(len(ranking.ranks) for ranking in comparisons.train) == 3
     # Every answer of a packed batch is one of the rankings asked for, wherever it was laid.
@@ -196,6 +197,51 @@ def test_rankings_and_prompts_of_their_own(files, tmp_path):
             assert packed.tokens.targets[packed.owner == p * 3 + k].tolist() == response
     metrics = reward_model.main(cfg)
     assert 0 <= metrics["reward_model_val_accuracy"] <= 1
+
+
+def unasked(prompts, number):
+    """Files have answers of their own."""
+
+
+def soft_task(files, folder, rows, **changes):
+    comparisons = lines(folder.with_suffix(".jsonl"), rows)
+    given = {name: files[name] for name in ("model", "max_length", "max_new_tokens")}
+    return task_of(reward_model.Config(**given, comparisons=comparisons, **changes), folder)
+
+
+def test_probabilities_reach_the_batch_and_are_clamped(files, tmp_path):
+    rows = [{"prompt": f"is it {n}?", "chosen": f"yes {n}", "rejected": "no"} for n in range(30)]
+    given = [0.9, 0.1, 0.55, None, 1.0, 0.5]
+    soft = [row | ({} if p is None else {"probability": p}) for row, p in zip(rows, given * 5, strict=True)]
+    task = soft_task(files, tmp_path / "soft", soft)
+    expected = {0: 0.1, 1: 0.1, 2: 0.45, 3: 0.0, 4: 0.0, 5: 0.5}
+    # A label is clamped to 40 to 60%, and a row without a probability keeps its own.
+    clamped = expected | {0: 0.4, 1: 0.4, 4: 0.4}
+    for some, doubts in (
+        (task, expected),
+        (soft_task(files, tmp_path / "clamped", soft, comparisons_clamp=0.6), clamped),
+    ):
+        comparisons = some.comparisons(unasked)
+        sides = some.base.tokenizer
+        for ranking in comparisons.train:
+            number = int(sides.decode(ranking.prompt).split("is it ")[1].split("?")[0])
+            best = sides.decode(ranking.responses[ranking.ranks.index(0)])
+            assert ("no" in best) == (number % 6 == 1)  # turned round
+            np.testing.assert_allclose(ranking.doubt, doubts[number % 6], atol=1e-7)
+        packed = comparisons.lay(comparisons.train[:4])
+        np.testing.assert_allclose(packed.doubt, [ranking.doubt for ranking in comparisons.train[:4]])
+        assert comparisons.heldout.doubt.shape == (3,)
+    # Files without the column give the arrays that they gave, and no doubt.
+    hard = soft_task(files, tmp_path / "hard", rows).comparisons(unasked)
+    sure = soft_task(files, tmp_path / "sure", [row | {"probability": 1} for row in rows]).comparisons(unasked)
+    assert hard.train == sure.train and all(ranking.doubt == 0 for ranking in hard.train)
+    with pytest.raises(UserError, match=r"comparisons-clamp 0\.6: no row of .* has a probability"):
+        soft_task(files, tmp_path / "none", rows, comparisons_clamp=0.6).comparisons(unasked)
+    with pytest.raises(UserError, match="comparisons-clamp is about the files of --comparisons, and there are none"):
+        reward_model.Config(comparisons_clamp=0.6).sources()
+    for clamp in (0.5, 1.0):
+        with pytest.raises(UserError, match="it must be between"):
+            reward_model.Config(comparisons_clamp=clamp)
 
 
 def test_problems_with_a_suffix_and_an_answer_under_another_name(files, tmp_path):
