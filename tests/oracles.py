@@ -180,6 +180,16 @@ def bradley_terry_loss(chosen_rewards, rejected_rewards, *, margin=0.0):
     return -mean(log_sigmoid(c - r - m) for c, r, m in zip(chosen_rewards, rejected_rewards, margins, strict=True))
 
 
+def ensemble(scores, combine, lam):
+    found = []
+    for answer in zip(*scores, strict=True):
+        mu = mean(answer)
+        variance = mean((score - mu) ** 2 for score in answer)
+        lower = {"lower": mu - lam * math.sqrt(variance), "uwo": mu - lam * variance, "spread": math.sqrt(variance)}
+        found.append({"mean": mu, "min": min(answer), **lower}[combine])
+    return np.array(found)
+
+
 def ranking_loss(rewards, ranks, mask, *, margin=0.0, label_smoothing=0.0):
     losses = []
     margins, doubts = (np.broadcast_to(x, len(rewards)) for x in (margin, label_smoothing))

@@ -21,6 +21,7 @@ LEVELS = (
         "actor_critic",
         "adapters",
         "best_of_n",
+        "ensemble",
         "export",
         "loop",
         "preference",
