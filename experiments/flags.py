@@ -7,8 +7,10 @@ flags' class last, so that `--help` shows them first.
 from dataclasses import dataclass
 from typing import Literal
 
+from rlhf_jax.ensemble import Combination
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.models import BFLOAT16, FLOAT32, MIXED, Precision
+from rlhf_jax.tasks.rewards import Ensemble
 from rlhf_jax.tasks.text import Source
 
 PrecisionName = Literal["float32", "mixed", "bfloat16"]
@@ -220,7 +222,13 @@ class RewardFlags(Flags):
     """Checkers by name: math (column answer), code (column tests), ifeval, tag, boxed. Or Python functions
     FILE.py:NAME: reward(prompts, completions, **columns) -> list[float | None], as in TRL."""
     reward_weights: tuple[float, ...] = ()
-    """Weights of the reward models, then of the functions, in their order; by default 1 each."""
+    """Weights of the reward models (of an ensemble one), then of the functions, in their order; by default 1 each."""
+    reward_ensemble: Combination | None = None
+    """All reward models, of one shape and with the policy's tokenizer, are one reward: their mean, their least score
+    (min), mean − λ·std (lower), mean − λ·variance (uwo), or one model with their mean weights. Without files, in the
+    controlled world, four are made first. By default they are a weighted sum."""
+    ensemble_lambda: float | None = None
+    """λ of lower and uwo, by default 1."""
     reward_time_limit: float = 10.0
     """Seconds that a function may take for an answer."""
     reward_max_failed: float = 0.1
@@ -233,10 +241,22 @@ class RewardFlags(Flags):
     def __post_init__(self) -> None:
         """Raises UserError for numbers out of range and a wrong number of weights."""
         at_least(self, reward_time_limit=1e-3, reward_max_failed=0, reward_jobs=1)
-        given = len(names(self.reward_model)) + len(names(self.reward))
+        models, functions = len(names(self.reward_model)), len(names(self.reward))
+        if self.reward_ensemble and models < 2 and models + functions:
+            raise UserError(f"reward-ensemble is of two or more reward models, and there are {models}")
+        if self.ensemble_lambda is not None:
+            at_least(self, ensemble_lambda=0)
+            if self.reward_ensemble not in ("lower", "uwo"):
+                raise UserError("ensemble-lambda is about --reward-ensemble lower or uwo")
+        given = (1 if self.reward_ensemble else models) + functions
         if self.reward_weights and len(self.reward_weights) != given:
             raise UserError(f"{len(self.reward_weights)} reward-weights for {given} rewards")
         super().__post_init__()
+
+    def ensemble(self) -> Ensemble | None:
+        """How reward models become one; None where they are a weighted sum."""
+        lam = 1.0 if self.ensemble_lambda is None else self.ensemble_lambda
+        return None if self.reward_ensemble is None else Ensemble(self.reward_ensemble, lam)
 
 
 @dataclass(frozen=True)

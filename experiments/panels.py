@@ -1,5 +1,7 @@
 """The report of each stage: its panels, what its numbers mean, and the rules that find a run that went wrong."""
 
+from collections.abc import Sequence
+
 from experiments.rules import (
     BEFORE,
     PPO_NUMBERS,
@@ -201,6 +203,24 @@ SFT_REPORT = Report((), (SFT,), SFT_ANSWERS, (*SFT_RULES, SFT_ENDS), SFT_NUMBERS
 REWARD_MODEL_REPORT = Report(
     (predicted("reward_model", "Reward model"),), (REWARD_MODEL,), PAIRS, REWARD_RULES, REWARD_NUMBERS,
 )  # fmt: skip
+
+
+def reward_model_report(stages: Sequence[str]) -> Report:
+    """The report of a reward model, or of several that are an ensemble, a section each."""
+    if len(stages) == 1:
+        return REWARD_MODEL_REPORT
+    sections = tuple(
+        REWARD_MODEL._replace(title=f"Reward model {number} of {len(stages)}", stage=stage)
+        for number, stage in enumerate(stages, 1)
+    )
+    numbers = REWARD_NUMBERS | {
+        "reward_model_disagreement": "Held-out pairs on which two members prefer different answers.",
+        "reward_model_spread": "Standard deviation over members of a held-out pair's difference of scores.",
+    }
+    headline = predicted("reward_model", "Mean of the reward models")
+    return REWARD_MODEL_REPORT._replace(headlines=(headline,), sections=sections, explained=numbers)
+
+
 PPO_REPORT = Report(
     (truth("ppo", "PPO"),),
     (PPO, against_kl("start"), HEALTH, COSTS),

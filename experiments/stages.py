@@ -43,6 +43,9 @@ from rlhf_jax.tasks.text import TextTask
 from rlhf_jax.train import keep_freed_memory
 from rlhf_jax.types import Params
 
+MEMBERS = 4
+"""Reward models of an ensemble that is made first."""
+
 
 def or_default(cfg: Any, **numbers: Any) -> Any:
     """The flags, with a number wherever they say None."""
@@ -132,6 +135,13 @@ def made_first(cfg: Any, run: Run, name: str, **given: Any) -> Path:
     return folder
 
 
+def member_names(members: int) -> tuple[str, ...]:
+    """The names of reward models that are trained together, in the run and as its folders."""
+    if members == 1:
+        return ("reward_model",)
+    return tuple(f"reward_model_{number}" for number in range(1, members + 1))
+
+
 def policy_sampler(cfg: Any, task: Task) -> PolicySampler:
     """Samples at temperature 1 for measuring."""
     base = task.base
@@ -154,8 +164,8 @@ def open_rewards(
 ) -> Iterator[Rewards]:
     """The rewards that the flags name, while the `with` lasts.
 
-    In the controlled world without any, a reward model is made first; the world's checker if `verifiable`. An answer
-    on which a function fails has the `failed_score`.
+    In the controlled world without any, a reward model is made first, for an ensemble several; the world's checker if
+    `verifiable`. An answer on which a function fails has the `failed_score`.
     Raises UserError without any reward, and for what cannot be read.
     """
     models, functions = names(cfg.reward_model), names(cfg.reward)
@@ -165,16 +175,18 @@ def open_rewards(
     run.inputs(reward_model=models, reward=[text.rpartition(":")[0] for text in own],
                watch=[text.rpartition(":")[0] if is_function(text) else text for text in seen])  # fmt: skip
     others = []
-    if not models and not functions and isinstance(task, World) and verifiable:
+    if not models and not functions and isinstance(task, World) and verifiable and not cfg.reward_ensemble:
         others = [task.checker()]
     elif not models and not functions and isinstance(task, World):
+        members = MEMBERS if cfg.reward_ensemble else 1
         model = cfg.model or str(run.dir / "sft" / "policy")
-        models = (str(made_first(cfg, run, "reward_model", model=model) / "reward_model"),)
+        folder = made_first(cfg, run, "reward_model", model=model, members=members)
+        models = tuple(str(folder / name) for name in member_names(members))
     with load_rewards(
         task, policy_sampler(cfg, task), models=models, functions=functions, weights=cfg.reward_weights,
         watched=watched, precision=PRECISIONS[cfg.precision],
         limits=Limits(seconds=cfg.reward_time_limit, jobs=cfg.reward_jobs), failed_score=failed_score,
-        max_failed_share=cfg.reward_max_failed, others=others, say=run.say,
+        max_failed_share=cfg.reward_max_failed, others=others, say=run.say, ensemble=cfg.ensemble(),
     ) as rewards:  # fmt: skip
         yield rewards
 

@@ -48,15 +48,16 @@ def export_reward_model(
     algorithm: str,
     metrics: Mapping[str, float],
     data: str | None = None,
+    name: str = "reward_model",
 ) -> None:
-    """Writes the reward model to reward_model/ in the run's folder, its adapters merged."""
+    """Writes the reward model to the folder `name` in the run's, its adapters merged."""
     merged = to_host(merge_lora(params))
     if run.first:
         card = ModelCard(algorithm, None, base.name, metrics, card_facts(read_json(run.dir / "run.json")))
         save_hf_reward_model(
-            run.dir / "reward_model", base.config, merged, tokenizer=base.tokenizer, eos_id=base.eos_id, card=card
+            run.dir / name, base.config, merged, tokenizer=base.tokenizer, eos_id=base.eos_id, card=card
         )
-        run.say(f"reward model: {run.dir / 'reward_model'}")
+        run.say(f"reward model: {run.dir / name}")
 
 
 def export_adapters(run: Run, base: Pretrained, start: Params, policy: Params, reward_params: Params) -> None:
