@@ -43,14 +43,15 @@ from experiments.ppo import PPO
 from experiments.reward_model import RewardModel
 from experiments.sft import SFT
 from rlhf_jax.actor_critic import State
-from rlhf_jax.batches import Prompts
+from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.cli import run_main
 from rlhf_jax.log import Run
-from rlhf_jax.models import ModelConfig
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.rewards.model import model_reward
+from rlhf_jax.rewards.reward import Reward
 from rlhf_jax.tasks.measure import compare_policies
-from rlhf_jax.types import Params
+from rlhf_jax.tasks.task import Task
+from rlhf_jax.types import Metrics, Params
 
 SEED_COLUMNS = (
     Column("demonstrators", "demonstrators_utility", 3), Column("SFT", "sft_utility", 3),
@@ -87,16 +88,15 @@ class Variant(NamedTuple):
 
 
 def make_train(
-    cfg: PPO, base: Pretrained, prompts: Prompts, rewards: tuple[ModelConfig, Params], *, max_new_tokens: int
+    cfg: PPO, base: Pretrained, prompts: Prompts, reward: Reward, critic: Params, *, max_new_tokens: int
 ) -> Callable[..., Any]:
     """train(key, beta) -> (policy, metrics, prompts and completions of every iteration); pure, so it may be vmapped.
 
-    The critic starts from the reward model `rewards`.
+    The critic starts from the parameters of a reward model of the policy's shape.
     """
     cfg = replace(ppo.with_defaults(cfg, base), target_kl=None)
     setup, begin, frozen = ppo.prepare(
-        cfg, base, prompts, [model_reward(*rewards, name="reward_model", weight=1.0)], jax.random.key(0),
-        max_new_tokens=max_new_tokens, critic=rewards,
+        cfg, base, prompts, [reward], jax.random.key(0), max_new_tokens=max_new_tokens, critic=(base.config, critic),
     )  # fmt: skip
 
     def train(key: PRNGKeyArray, beta: Float[Array, ""]) -> Any:
@@ -114,8 +114,15 @@ def make_train(
 def prepare(cfg: Config, seed: int, run: Run) -> tuple[AfterRewardModel, Callable[..., Any]]:
     """A world, SFT, a reward model, and PPO compiled once for all β."""
     begun = after_reward_model(cfg, seed, run)
-    task, rewards = begun.task, (begun.base.config, begun.rewards)
-    train = make_train(cfg.ppo, begun.base, task.prompts().train, rewards, max_new_tokens=task.max_new_tokens)
+    reward = model_reward(begun.base.config, begun.rewards, name="reward_model", weight=1.0)
+    train = make_train(
+        cfg.ppo,
+        begun.base,
+        begun.task.prompts().train,
+        reward,
+        begun.rewards,
+        max_new_tokens=begun.task.max_new_tokens,
+    )
     return begun, jax.jit(train)
 
 
@@ -123,17 +130,30 @@ def one(cfg: Config, prepared: Any, seed: int, variant: Variant, run: Run) -> di
     """PPO at one β: where it ends beside SFT, and its curves against the distance from SFT."""
     begun, train = prepared
     policy, *seen = jax.tree.map(np.asarray, train(jax.random.key(seed + 2), jnp.float32(variant.beta)))
-    metrics, asked, answers = seen
-    each = [jax.tree.map(lambda x, i=i: x[i], (asked, answers)) for i in range(len(asked.row))]
-    utility = np.array([begun.task.judge(*some).mean() for some in each])
-    kl = np.maximum(metrics["kl_k1"], 0)
     found = begun.facts | compare_policies(
         run, begun.task, ("sft", begun.base.params), ("ppo", policy), begun.sampler, begun.scorer
     )
+    metrics, kl, utility = seen[0], *curves_of(begun.task, *seen)
     fit = fit_gain(kl, utility - found["sft_utility"])
-    found |= {"gao_alpha": fit.alpha, "gao_beta": fit.beta, "gao_r2": fit.r2, "kl": metrics["kl_k1"][-5:].mean()}
-    curves = {"distance": smooth(np.sqrt(kl)), "score": smooth(metrics["score"]), "utility": smooth(utility)}
-    return found | curves | {"peak": curves["utility"].max(), "end": curves["utility"][-1]}
+    return found | curved(metrics, kl, utility) | {"gao_alpha": fit.alpha, "gao_beta": fit.beta, "gao_r2": fit.r2}
+
+
+def curves_of(task: Task, metrics: Metrics, asked: Prompts, answers: Completions) -> tuple[np.ndarray, np.ndarray]:
+    """KL to SFT and true utility of every iteration, from all that `train` returns beside the policy."""
+    assert task.judge is not None
+    each = [jax.tree.map(lambda x, i=i: x[i], (asked, answers)) for i in range(len(asked.row))]
+    return np.maximum(metrics["kl_k1"], 0), np.array([task.judge(*some).mean() for some in each])
+
+
+def curved(metrics: Metrics, kl: np.ndarray, utility: np.ndarray) -> dict[str, Any]:
+    """Where PPO ends, and its curves against the distance from SFT."""
+    curves = {
+        "distance": smooth(np.sqrt(kl)),
+        "score": smooth(np.asarray(metrics["score"])),
+        "utility": smooth(utility),
+    }
+    ends = {"peak": curves["utility"].max(), "end": curves["utility"][-1], "kl": metrics["kl_k1"][-5:].mean()}
+    return curves | ends
 
 
 def present(cfg: Config, cells: Cells) -> Page:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from experiments import ppo, reward_model, sft
-from experiments.ablations import kl_coefficient, precision, preference_losses, verifiable
+from experiments.ablations import ensemble, kl_coefficient, precision, preference_losses, verifiable
 from experiments.ablations.grid_results import Cells
 from experiments.training import Preference
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import MIXED, Transformer, from_language_model
+from rlhf_jax.rewards.model import model_reward
 from rlhf_jax.tasks import simulated
 
 SIZES = simulated.Sizes(
@@ -58,6 +59,25 @@ def test_kl_coefficient(tmp_path):
     assert "d(α − β log d), R²" in figure and "demonstrators" in figure
 
 
+def test_ensemble(tmp_path):
+    folder = tmp_path / "run"
+    cfg = ensemble.Config(
+        run_dir=str(folder), jobs=0, seeds=1, betas=(0.0,), combinations=("one", "min"), members=2, sft=SFT,
+        ppo=PPO, reward_model=reward_model.RewardModel(epochs=1, prompts_per_step=8),
+    )  # fmt: skip
+    metrics = ensemble.main(cfg)
+    cells = cells_of(folder)
+    alone, least = (cells[f"{name}-beta-0"] for name in cfg.combinations)
+    # All begin at the same policy, and the least score is not above the first model's.
+    assert alone["sft_utility"] == least["sft_utility"] and least["sft_score"] < alone["sft_score"]
+    assert 0 <= alone["disagreement"] <= 1 and alone["spread"] > 0 and len(least["distance"]) == 5
+    assert metrics["min-beta-0_ppo_utility"] == least["ppo_utility"]
+    seeds, rows = tables_of(folder)
+    assert seeds[2].startswith("| 0 | ") and " |  |" not in "".join(seeds + rows)
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| one", "| min"]
+    assert "Truth, β = 0" in (folder / "ensemble.svg").read_text()
+
+
 def test_the_figure_fits_the_curve_that_it_draws():
     """Two seeds, each of Gao's form with numbers of its own: R² is of the mean curve, not the mean of theirs."""
     d, free = np.linspace(0.2, 4, 12), kl_coefficient.Variant(0.0)
@@ -85,7 +105,8 @@ def test_train_is_pure_and_vmaps_over_beta():
     rewards = from_language_model(params, jax.random.key(1), base.config)
     cfg = ppo.PPO(steps=2, responses=8, epochs=1, minibatches=1, learning_rate=0.01)
     train = kl_coefficient.make_train(
-        cfg, base, task.prompts().train, (base.config, rewards), max_new_tokens=4
+        cfg, base, task.prompts().train, model_reward(base.config, rewards, name="rm", weight=1.0), rewards,
+        max_new_tokens=4,
     )  # fmt: skip
     betas = jnp.array([0.0, 5.0])
 
