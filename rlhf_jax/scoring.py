@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 from rlhf_jax.batches import PackedRankings, Rankings, Tokens
 from rlhf_jax.data.encode import encode_windows
 from rlhf_jax.data.preferences import packed_rewards
-from rlhf_jax.data.tokens import Document, pad_sequences, size, take
-from rlhf_jax.logprobs import chunked_logprobs, chunked_logprobs_and_entropy, sequence_logprobs
+from rlhf_jax.data.tokens import Document, Ids, pad_sequences, size, take
+from rlhf_jax.logprobs import chunked_logprobs, chunked_logprobs_and_entropy, sequence_logprobs, soft_cap
 from rlhf_jax.losses import chunked_sft_loss
 from rlhf_jax.models import ScalarModel, Transformer, head_kernel, init_cache, last_token_rewards, repeated_cache
 from rlhf_jax.pretrained import Pretrained
@@ -189,6 +189,16 @@ def score_documents(
     return found
 
 
+def choice_logits(model: Transformer, pair: Int[Array, " 2"], params: Params, tokens: Tokens) -> Float[Array, " B"]:
+    """log π(a|x) − log π(b|x) of two tokens a, b as the response y of one token: their logits' difference."""
+    at = tokens.mask.argmax(axis=1)[:, None, None]
+    hidden = jnp.take_along_axis(hidden_states(model, params, tokens), at, axis=1)[:, 0]
+    kernel = head_kernel(params)[:, pair].astype(hidden.dtype)
+    logits = soft_cap(jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32), model.config.final_softcap)
+    return logits[:, 0] - logits[:, 1]
+
+
+_compiled_choices = jax.jit(choice_logits, static_argnums=0)
 _compiled_logprobs = jax.jit(answer_logprobs, static_argnums=0)
 _compiled_rewards = jax.jit(response_rewards, static_argnums=0)
 
@@ -199,6 +209,18 @@ def document_logprobs(model: Pretrained, documents: Sequence[Document], *, batch
     Raises ValueError when a document has more tokens than the model reads.
     """
     score = partial(_compiled_logprobs, Transformer(model.config))
+    return score_documents(
+        score, model.params, documents, batch_size=batch_size, longest=model.config.max_length, pad_id=model.pad_id
+    )
+
+
+def token_choices(model: Pretrained, prompts: Sequence[Ids], pair: tuple[int, int], *, batch_size: int) -> np.ndarray:
+    """log π(a|x) − log π(b|x) of the pair's tokens a and b as the next one after each of N prompts, [N].
+
+    One forward pass of a prompt tells both. Raises ValueError when a prompt has no room for one token more.
+    """
+    score = partial(_compiled_choices, Transformer(model.config), jnp.array(pair))
+    documents = [(prompt, pair[:1]) for prompt in prompts]
     return score_documents(
         score, model.params, documents, batch_size=batch_size, longest=model.config.max_length, pad_id=model.pad_id
     )
