@@ -16,7 +16,7 @@ DEPENDENCIES = [Requirement(line) for line in PROJECT["dependencies"]]
 TEST_DEPENDENCIES = [Requirement(line) for line in PROJECT["optional-dependencies"]["test"]]
 PINS = dict(line.split("==") for line in (ROOT / ".ci" / "constraints.txt").read_text().splitlines())
 
-TRACKERS = {Requirement(line).name for line in PROJECT["optional-dependencies"]["wandb"]}
+EXTRAS = {Requirement(line).name for extra in ("wandb", "server") for line in PROJECT["optional-dependencies"][extra]}
 
 
 def canonical(name):
@@ -75,7 +75,7 @@ def run_with(folder, program, *arguments):
 
 
 def imported_anywhere():
-    """The modules that files of ours import, inside functions too, without the trackers, which are extras."""
+    """The modules that files of ours import, inside functions too, without those of extras."""
     names = set()
     for folder in ("rlhf_jax", "experiments"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -84,7 +84,7 @@ def imported_anywhere():
                     names |= {alias.name for alias in node.names}
                 elif isinstance(node, ast.ImportFrom):
                     names.add(node.module)
-    return sorted(name for name in names if name.partition(".")[0] not in TRACKERS)
+    return sorted(name for name in names if name.partition(".")[0] not in EXTRAS)
 
 
 EVERYTHING = """
