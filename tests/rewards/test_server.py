@@ -1,13 +1,12 @@
 """A judge at a URL: against a server on 127.0.0.1 that does what it is told."""
 
-import json
 import sqlite3
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from stub_server import Stub, completion
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import server as servers
@@ -19,57 +18,6 @@ KEY = "sk-a-very-secret-key"
 QUICK = ServerLimits(wait=0.01, longest_wait=0.02, seconds=5.0)
 
 
-def completion(text, top=None):
-    """A chat completion; `top` are log-probabilities of its first token and of others by their names."""
-    logprobs = top and {
-        "content": [
-            {"token": text, "logprob": top[text], "top_logprobs": [{"token": t, "logprob": p} for t, p in top.items()]}
-        ]
-    }
-    choice = {"message": {"role": "assistant", "content": text}, "logprobs": logprobs}
-    return 200, {"choices": [choice], "usage": {"prompt_tokens": 30, "completion_tokens": 1}}
-
-
-class Stub:
-    """A server whose answers are those of reply(body, number); it keeps what it was asked."""
-
-    def __init__(self, reply):
-        self.reply, self.asked, self.keys, self.lock = reply, [], [], threading.Lock()
-        self.now, self.most = 0, 0
-        stub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with stub.lock:
-                    stub.asked.append(body)
-                    stub.keys.append(self.headers["Authorization"])
-                    number = len(stub.asked) - 1
-                    stub.now += 1
-                    stub.most = max(stub.most, stub.now)
-                status, content, *headers = stub.reply(body, number)
-                data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
-                with stub.lock:
-                    stub.now -= 1
-                try:
-                    self.send_response(status)
-                    for name, value in headers:
-                        self.send_header(name, value)
-                    self.send_header("Content-Type", "application/json")
-                    self.send_header("Content-Length", str(len(data)))
-                    self.end_headers()
-                    self.wfile.write(data)
-                except OSError:  # the client has gone
-                    pass
-
-            def log_message(self, *_): ...
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-
 @pytest.fixture
 def serve(monkeypatch):
     """serve(reply) -> a running Stub."""
@@ -77,15 +25,12 @@ def serve(monkeypatch):
     running = []
 
     def start(reply):
-        stub = Stub(reply)
-        threading.Thread(target=stub.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        running.append(stub)
-        return stub
+        running.append(Stub(reply).start())
+        return running[-1]
 
     yield start
     for stub in running:
-        stub.http.shutdown()
-        stub.http.server_close()
+        stub.stop()
 
 
 def asked(stub, tmp_path, questions, **limits):
@@ -234,8 +179,7 @@ def test_a_slow_server_times_out(serve, tmp_path):
 
 def test_a_server_that_is_not_there_ends_the_run(serve, tmp_path):
     stub = serve(always("A"))
-    stub.http.shutdown()
-    stub.http.server_close()
+    stub.stop()
     with pytest.raises(UserError, match=r"no connection: .*\(3 tries\)"):
         asked(stub, tmp_path, ["Which?"], retries=2)
 
