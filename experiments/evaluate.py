@@ -3,6 +3,7 @@
     python experiments/evaluate.py --model FOLDER --ifeval FILE --gsm8k FILE --text FILE
     python experiments/evaluate.py --reward-model FOLDER --preferences FILE FILE
     python experiments/evaluate.py --model FOLDER --against FOLDER --prompts FILE --judge FOLDER
+    python experiments/evaluate.py --model FOLDER --against FOLDER --prompts FILE --judge URL --judge-model NAME
 
 The flags choose the evaluations:
 1. --preferences: how often the chosen response scores higher, beside "pick the longer". The score is the reward
@@ -29,7 +30,8 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 import jax
 import numpy as np
 
-from experiments.flags import Flags, RunFlags
+from experiments.flags import Flags, JudgeFlags, RunFlags
+from experiments.judging import judged, load_judge, open_judge
 from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.data import suites
 from rlhf_jax.data.formats import Comparison
@@ -38,7 +40,6 @@ from rlhf_jax.data.tokens import Document, size
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.evaluate import (
     clustered_rate,
-    judged_win_rate,
     margin_calibration,
     pair_metrics,
     perplexity,
@@ -50,7 +51,6 @@ from rlhf_jax.evaluate import (
 from rlhf_jax.log import Run
 from rlhf_jax.pretrained import Pretrained, load_policy, load_reward_model
 from rlhf_jax.rewards import ifeval, math
-from rlhf_jax.rewards.judge import both_orders, letter_judge
 from rlhf_jax.rewards.pairs import PairScores, score_pairs
 from rlhf_jax.sampling.texts import TextAnswers, answer_texts, encode_prompt
 from rlhf_jax.scoring import document_logprobs, document_rewards, text_logprobs
@@ -70,8 +70,6 @@ class EvaluationFlags(Flags):
     """Another language model: the opponent of --model, and the reference of its implicit reward."""
     reward_model: str | None = None
     """A reward model: a Hugging Face folder of a …ForSequenceClassification with one label."""
-    judge: str | None = None
-    """A language model that says which of two answers is better: a Hugging Face folder."""
     preferences: tuple[str, ...] = ()
     """Comparisons, jsonl[.gz]: chosen and rejected (perhaps prompt, subset), LLMBar, or PandaLM's test set."""
     prompts: str | None = None
@@ -107,7 +105,7 @@ class EvaluationFlags(Flags):
 
 
 @dataclass(frozen=True)
-class Config(RunFlags, EvaluationFlags):
+class Config(RunFlags, JudgeFlags, EvaluationFlags):
     """Evaluates models."""
 
     resume: bool = False
@@ -154,7 +152,7 @@ def load_models(cfg: Config) -> Models:
     Raises UserError for a folder that cannot be read, when --max-new-tokens leaves no room for prompts, and when
     --against has another vocabulary than --model.
     """
-    model, against, judge = (load_policy(name) if name else None for name in (cfg.model, cfg.against, cfg.judge))
+    model, against = (load_policy(name) if name else None for name in (cfg.model, cfg.against))
     reward_model = load_reward_model(cfg.reward_model) if cfg.reward_model else None
     for some in (model, against):
         if some and (cfg.ifeval or cfg.gsm8k or cfg.prompts) and context(cfg, some) - cfg.max_new_tokens < 8:
@@ -165,7 +163,7 @@ def load_models(cfg: Config) -> Models:
     if cfg.preferences and model and against and not reward_model:
         if model.tokenizer.get_vocab() != against.tokenizer.get_vocab():
             raise UserError("--against and --model have different vocabularies: implicit rewards need the same one")
-    return Models(model, against, reward_model, judge)
+    return Models(model, against, reward_model, load_judge(cfg))
 
 
 def context(cfg: Config, model: Pretrained) -> int:
@@ -284,14 +282,11 @@ def evaluate_win_rate(cfg: Config, models: Models, prompts: Sequence[str], run: 
     if models.reward_model:
         scores = score_answers(cfg, models, prompts, ours, theirs, run)
         metrics |= rate_metrics("win_rate_reward_model", win_rate(*scores), len(scores[0]))
-    if models.judge:
-        judge = letter_judge(models.judge, batch_size=cfg.batch_size, max_length=context(cfg, models.judge))
-        verdicts = both_orders(judge, prompts, ours.texts, theirs.texts)
-        rates = judged_win_rate(*verdicts)
-        metrics |= rate_metrics("win_rate_judge", rates.win, len(prompts))
-        metrics |= rate_metrics("judge_consistent", rates.consistent, len(prompts))
-        metrics |= rate_metrics("judge_takes_first", rates.first_shown, len(prompts))
-        columns |= {"shown_first": verdicts.shown_first.tolist(), "shown_second": verdicts.shown_second.tolist()}
+    if models.judge or cfg.judge:
+        length = context(cfg, models.judge) if models.judge else 0
+        with open_judge(cfg, run, models.judge, batch_size=cfg.batch_size, max_length=length) as judge:
+            rates, verdicts = judged(judge, prompts, ours.texts, theirs.texts)
+        metrics, columns = metrics | rates, columns | verdicts
     write_answers(run, "prompts", prompts, ours, columns)
     return metrics
 

@@ -10,6 +10,7 @@ from typing import Literal
 from rlhf_jax.ensemble import Combination
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.models import BFLOAT16, FLOAT32, MIXED, Precision
+from rlhf_jax.rewards.server import is_server
 from rlhf_jax.tasks.rewards import Ensemble
 from rlhf_jax.tasks.text import Source
 
@@ -257,6 +258,38 @@ class RewardFlags(Flags):
         """How reward models become one; None where they are a weighted sum."""
         lam = 1.0 if self.ensemble_lambda is None else self.ensemble_lambda
         return None if self.reward_ensemble is None else Ensemble(self.reward_ensemble, lam)
+
+
+@dataclass(frozen=True)
+class JudgeFlags(Flags):
+    """The judge: a language model that says which of two answers is better."""
+
+    judge: str | None = None
+    """A Hugging Face folder or hub name, or the URL of an OpenAI-compatible server: http://127.0.0.1:8000/v1."""
+    judge_model: str | None = None
+    """The model's name at the server."""
+    judge_key: str = "OPENAI_API_KEY"
+    """The environment variable that has the server's API key; a server of one's own may need none."""
+    judge_cache: str | None = None
+    """The file that keeps the server's answers, so that none is paid for twice; by default judge.sqlite in the run's
+    folder."""
+    judge_at_once: int = 8
+    """Requests to the server at once."""
+    judge_max_requests: int | None = None
+    """The most requests to the server in all; at the limit the run stops, and may go on with --resume."""
+    judge_time_limit: float = 60.0
+    """Seconds that the server may take for an answer."""
+    judge_max_failed: float = 0.05
+    """The share of the questions on which the judge may fail."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for numbers out of range, a server without a model, and a model without a server."""
+        at_least(self, judge_at_once=1, judge_time_limit=1e-3, judge_max_failed=0)
+        if self.judge_max_requests is not None:
+            at_least(self, judge_max_requests=1)
+        if is_server(self.judge) != (self.judge_model is not None):
+            raise UserError("--judge URL and --judge-model NAME are given together: a server may have several models")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)

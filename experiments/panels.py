@@ -348,3 +348,56 @@ REJECTION_REPORT = Report(
     (),
     policy_numbers("rejection_sampling", "rejection sampling"),
 )
+JUDGE_REPORT = Report(
+    (
+        Section(
+            "The judge and people",
+            "Share of comparisons on which it prefers what people prefer, with 95% intervals; chance is dashed.",
+            rates=Rates(
+                (
+                    Line("judge_agreement", "mean of both orders"),
+                    Line("judge_agreement_first", "people's choice shown first"),
+                    Line("judge_agreement_second", "people's choice shown second"),
+                    Line("judge_length_baseline", "pick the longer"),
+                ),
+                0.5,
+                "agreement with people",
+            ),
+        ),
+    ),
+    (
+        Section(
+            "Judge",
+            "Over the pairs so far. A judge who takes the first in most pairs goes by place.",
+            "judge",
+            "pairs",
+            panels=(
+                Panel("agreement with people", (Line("agreement", "both orders", TRUTH),)),
+                Panel("both orders say the same", (Line("orders_agree", "share"),)),
+                Panel("takes the response shown first", (Line("takes_first", "share", PROXY),)),
+                Panel("no verdict", (Line("failed", "failed", QUIET),)),
+            ),
+        ),
+    ),
+    Examples(
+        "Pairs", "The first ones, with the judge's probability of each, by the mean of both orders.",
+        (Line("people", "preferred by people", TRUTH), Line("other", "the other", QUIET)),
+        (Line("probability", "probability"),),
+    ),
+    (
+        Rule(
+            None,
+            (Condition("judge_orders_agree", "ends below", 0.5),),
+            "The judge goes by place: in {end:.0%} of the pairs both orders say the same.",
+        ),
+    ),
+    {
+        "judge_agreement": "Pairs on which the mean of both orders prefers what people prefer; a tie is half.",
+        "judge_orders_agree": "Pairs on which both orders prefer the same response.",
+        "judge_takes_first": "Verdicts for the response shown first.",
+        "judge_mean_first": "Mean probability of the response shown first.",
+        "judge_ties": "Pairs on which the mean of both orders is exactly a half.",
+        "judge_failed": "Pairs without a verdict in one order or both.",
+    },
+)  # fmt: skip
+"""The report of a judge on comparisons."""

@@ -4,7 +4,7 @@ A judge is a question around something that answers "A" or "B" (`Ask`): a langua
 server (`server.py`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from rlhf_jax.data.encode import encode
 from rlhf_jax.data.formats import Comparison
 from rlhf_jax.data.rejects import BadRow, Place
+from rlhf_jax.errors import UserError
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.rewards.reward import (
     Columns,
@@ -106,16 +107,45 @@ def grader(ask: Ask, question: str | Sequence[str] = GRADE) -> Grader:
     return grade
 
 
-def letters(model: Pretrained, *, batch_size: int, max_length: int, max_failed_share: float = 0.0) -> Ask:
+class Tolerance:
+    """The share of its questions on which a judge may fail: of `total` in all calls, or without it of each call's."""
+
+    def __init__(self, who: str, share: float, total: int | None = None, advice: str = ""):
+        self._who, self._share, self._total, self._advice, self._before = who, share, total, advice, 0
+
+    def check(self, failures: Mapping[int, str], count: int) -> None:
+        """Raises UserError when too many have failed; `failures` says why, of a call of `count` questions so far."""
+        failed, total = self._before + len(failures), self._total or count
+        if failures and failed > self._share * total:
+            raise UserError(
+                f"{self._who} failed on {failed} of {total} questions (at most {self._share:.0%} may):"
+                f" {failures[min(failures)]}{self._advice}"
+            )
+
+    def add(self, failures: Mapping[int, str]) -> None:
+        """Keeps the failures of a call that is done in mind."""
+        self._before += len(failures) if self._total else 0
+
+
+def letters(
+    model: Pretrained,
+    *,
+    batch_size: int,
+    max_length: int,
+    max_failed_share: float = 0.0,
+    total: int | None = None,
+) -> Ask:
     """A language model as a judge, by how likely it answers a question with "A" rather than "B":
 
         P(A) = σ(log π(A | question) − log π(B | question))
 
     At most `batch_size` questions are read at once. One that is longer than `max_length` tokens, or that the model's
-    chat template refuses, has failed; the judge raises UserError when more than `max_failed_share` of them have.
+    chat template refuses, has failed. The judge raises UserError when more than `max_failed_share` have: of a call's
+    questions, or of `total` in all calls.
     Reference: Bai et al. 2022, §4.1, https://arxiv.org/abs/2212.08073.
     """
     answers = tuple(({"role": "assistant", "content": letter},) for letter in "AB")
+    tolerance = Tolerance(f"the judge {model.name}", max_failed_share, total)
 
     def ask(questions: Sequence[str]) -> np.ndarray:
         prompts: dict[int, list[int]] = {}
@@ -131,7 +161,8 @@ def letters(model: Pretrained, *, batch_size: int, max_length: int, max_failed_s
             prompts[number] = ids.prompt
             a, b = (tuple(reply[:-1]) for reply in ids.responses)  # without the EOS: only the letter is asked for
             replies[number] = a, b
-        refuse_failures(f"the judge {model.name}", failures, len(questions), max_failed_share)
+        tolerance.check(failures, len(questions))
+        tolerance.add(failures)
         found = np.full(len(questions), np.nan)
         for pair in sorted(set(replies.values())):
             numbers = [number for number in replies if replies[number] == pair]

@@ -29,6 +29,7 @@ from rlhf_jax.data.rejects import one_line
 from rlhf_jax.errors import UserError, first_line
 from rlhf_jax.hosts import from_first, many
 from rlhf_jax.rewards.cache import Cache
+from rlhf_jax.rewards.judge import Tolerance
 
 AGAIN = {408, 409, 425, 429}
 """HTTP errors after which a request is tried again, with all from 500 on."""
@@ -55,7 +56,11 @@ class ServerLimits(NamedTuple):
     longest_wait: float = 60.0
     """The most seconds before a retry, also where the server asks for more."""
     failed_share: float = 0.05
-    """The share of the questions of a call that may fail."""
+    """The share of the questions that may fail: of `questions`, or of those of a call."""
+    questions: int | None = None
+    """Questions in all calls."""
+    failed_in_a_row: int = 20
+    """So many that fail without an answer between them say that the server is down."""
     answer_tokens: int = 8
     """The longest answer."""
 
@@ -110,14 +115,17 @@ class Server:
         self._lock = threading.Lock()
         self._logprobs = True
         """Whether the server has not yet refused to give log-probabilities."""
+        self._in_a_row = 0
+        self._kept = f"; answers so far are kept in {cache.path}: look at the server, then run again"
+        self._tolerance = Tolerance(f"the judge {model} at {url}", limits.failed_share, limits.questions, self._kept)
 
     def ask(self, questions: Sequence[str]) -> np.ndarray:
         """The probability of "A" rather than "B" as the answer to each question, [N]; NaN where one has failed.
 
         It is normalised over the two letters where the server gives log-probabilities, otherwise 0 or 1. Equal
         questions are asked once. Of many processes the first asks.
-        Raises UserError when more than `failed_share` of the questions fail, when the limit on requests is reached,
-        and at once for an error that all requests would meet.
+        Raises UserError when more than `failed_share` of the questions fail, or so many in a row that the server must
+        be down; when the limit on requests is reached; and at once for an error that all requests would meet.
         """
         found = from_first(lambda: self._ask(questions).tolist()) if many() else self._ask(questions)
         return np.asarray(found, np.float64)
@@ -138,10 +146,18 @@ class Server:
                 number = futures[future]
                 try:
                     found[unique[number]] = future.result()
+                    self._in_a_row = 0
                 except Failure as failure:
                     failures[number] = str(failure)
                     self._count(failures=1)
-                self._refuse(failures, len(unique))
+                    self._in_a_row += 1
+                self._tolerance.check(failures, len(unique))
+                if self._in_a_row >= self._limits.failed_in_a_row:
+                    raise UserError(
+                        f"the judge {self._model} at {self._url} failed on {self._in_a_row} questions in a row:"
+                        f" {failures[number]}{self._kept}"
+                    )
+            self._tolerance.add(failures)
         except KeyboardInterrupt:
             waits = False
             raise
@@ -149,15 +165,6 @@ class Server:
             stop.set()
             pool.shutdown(wait=waits, cancel_futures=True)
         return np.array([found[question] for question in questions], np.float64)
-
-    def _refuse(self, failures: Mapping[int, str], count: int) -> None:
-        share = self._limits.failed_share
-        if len(failures) > share * count:
-            raise UserError(
-                f"the judge {self._model} at {self._url} failed on {len(failures)} of {count} questions (at most"
-                f" {share:.0%} may); question {min(failures) + 1}: {failures[min(failures)]}; its answers so far are"
-                f" kept in {self._cache.path}: look at the server, then run again"
-            )
 
     def _answer(self, question: str, stop: threading.Event) -> float:
         body = {
@@ -216,7 +223,7 @@ class Server:
             if self._limits.requests is not None and self._counts["requests"] >= self._limits.requests:
                 raise UserError(
                     f"the judge {self._model} at {self._url} was asked {self._limits.requests} times, which is the"
-                    f" limit; its answers are kept in {self._cache.path}: run again with a higher limit to go on"
+                    f" limit; answers are kept in {self._cache.path}: run again with a higher limit to go on"
                 )
             self._counts.update(requests=1, retries=int(again))
 

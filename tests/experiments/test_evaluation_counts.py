@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from experiments import evaluate
+from experiments import evaluate, judging
 from rlhf_jax.data import suites
 from rlhf_jax.data.rejects import Place
 from rlhf_jax.evaluate import clustered_rate, trinomial_interval, wilson_interval
@@ -84,7 +84,7 @@ def test_the_evaluated_model_wins_where_its_answer_scores_higher(monkeypatch, tm
     monkeypatch.setattr(
         evaluate, "document_rewards", lambda model, pairs, batch_size: np.array([len(r) for _, r in pairs])
     )
-    monkeypatch.setattr(evaluate, "letter_judge", lambda *_, **__: lambda prompts, first, second: [1, 1, 0, 0])
+    monkeypatch.setattr(judging, "letters", lambda *_, **__: lambda questions: [1, 1, 0, 0])
     models = evaluate.Models(*(stand_in(name, tokenizer) for name in ("ours", "theirs", "reward", "judge")))
     metrics = evaluate.evaluate_win_rate(evaluate.Config(prompts="FILE"), models, ["Who?"] * 4, Quiet(tmp_path))
     # Three are longer and one is a tie; a judge who always says the same has a place, and no winner.

@@ -85,7 +85,7 @@ def test_a_language_model_judges_by_a_or_b(shared_data):
             for letter in "AB"
         )
         np.testing.assert_allclose(verdict, 1 / (1 + np.exp(b - a)), rtol=1e-3)
-    with pytest.raises(UserError, match=r"stories260K-hf: it failed on 2 of 2 .*answer 0: prompt too long for 64 t"):
+    with pytest.raises(UserError, match=r"stories260K-hf failed on 2 of 2 .*: prompt too long for 64 tokens"):
         letter_judge(model, batch_size=3, max_length=64)(prompts, first, second)
 
 
@@ -136,6 +136,10 @@ def test_questions_that_a_model_cannot_read_fail_alone(stories):
     assert np.isnan(found[1]) and found[0] == pytest.approx(alone[0])
     with pytest.raises(UserError, match="failed on 2 of 3"):
         ask(["Is it good?", "Is it good? " * 50, "Is it good? " * 60])
+    ask = letters(model, batch_size=2, max_length=64, max_failed_share=0.5, total=4)
+    assert np.isnan(ask(["Is it good? " * 50])) and np.isnan(ask(["Is it good? " * 50]))  # two of four
+    with pytest.raises(UserError, match=r"failed on 3 of 4 questions .at most 50% may.: prompt too long"):
+        ask(["Is it good? " * 50])
 
 
 def asked(question):

@@ -197,6 +197,24 @@ def test_nonsense_is_counted_and_left_out_up_to_a_share(serve, tmp_path):
     np.testing.assert_array_equal(np.isnan(verdicts.shown_first), np.isnan(found))
 
 
+def test_failures_are_a_share_of_all_calls_and_a_server_that_is_down_is_not_asked_on(serve, tmp_path):
+    stub = serve(always("Well …"))
+    with open_server(stub.url, "m", tmp_path / "a", limits=QUICK._replace(failed_share=0.5, questions=6)) as server:
+        assert np.isnan(server.ask(["1"])) and np.isnan(server.ask(["2", "3"])).all()
+        with pytest.raises(UserError, match="failed on 4 of 6 questions"):
+            server.ask(["4", "5"])
+    limits = QUICK._replace(failed_share=1.0, failed_in_a_row=3, at_once=1)
+    with open_server(stub.url, "m", tmp_path / "b", limits=limits) as server:
+        server.ask(["1", "2"])
+        stub.reply = always("A")
+        server.ask(["3"])
+        stub.reply = always("Well …")
+        server.ask(["4", "5"])
+        with pytest.raises(UserError, match="failed on 3 questions in a row: it answers 'Well …'"):
+            server.ask(["6", "7", "8", "9", "10", "11"])
+    assert len(stub.asked) < 2 + 2 + 1 + 2 + 6 + 5
+
+
 def test_the_cache_answers_a_second_run_and_knows_other_requests(serve, tmp_path):
     stub = serve(always("B"))
     questions = ["1", "2", "3"]
