@@ -10,10 +10,7 @@ It writes best.jsonl to the run's folder: prompt, completion and score of the be
 `sft.py --demonstrations` reads. Without files it runs SFT and the reward model in the controlled world first.
 """
 
-import json
-import math
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +18,8 @@ from typing import Any
 
 if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
 
 from experiments.flags import BestOfNFlags, ModelFlags, PromptFlags, RewardFlags, RunFlags, SamplingFlags
 from experiments.panels import BEST_OF_N_REPORT
@@ -30,8 +29,8 @@ from rlhf_jax.best_of_n import Pool, best_of_n_metrics, powers_up_to, prompts_a_
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import UserError
-from rlhf_jax.hosts import from_first
 from rlhf_jax.log import Run
+from rlhf_jax.row_file import write_parts
 from rlhf_jax.tasks.measure import AnswerScorer, PolicySampler, make_reward_scorer, write_examples
 from rlhf_jax.tasks.task import Task
 
@@ -74,21 +73,17 @@ def write_best(cfg: Config, task: Task, run: Run, sampler: PolicySampler, score:
 
     A prompt whose best answer is empty or does not end has none there. Such prompts are counted.
     """
-    sets, file, rows = task.prompts(), run.dir / "best.jsonl", task.eval_batch_size
-    first = from_first(lambda: take_up(file, prompts_a_pool(cfg.n, rows)))
+    sets, file, size = task.prompts(), run.dir / "best.jsonl", prompts_a_pool(cfg.n, task.eval_batch_size)
 
-    def sample(prompts: Prompts, number: int) -> Completions:
-        return sampler(task.base.params, prompts, 1000 + number)
+    def make(part: range) -> list[dict[str, Any]]:
+        def sample(prompts: Prompts, _: int) -> Completions:
+            return sampler(task.base.params, prompts, 1000 + part.start // size)
 
-    pools = sample_pools(sample, score, sets.train, cfg.n, rows=rows, first=first)
-    total = math.ceil((len(sets.train.row) - first) / prompts_a_pool(cfg.n, rows))
-    with open(file, "a", encoding="utf-8") if run.first else nullcontext() as lines:
-        for pool in run.progress("best_of_n", pools, total=total):
-            if lines is not None:
-                best = best_rows(task, pool, first)
-                lines.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in best))
-                lines.flush()
-            first += len(pool.scores)
+        some = take(sets.train, np.asarray(part))
+        (pool,) = sample_pools(sample, score, some, cfg.n, rows=cfg.n * len(part))
+        return best_rows(task, pool, part.start)
+
+    write_parts(run, "best_of_n", file, len(sets.train.row), size, make)
     if run.first:
         with open(file, encoding="utf-8") as found:
             count = sum(1 for _ in found)
@@ -110,21 +105,6 @@ def best_rows(task: Task, pool: Pool, first: int) -> list[dict[str, Any]]:
         for place, (number, text, score, ended) in enumerate(found)
         if ended and text.strip()
     ]
-
-
-def take_up(file: Path, size: int) -> int:
-    """The prompt to go on from: the first of the last pool of `size` prompts that the file has. Its rows are removed.
-
-    Prompts are in their order there. A line that a kill has cut short is removed, too.
-    """
-    if not file.exists():
-        return 0
-    # Not splitlines, which also ends a line at characters that a text may have inside.
-    kept = file.read_bytes().split(b"\n")[:-1]
-    rows = [json.loads(line)["row"] for line in kept]
-    first = rows[-1] // size * size if rows else 0
-    file.write_bytes(b"".join(line + b"\n" for line, row in zip(kept, rows, strict=True) if row < first))
-    return first
 
 
 @on_mesh

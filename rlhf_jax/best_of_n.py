@@ -40,15 +40,14 @@ def sample_pools(
     *,
     rows: int,
     judge: Score | None = None,
-    first: int = 0,
 ) -> Iterator[Pool]:
-    """Pools of `n` answers, for as many prompts at once as make about `rows` answers; from prompt `first` on.
+    """Pools of `n` answers, for as many prompts at once as make about `rows` answers.
 
     `sample(prompts, number)` answers each prompt once; pool number k has number k. What is in memory does not grow
-    with the number of prompts. `first` has to be where a pool begins, to find the same answers again.
+    with the number of prompts.
     """
     size = prompts_a_pool(n, rows)
-    for start in range(first, len(prompts.row), size):
+    for start in range(0, len(prompts.row), size):
         some = take(prompts, np.arange(start, min(start + size, len(prompts.row))).repeat(n))
         answers = sample(some, start // size)
         yield Pool(

@@ -37,13 +37,6 @@ def test_each_prompt_has_n_answers_and_the_best_of_them():
         assert_array_equal(pool.values, -pool.scores)
 
 
-def test_going_on_from_a_prompt_gives_the_answers_that_would_have_come():
-    whole = list(sample_pools(sample, score, PROMPTS, 4, rows=12))
-    rest = list(sample_pools(sample, score, PROMPTS, 4, rows=12, first=3))
-    for one, other in zip(whole[1:], rest, strict=True):
-        assert_array_equal(one.answers.tokens, other.answers.tokens)
-
-
 def test_more_answers_than_rows_still_make_a_pool():
     assert [len(pool.scores) for pool in sample_pools(sample, score, PROMPTS, 9, rows=4)] == [1] * 7
 

@@ -10,6 +10,7 @@ import pytest
 from experiments import best_of_n, sft
 from rlhf_jax.errors import UserError
 from rlhf_jax.metrics import read_metrics
+from rlhf_jax.row_file import take_up
 
 REWARD = "def long(prompts, completions, **columns):\n    return [float(len(text)) for text in completions]\n"
 
@@ -61,8 +62,8 @@ def test_a_file_is_taken_up_where_its_last_pool_begins(tmp_path):
         ("", 0, 0), (rows, 8, 4), (rows[:-3], 8, 4), (rows[:35], 4, 2), (rows[:3], 0, 0), (odd + rows[22:], 8, 3),
     ]:  # fmt: skip
         file.write_text(text, encoding="utf-8")
-        assert best_of_n.take_up(file, 4) == first and len(lines(tmp_path)) == kept
-    assert best_of_n.take_up(tmp_path / "none", 4) == 0
+        assert take_up(file, 4) == first and len(lines(tmp_path)) == kept
+    assert take_up(tmp_path / "none", 4) == 0
 
 
 def test_sft_reads_the_best_answers(done, small_policy, tmp_path):

@@ -1,0 +1,50 @@
+"""Rows of a run's file that are made part by part, so that a resumed run goes on where it was killed."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.hosts import from_first
+from rlhf_jax.log import Run
+
+
+def write_parts(
+    run: Run, what: str, file: Path, count: int, size: int, make: Callable[[range], list[dict[str, Any]]]
+) -> None:
+    """Writes what `make` gives for rows 0 … count − 1, `size` of them at a time, a JSON object a line.
+
+    Each object has its row's number as "row". A resumed run makes the last part that the file has once more. Every
+    process calls `make`; the first one writes.
+    """
+    first = from_first(lambda: take_up(file, size))
+    parts = [range(start, min(start + size, count)) for start in range(first, count, size)]
+    with open(file, "a", encoding="utf-8") if run.first else nullcontext() as lines:
+        for part in run.progress(what, parts, total=len(parts)):
+            rows = make(part)
+            if lines is not None:
+                lines.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                lines.flush()
+
+
+def take_up(file: Path, size: int) -> int:
+    """The row to go on from: the first of the last part of `size` rows that the file has. That part is removed.
+
+    Rows are in their order there. A line that a kill has cut short is removed, too.
+    """
+    if not file.exists():
+        return 0
+    # Not splitlines, which also ends a line at characters that a text may have inside.
+    kept = file.read_bytes().split(b"\n")[:-1]
+    rows = [json.loads(line)["row"] for line in kept]
+    first = rows[-1] // size * size if rows else 0
+    file.write_bytes(b"".join(line + b"\n" for line, row in zip(kept, rows, strict=True) if row < first))
+    return first
+
+
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file that `write_parts` has written, one at a time."""
+    with open(file, encoding="utf-8", newline="\n") as lines:
+        for line in lines:
+            yield json.loads(line)
