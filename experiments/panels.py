@@ -401,3 +401,31 @@ JUDGE_REPORT = Report(
     },
 )  # fmt: skip
 """The report of a judge on comparisons."""
+CONSTITUTIONAL_REPORT = Report(
+    (truth("constitutional", "Constitutional AI"),),
+    (
+        Section(
+            "Critique and revision",
+            "An answer, and then its revisions; the last ones are learned.",
+            "chains",
+            "revision",
+            panels=(UTILITY, Panel("words an answer", (Line("words", "words"),))),
+        ),
+        SFT._replace(title="Learning the revisions", note="", stage="revised"),
+        preference("dpo"),
+    ),
+    Examples(
+        "Chains and answers",
+        "First the chains: an answer, what the model finds wrong with it by a principle, and how it revises it. Then"
+        " answers to held-out prompts before and after.",
+        (
+            Line("answer", "answer"),
+            *(Line(f"{what} {n}", f"{what} {n}") for n in range(1, 9) for what in ("critique", "revision")),
+            Line("start", "before"),
+            Line("constitutional", "Constitutional AI", TRUTH),
+        ),
+    ),
+    (),
+    policy_numbers("constitutional", "Constitutional AI"),
+)
+"""The report of Constitutional AI."""

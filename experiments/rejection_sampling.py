@@ -11,7 +11,6 @@ Without files it runs SFT and the reward model in the controlled world first. It
 resumed run samples its answers again, the same ones, and goes on in the training that it was in.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 from experiments import sft
 from experiments.flags import BestOfNFlags, Flags, ModelFlags, PromptFlags, RewardFlags, RunFlags, SamplingFlags
 from experiments.panels import REJECTION_REPORT
-from experiments.stages import open_rewards, open_task, or_default, policy_sampler
+from experiments.stages import again_defaults, open_rewards, open_task, policy_sampler
 from rlhf_jax.batches import Prompts
 from rlhf_jax.best_of_n import sample_pools
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
@@ -112,14 +111,6 @@ def as_demonstrations(answers: list[Answer], heldout: list[Answer], pad_id: int)
     return Demonstrations(packed, validation, lambda rows, seed: EpochBatches(packed, rows, seed), len(packed.mask))
 
 
-def with_defaults(cfg: RejectionSampling, task: Task, rows: int) -> RejectionSampling:
-    """The flags of SFT. In the controlled world its policy is trained already: fewer and smaller steps."""
-    if task.base.name is not None:
-        return cfg
-    steps = math.ceil(cfg.epochs * rows / min(cfg.batch_size, rows))
-    return or_default(cfg, steps=max(1, steps), learning_rate=1e-3)
-
-
 def train_round(
     cfg: Config, task: Task, policy: Params, run: Run, sampler: PolicySampler, scorers: Sequence[AnswerScorer],
     number: int,
@@ -142,7 +133,7 @@ def train_round(
     found: dict[str, Params] = {}
     for side in ("blind", "best") if cfg.control and number == 1 else ("best",):
         demonstrations = as_demonstrations(getattr(train, side), getattr(heldout, side), base.pad_id)
-        flags = with_defaults(cfg, task, demonstrations.rows or 0)
+        flags = again_defaults(cfg, base, demonstrations.rows or 0)
         found[side] = sft.train(
             flags, base, demonstrations, run, cfg.seed, eval_batch_size=task.eval_batch_size, stage=f"{side}-{number}"
         ).params

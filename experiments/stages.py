@@ -4,6 +4,7 @@ In the controlled world a stage that lacks a policy or a reward model runs the s
 """
 
 import importlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -62,6 +63,14 @@ def pretrained_defaults(cfg: Any, base: Pretrained, *, slower: float = 1.0) -> d
     rank = cfg.lora_rank if cfg.lora_rank is not None else (16 if size >= 50_000_000 else 0)
     rate = min(1e-3, 2e-5 * (8e9 / size) ** 0.5 * (10 if rank else 1)) / slower
     return {"lora_rank": rank, "learning_rate": float(f"{rate:.1e}"), "keep": 1}
+
+
+def again_defaults(cfg: Any, base: Pretrained, rows: int) -> Any:
+    """The flags of SFT on a policy's own answers. In the controlled world, where it is trained already, there are
+    fewer and smaller steps than SFT's."""
+    if base.name is not None:
+        return cfg
+    return or_default(cfg, steps=max(1, math.ceil(cfg.epochs * rows / min(cfg.batch_size, rows))), learning_rate=1e-3)
 
 
 def say_defaults(run: Run, stage: str, given: Any, filled: Any, base: Pretrained) -> None:

@@ -30,14 +30,14 @@ def export_policy(
     *,
     algorithm: str,
     metrics: Mapping[str, float],
-    data: str | None = None,
+    folder: str = "policy",
 ) -> None:
-    """Writes the policy to policy/ in the run's folder, its adapters merged."""
+    """Writes the policy to policy/ in the run's folder, or to another `folder` there, its adapters merged."""
     merged = to_host(merge_lora(params))
     if run.first:
         card = ModelCard(algorithm, None, base.name, metrics, card_facts(read_json(run.dir / "run.json")))
-        save_hf(run.dir / "policy", base.config, merged, tokenizer=base.tokenizer, eos_id=base.eos_id, card=card)
-        run.say(f"policy: {run.dir / 'policy'}")
+        save_hf(run.dir / folder, base.config, merged, tokenizer=base.tokenizer, eos_id=base.eos_id, card=card)
+        run.say(f"policy: {run.dir / folder}")
 
 
 def export_reward_model(

@@ -6,12 +6,15 @@ demonstrations and compare answers, imperfectly and at known rates.
 """
 
 from rlhf_jax.simulation.people import Annotators, Demonstrators, agreement_rate, calibrate_noise, ceiling
+from rlhf_jax.simulation.revisers import PRINCIPLES, Revisers
 from rlhf_jax.simulation.world import Problem, draw_problems, is_exact, make_tokenizer, utility
 
 __all__ = [
+    "PRINCIPLES",
     "Annotators",
     "Demonstrators",
     "Problem",
+    "Revisers",
     "agreement_rate",
     "calibrate_noise",
     "ceiling",

@@ -30,7 +30,7 @@ class Demonstrators:
 
     def write(self, rng: np.random.Generator, problem: Problem) -> str:
         """One demonstration."""
-        says = _mistake(rng, problem) if rng.random() < self.error else list(problem.target)
+        says = mistake(rng, problem) if rng.random() < self.error else list(problem.target)
         opener, closer = TONES[problem.tone]
         plan = [opener] * (rng.random() < self.opener)
         plan += ["answer"] * (rng.random() < self.announce)
@@ -52,7 +52,7 @@ def _one_of(rng: np.random.Generator, words: Sequence[str]) -> str:
     return words[int(rng.integers(len(words)))]
 
 
-def _mistake(rng: np.random.Generator, problem: Problem) -> list[str]:
+def mistake(rng: np.random.Generator, problem: Problem) -> list[str]:
     """A wrong answer of the right kind: two words swapped, or one replaced."""
     says = list(problem.target)
     if len(says) > 1 and rng.random() < 0.5:
@@ -84,6 +84,10 @@ class Annotators:
         length = np.array([len(w) for w in words], np.float32)
         flattery = np.array([sum(x in FLATTERY for x in w) for w in words], np.float32)
         return utilities + self.length_bias * length + self.flattery_bias * flattery
+
+    def prefer(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """The probability that a response is preferred to another one, from what is perceived of both."""
+        return 0.5 * (1.0 + np.tanh(0.5 * (np.asarray(first, np.float64) - second) / self.noise))
 
     def rank(self, rng: np.random.Generator, perceived: np.ndarray) -> np.ndarray:
         """Ranks [..., K] (0 is best) that one annotator gives to responses perceived as [..., K]."""

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from rlhf_jax.batches import Completions, Prompts, Rankings
+from rlhf_jax.constitution import Principle
+from rlhf_jax.data.conversations import Conversation
 from rlhf_jax.data.encode import RankedAnswers
 from rlhf_jax.data.epochs import EpochBatches
 from rlhf_jax.data.preferences import join_rankings
@@ -13,8 +15,10 @@ from rlhf_jax.data.tokens import pack_sequences, pad_prompts, pad_sequences, tak
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import FLOAT32, ModelConfig, Precision
 from rlhf_jax.pretrained import Pretrained
+from rlhf_jax.revision import Reviser, Said, Step
+from rlhf_jax.rewards.judge import Judge as PairJudge
 from rlhf_jax.rewards.reward import Columns, Completion, HostScores, Part, Prompt, Reward
-from rlhf_jax.simulation import Annotators, Demonstrators, agreement_rate, calibrate_noise, ceiling
+from rlhf_jax.simulation import Annotators, Demonstrators, Revisers, agreement_rate, calibrate_noise, ceiling
 from rlhf_jax.simulation.world import Problem, draw_problems, is_exact, make_tokenizer, utilities
 from rlhf_jax.tasks.task import Comparisons, Demonstrations, PromptRow, PromptSets, Sampler
 
@@ -63,7 +67,8 @@ class World:
         Raises UserError for a model whose vocabulary is not that of the world.
         """
         sizes = SIZES if sizes is None else sizes
-        self._rng = rng = np.random.default_rng([seed, 0])
+        self._seed, self._rng = seed, np.random.default_rng([seed, 0])
+        rng = self._rng
         self.base = _new_model(sizes.layers, precision) if base is None else _with_words_of_the_world(base)
         self.max_new_tokens = ANSWER_LENGTH
         self._sizes = sizes
@@ -113,7 +118,7 @@ class World:
 
         Form, tone and length are nothing to it. A problem is known by its text.
         """
-        problems = {problem.prompt: problem for problem in self._problems}
+        problems = self._by_prompt()
 
         def score(
             prompts: Sequence[Prompt], completions: Sequence[Completion], columns: Columns, part: Part | None = None
@@ -122,6 +127,43 @@ class World:
             return HostScores(np.array([float(is_exact(problems[str(p)], str(c))) for p, c in pairs]))
 
         return Reward("correct", 1.0, on_texts=score, streams=True)
+
+    def utilities(self, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+        """True utility of whole answers, by their texts: [B]."""
+        problems = self._by_prompt()
+        return utilities([problems[prompt] for prompt in prompts], answers, [True] * len(answers))
+
+    def reviser(self, revisers: Revisers) -> Reviser:
+        """Simulated assistants that criticise and revise answers to the world's problems, by its principles."""
+        problems = self._by_prompt()
+
+        def revise(
+            prompts: Sequence[Conversation], answers: Sequence[str], principles: Sequence[Principle], number: int
+        ) -> list[Step]:
+            rng = np.random.default_rng([self._seed, 7, number])
+            return [
+                Step(principle, *map(Said, revisers.revise(rng, problems[prompt[-1]["content"]], answer, principle)))
+                for prompt, answer, principle in zip(prompts, answers, principles, strict=True)
+            ]
+
+        return revise
+
+    def pair_judge(self, annotators: Annotators) -> PairJudge:
+        """A simulated judge of two whole answers, which has the annotators' bias, and their noise as its doubt.
+
+        P(first is better) = σ((perceived₁ − perceived₂) / noise)
+        """
+        problems = self._by_prompt()
+
+        def judge(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> np.ndarray:
+            asked = [problems[prompt] for prompt in prompts]
+            seen = (annotators.perceive(utilities(asked, some, [True] * len(some)), some) for some in (first, second))
+            return annotators.prefer(*seen)
+
+        return judge
+
+    def _by_prompt(self) -> dict[str, Problem]:
+        return {problem.prompt: problem for problem in self._problems}
 
     def comparisons(self, sampler: Sampler) -> Comparisons:
         """The annotators' rankings of the sampler's answers. Each call asks annotators of their own."""

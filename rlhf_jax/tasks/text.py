@@ -99,6 +99,11 @@ class TextTask:
         self._said: set[str] = set()
         self._parts: dict[str, Any] = {}
 
+    @property
+    def longest_prompt(self) -> int:
+        """The most tokens of a prompt that leaves room for an answer."""
+        return self._max_length - self.max_new_tokens
+
     def demonstrations(self) -> Demonstrations:
         """The demonstrations of `--demonstrations`. Raises UserError without any."""
         return self._once("demonstrations", self._stream_demonstrations if self._streaming else self._demonstrations)
@@ -261,7 +266,7 @@ class TextTask:
 
     def _lay_prompts(self, rows: Sequence[tuple[Prompt, dict[str, Any]]]) -> tuple[Prompts, list[PromptRow]]:
         """Left-padded prompts in the bucket of the longest, each with its row. What does not fit is said."""
-        quiet, length = Rejects("skip"), self._max_length - self.max_new_tokens
+        quiet, length = Rejects("skip"), self.longest_prompt
         source = self._sources.get("prompts")
         column = "prompt" if source is None else parse_columns(source.columns).get("prompt", "prompt")
         reads = [Read(number, row, fields) for number, (row, fields) in enumerate(rows)]

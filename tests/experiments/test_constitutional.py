@@ -1,0 +1,110 @@
+"""Constitutional AI from the command: in the world, on real text, and after a kill."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from experiments import constitutional
+from experiments.dpo import DPO
+from experiments.sft import SFT
+from rlhf_jax import revision
+from rlhf_jax.constitution import read_constitution
+from rlhf_jax.errors import UserError
+from rlhf_jax.metrics import read_metrics
+from rlhf_jax.models import load_hf
+
+FLAGS = {"eval_batch_size": 64, "sft": SFT(steps=2, batch_size=8), "dpo": DPO(steps=2, batch_size=8)}
+
+
+def rows(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def done(small_world_for_all, small_policy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, constitutional.main(constitutional.Config(run_dir=str(folder), model=small_policy, **FLAGS))
+
+
+def test_in_the_world(done):
+    folder, metrics = done
+    stages = read_metrics(folder)
+    assert list(stages) == ["chains", "revised", "dpo"] and [row["step"] for row in stages["chains"]] == [0, 1, 2]
+    assert {"start_utility", "revised_utility", "constitutional_utility", "constitutional_kl"} <= set(metrics)
+    chains, learned = rows(folder, "chains"), rows(folder, "revisions")
+    whole = [chain for chain in chains if not chain["unlearned"]]
+    assert [chain["row"] for chain in chains] == list(range(len(chains))) and len(whole) == len(learned) > 0
+    for chain, row in zip(whole, learned, strict=True):
+        assert row == {"prompt": chain["prompt"], "completion": chain["revisions"][1]["revision"], "row": chain["row"]}
+    compared = rows(folder, "comparisons")
+    assert compared and all(0.5 <= row["probability"] <= 1 and row["chosen"] != row["rejected"] for row in compared)
+    for name in ("revised", "policy"):
+        assert np.isfinite(load_hf(str(folder / name))[1]["final_norm"]["scale"]).all()
+    assert "critique 2" in rows(folder, "examples")[0] and "constitutional" in rows(folder, "examples")[-1]
+
+
+def test_a_killed_run_goes_on_to_the_same_files(done, small_policy, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(done[0], folder)
+    whole = {name: (folder / f"{name}.jsonl").read_bytes() for name in ("chains", "revisions", "comparisons")}
+    (folder / "chains.jsonl").write_bytes(whole["chains"][: len(whole["chains"]) // 2])
+    (folder / "comparisons.jsonl").unlink()
+    for name in ("revised", "policy"):
+        shutil.rmtree(folder / name)
+    (folder / "summary.json").unlink()
+    found = constitutional.main(
+        constitutional.Config(run_dir=str(folder), model=small_policy, resume=True, **FLAGS)
+    )  # fmt: skip
+    assert {name: (folder / f"{name}.jsonl").read_bytes() for name in whole} == whole and found == done[1]
+
+
+def test_on_real_text_with_demonstrations_and_comparisons(stories, tmp_path, monkeypatch):
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("prompts", "demonstrations", "comparisons")}
+    prompts = [f"Tell a story about number {n}." for n in range(8)]
+    contents = {
+        "prompts": [{"prompt": text} for text in prompts],
+        "demonstrations": [{"prompt": text, "completion": "Once there was a dog."} for text in prompts],
+        "comparisons": [{"prompt": text, "chosen": "A dog ran.", "rejected": "No."} for text in prompts],
+    }
+    for name, some in contents.items():
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
+    cfg = constitutional.Config(
+        run_dir=str(tmp_path / "run"), model=stories, **{name: str(file) for name, file in files.items()},
+        constitution=str(constitutional.SHIPPED), examples=0, revisions=1, max_new_tokens=8, heldout=2,
+        max_length=256, eval_batch_size=8, sft=SFT(steps=1, batch_size=2, lora_rank=0),
+        dpo=DPO(steps=1, batch_size=2, lora_rank=0), comparisons_clamp=0.6,
+    )  # fmt: skip
+    # Stories go on for long: here each text counts as ended.
+    said = revision.read
+    for module in (revision, constitutional):
+        monkeypatch.setattr(module, "read", lambda *some: [one._replace(ended=True) for one in said(*some)])
+    metrics = constitutional.main(cfg)
+    folder = tmp_path / "run"
+    chains = rows(folder, "chains")
+    assert all(chain["revisions"][0]["critique"] for chain in chains) and len(rows(folder, "revisions")) == len(chains)
+    questions = read_constitution(constitutional.SHIPPED).questions
+    assert {row["question"] for row in rows(folder, "comparisons")} <= set(questions)
+    data = json.loads((folder / "run.json").read_text())["data"]
+    assert {name.rpartition("/")[2] for name in data} >= {
+        "revisions.jsonl",
+        "comparisons.jsonl",
+        "demonstrations.jsonl",
+    }
+    assert np.isfinite(metrics["constitutional_kl"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"constitution": "x.json"}, "--constitution is not used without files"),
+        ({"judge": "x"}, "--judge is not used without files"),
+        ({"comparisons": "f", "comparisons_columns": ("a=b",)}, "--comparisons-columns cannot be given here"),
+        ({"streaming": True}, "--streaming is not used here"),
+        ({"revisions": -1}, "revisions is -1"),
+    ],
+)
+def test_a_users_mistake_is_one_line(small_world_for_all, small_policy, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        constitutional.main(constitutional.Config(run_dir=str(tmp_path / "run"), **{"model": small_policy, **flags}))
