@@ -63,7 +63,8 @@ class Config(RunFlags, SamplingFlags, PromptFlags, ReferenceFlags, ModelFlags, C
 
 def loss(cfg: IPO, logprobs: Float[Array, " B"], batch: AnswerBatch, _: None) -> tuple[Array, Metrics]:
     """IPO's loss of a batch: the squared distance of the log-odds, minus the reference's, from 1/(2β)."""
-    return ipo_loss(*jnp.split(logprobs, 2), *jnp.split(batch.ref_logprobs, 2), beta=cfg.beta)
+    doubt = jnp.split(batch.doubt, 2)[0]
+    return ipo_loss(*jnp.split(logprobs, 2), *jnp.split(batch.ref_logprobs, 2), beta=cfg.beta, label_smoothing=doubt)
 
 
 def reward(cfg: IPO, logprobs: Any, ref_logprobs: Any, lengths: Any) -> Any:
@@ -74,7 +75,7 @@ def reward(cfg: IPO, logprobs: Any, ref_logprobs: Any, lengths: Any) -> Any:
 @on_mesh
 def main(cfg: Config) -> dict[str, float]:
     """Trains, compares the policy with the one it started from, exports it, and returns the final metrics."""
-    return preference_stage(cfg, "ipo", "IPO", partial(loss, cfg), partial(reward, cfg))
+    return preference_stage(cfg, "ipo", "IPO", partial(loss, cfg), partial(reward, cfg), soft=True)
 
 
 if __name__ == "__main__":

@@ -235,9 +235,21 @@ def dpo_loss(
     )
 
 
-def ipo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, *, beta):
+def ipo_loss(
+    chosen_logprobs,
+    rejected_logprobs,
+    ref_chosen_logprobs,
+    ref_rejected_logprobs,
+    *,
+    beta,
+    label_smoothing=0.0,
+):
     differences = log_ratio_differences(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
-    return mean((d - 0.5 / beta) ** 2 for d in differences)
+    doubts = np.broadcast_to(label_smoothing, len(differences))
+    return mean(
+        (1 - doubt) * (d - 0.5 / beta) ** 2 + doubt * (d + 0.5 / beta) ** 2
+        for d, doubt in zip(differences, doubts, strict=True)
+    )
 
 
 def simpo_loss(chosen_logprobs, rejected_logprobs, chosen_lengths, rejected_lengths, *, beta, gamma):

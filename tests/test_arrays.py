@@ -65,6 +65,7 @@ for function, given, numbers in CALLS:
 for name, loss, given in [
     ("margin", losses.bradley_terry_loss, (row, row)), ("label_smoothing", losses.bradley_terry_loss, (row, row)),
     ("label_smoothing", lambda *a, **k: losses.dpo_loss(*a, beta=1.0, **k), (row,) * 4),
+    ("label_smoothing", lambda *a, **k: losses.ipo_loss(*a, beta=1.0, **k), (row,) * 4),
     ("margin", losses.ranking_loss, (x, ranks, mask)), ("label_smoothing", losses.ranking_loss, (x, ranks, mask)),
 ]:
     loss(*given, **{name: row})

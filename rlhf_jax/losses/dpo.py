@@ -45,17 +45,23 @@ def ipo_loss(
     ref_rejected_logprobs: Float[Array, " B"],
     *,
     beta: ScalarLike,
+    label_smoothing: ScalarLike | Float[Array, " B"] = 0.0,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Identity preference optimisation; `beta` is the paper's τ.
 
-        L = E[(Δ − 1/(2β))²],   Δ = log(π/π_ref)(y_w) − log(π/π_ref)(y_l)
+        L = E[(1−ε)(Δ − 1/(2β))² + ε(Δ + 1/(2β))²],   Δ = log(π/π_ref)(y_w) − log(π/π_ref)(y_l)
 
+    ε = `label_smoothing` is the chance that a label is wrong, a number or one a pair [B]: the paper's loss in
+    expectation over the label, least at Δ = (½ − ε)/β.
     Reference: Azar et al. 2023, eq. 17, https://arxiv.org/abs/2310.12036.
     Deviation: log π is summed over a response, as the equation has it. Libraries (TRL) average it over tokens, and so,
     say the authors, did the experiments of the paper: a τ from there does not transfer.
     """
+    check_number_or_row({"label_smoothing": label_smoothing}, {"chosen_logprobs": chosen_logprobs})
     chosen, rejected = _log_ratios(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
-    return jnp.square(chosen - rejected - 1.0 / (2.0 * beta)).mean(), _metrics(beta * chosen, beta * rejected)
+    difference, aim = chosen - rejected, 1.0 / (2.0 * beta)
+    losses = (1.0 - label_smoothing) * jnp.square(difference - aim) + label_smoothing * jnp.square(difference + aim)
+    return losses.mean(), _metrics(beta * chosen, beta * rejected)
 
 
 def simpo_loss(

@@ -151,7 +151,7 @@ def test_each_objective_is_its_equation_of_every_answer_apart(loss, packed):
         assert [prompt for prompt, _ in answers[:6]] == [prompt for prompt, _ in answers[6:]]
         against = (lengths[:6], lengths[6:]) if loss in ("simpo", "orpo") else (theirs[:6], theirs[6:])
         told = {"gamma": 1.0} if loss == "simpo" else {}
-        if loss == "dpo":  # the others have no soft labels
+        if loss in ("dpo", "ipo"):  # the others have no soft labels
             doubts = {tuple(ranking.prompt): ranking.doubt for ranking in small_comparisons().train}
             told["label_smoothing"] = np.array([doubts[tuple(prompt)] for prompt, _ in answers[:6]])
             np.testing.assert_allclose(some.doubt, np.tile(told["label_smoothing"], 2))
@@ -332,7 +332,7 @@ def test_a_loss_without_soft_labels_says_so(stories, tmp_path, capsys):
         model=stories, comparisons=str(path), comparisons_clamp=0.6, max_length=64, max_new_tokens=8, steps=1,
         batch_size=4, beta=0.5, learning_rate=0.0,
     )  # fmt: skip
-    for name, warned in (("dpo", False), ("ipo", True)):
+    for name, warned in (("dpo", False), ("orpo", True)):
         LOSSES[name].main(LOSSES[name].Config(run_dir=str(tmp_path / name), **given))
         shown = capsys.readouterr().out
         assert (warning in shown) == warned

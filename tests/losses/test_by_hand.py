@@ -160,6 +160,9 @@ def test_dpo():
 
 def test_ipo():
     check(losses.ipo_loss(*pairs(3.0, 1.0, 1.5, 1.0), beta=0.5), 0.25, accuracy=1.0, margin=0.75)
+    # Δ = 1.5 is ½ from the aim of 1, and 2½ from −1.
+    loss = 0.8 * 0.25 + 0.2 * 6.25
+    check(losses.ipo_loss(*pairs(3.0, 1.0, 1.5, 1.0), beta=0.5, label_smoothing=f32(0.2)), loss, accuracy=1.0)
 
 
 def test_simpo():

@@ -143,6 +143,7 @@ CASES = {
     "dpo": Case(losses.dpo_loss, PAIRS | REFERENCE, {"beta": 0.3}, BOTH),
     "cdpo": Case(losses.dpo_loss, PAIRS | REFERENCE, {"beta": 0.3, "label_smoothing": 0.1}, BOTH),
     "ipo": Case(losses.ipo_loss, PAIRS | REFERENCE, {"beta": 0.2}, BOTH),
+    "soft_ipo": Case(losses.ipo_loss, PAIRS | REFERENCE, {"beta": 0.2, "label_smoothing": 0.3}, BOTH),
     "simpo": Case(losses.simpo_loss, PAIRS | LENGTHS, {"beta": 2.0, "gamma": 0.5}, BOTH + tuple(LENGTHS)),
     "orpo": Case(losses.orpo_loss, PAIRS | LENGTHS, {"beta": 0.3}, BOTH + tuple(LENGTHS)),
     "kto": Case(

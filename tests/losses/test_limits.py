@@ -119,8 +119,9 @@ def test_a_prompts_doubt_is_that_of_its_pairs():
     slow = oracles.ranking_loss(*(np.asarray(x) for x in (rewards, ranks, mask)), label_smoothing=np.asarray(doubt))
     assert_allclose(losses.ranking_loss(rewards, ranks, mask, label_smoothing=doubt)[0], slow, rtol=1e-5)
     pairs = normal(B), normal(B), zero, zero
-    slow = oracles.dpo_loss(*map(np.asarray, pairs), beta=0.3, label_smoothing=np.asarray(doubt))
-    assert_allclose(losses.dpo_loss(*pairs, beta=0.3, label_smoothing=doubt)[0], slow, rtol=1e-5)
+    for name in ("dpo_loss", "ipo_loss"):
+        slow = getattr(oracles, name)(*map(np.asarray, pairs), beta=0.3, label_smoothing=np.asarray(doubt))
+        assert_allclose(getattr(losses, name)(*pairs, beta=0.3, label_smoothing=doubt)[0], slow, rtol=1e-5)
     # Without doubt nothing changes, to the last bit.
     sure = losses.ranking_loss(rewards, ranks, mask, label_smoothing=zero)
     jax.tree.map(assert_array_equal, sure, losses.ranking_loss(rewards, ranks, mask))
@@ -137,6 +138,10 @@ def test_a_label_of_one_half_pulls_two_scores_together():
     # It rests where σ(Δ) is the label: log 3 for 3/4.
     rest = jax.grad(lambda r: losses.ranking_loss(r, ranks[:1], mask[:1], label_smoothing=0.25)[0])
     assert_allclose(rest(jnp.asarray([[math.log(3), 0.0]])), [[0.0, 0.0]], atol=1e-6)
+    # IPO rests at Δ = (½ − ε)/β: at ½ for ε = ¼ and β = ½.
+    zero = jnp.zeros(1)
+    rest = jax.grad(lambda c: losses.ipo_loss(c, zero, zero, zero, beta=0.5, label_smoothing=0.25)[0])
+    assert_allclose(rest(jnp.asarray([0.5])), [0.0], atol=1e-7)
 
 
 @settings(max_examples=10, deadline=None, phases=(Phase.generate,))
