@@ -10,6 +10,8 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from experiments import ppo
+from rlhf_jax.actor_critic import own_part
+from rlhf_jax.adapters import is_complete
 from rlhf_jax.batches import RankedAnswers
 from rlhf_jax.data.preferences import pad_rankings
 from rlhf_jax.data.tokens import pad_prompts, pad_sequences
@@ -115,6 +117,13 @@ def test_averaged_weights_are_one_model():
     assert reward_of(first, second, combine="weights").params["head"]["kernel"].shape == (16,)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), first)
     assert {leaf.dtype for leaf in jax.tree.leaves(average_params([half, half]))} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_with_adapters_over_one_trunk_members_stay_whole():
+    reward = reward_of(member(0), member(1))
+    own = own_part(reward.params, adapters=True)
+    assert is_complete(own)
+    jax.tree.map(assert_array_equal, own, reward.params)
 
 
 @pytest.mark.parametrize("combine", ["mean", "weights"])

@@ -20,6 +20,7 @@ from rlhf_jax.errors import UserError
 
 ENDED = "an answer ends in the sign of its end, which is learned once"
 ENDLESS = "an answer before the last ends without a sign, and its end is not learned: the chat template has none"
+TURNED = "chosen and rejected change places: the probability of chosen is below one half"
 SPELLED = "names of special tokens are only text"
 
 
@@ -78,6 +79,7 @@ def encode_row(row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
         encode_whole = partial(_answers, answers)
     found, dropped = _fit(partial(encode_whole, tokenizer, shields, row.tools), conversation, max_length)
     notes = [ENDED] * any(ended for _, ended in bare) + [SPELLED] * bool(shields) + [ENDLESS] * found.endless
+    notes += [TURNED] * (isinstance(row, Comparison) and row.turned)
     # An answer that is words alone was found in the text.
     for answer in [answer for n, answer in enumerate(answers) if n == 0 or not _is_plain(answer)] or [()]:
         notes += left_out((*prompt, *answer), row.tools, partial(_show, tokenizer), _template(tokenizer, row.tools))

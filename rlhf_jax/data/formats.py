@@ -68,6 +68,8 @@ class Comparison(NamedTuple):
     tools: Tools = None
     probability: float | None = None
     """That the first answer is the better one, at least ½; None where the row does not say it."""
+    turned: bool = False
+    """Whether the row has them the other way round."""
 
 
 class Prompt(NamedTuple):
@@ -319,11 +321,12 @@ def _compare(
         raise BadRow(EQUAL)
     margin = 0.0 if row.get("margin") is None else finite_number(row["margin"], "margin")
     probability = None if row.get("probability") is None else _probability(row["probability"], margin)
-    if probability is not None and probability < 0.5:
+    turned = probability is not None and probability < 0.5
+    if probability is not None and turned:
         answers, probability = answers[::-1], 1.0 - probability
     tools = row_tools(row)
     written = tuple(calling(answer, tools) for answer in answers)
-    return Comparison(calling(prompt, tools), written, ranks, place, margin, tools, probability)
+    return Comparison(calling(prompt, tools), written, ranks, place, margin, tools, probability, turned)
 
 
 def _probability(value: Any, margin: float) -> float:

@@ -201,7 +201,7 @@ def test_a_pair_whose_label_is_below_one_half_is_turned_round(name):
         assert normalise(name, row | {"probability": probability}, PLACE) == without._replace(probability=probability)
     for probability in (0, 0.25):
         found = normalise(name, turned | {"probability": probability}, PLACE)
-        assert found == without._replace(probability=1 - probability)
+        assert found == without._replace(probability=1 - probability, turned=True)
 
 
 def test_nothing_is_guessed(tmp_path):

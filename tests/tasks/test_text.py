@@ -209,7 +209,7 @@ def soft_task(files, folder, rows, **changes):
     return task_of(reward_model.Config(**given, comparisons=comparisons, **changes), folder)
 
 
-def test_probabilities_reach_the_batch_and_are_clamped(files, tmp_path):
+def test_probabilities_reach_the_batch_and_are_clamped(files, tmp_path, capsys):
     rows = [{"prompt": f"is it {n}?", "chosen": f"yes {n}", "rejected": "no"} for n in range(30)]
     given = [0.9, 0.1, 0.55, None, 1.0, 0.5]
     soft = [row | ({} if p is None else {"probability": p}) for row, p in zip(rows, given * 5, strict=True)]
@@ -231,8 +231,10 @@ def test_probabilities_reach_the_batch_and_are_clamped(files, tmp_path):
         packed = comparisons.lay(comparisons.train[:4])
         np.testing.assert_allclose(packed.doubt, [ranking.doubt for ranking in comparisons.train[:4]])
         assert comparisons.heldout.doubt.shape == (3,)
+    said = "".join(capsys.readouterr())
     # Files without the column give the arrays that they gave, and no doubt.
     hard = soft_task(files, tmp_path / "hard", rows).comparisons(unasked)
+    assert "chosen and rejected change places: the probability of chosen is below one half: 5 rows" in said
     sure = soft_task(files, tmp_path / "sure", [row | {"probability": 1} for row in rows]).comparisons(unasked)
     assert hard.train == sure.train and all(ranking.doubt == 0 for ranking in hard.train)
     with pytest.raises(UserError, match=r"comparisons-clamp 0\.6: no row of .* has a probability"):
