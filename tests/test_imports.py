@@ -22,6 +22,7 @@ LEVELS = (
         "adapters",
         "best_of_n",
         "constitution",
+        "frontier",
         "revision",
         "row_file",
         "ensemble",
