@@ -94,9 +94,11 @@ class ConstitutionalFlags(Flags):
     """Critiques and revisions of each answer; the paper has up to 4."""
     examples: int = 2
     """Conversations of the constitution that show a critique and a revision before each one that is asked for."""
+    temperature: float = 1.0
+    """The temperature of answers, critiques and revisions; a small model says more sense at 0.5. 0 is greedy."""
 
     def __post_init__(self) -> None:
-        at_least(self, revisions=0, examples=0)
+        at_least(self, revisions=0, examples=0, temperature=0)
         super().__post_init__()
 
 
@@ -336,14 +338,15 @@ def main(cfg: Config) -> dict[str, float]:
     """Revises, learns, compares, learns again, and exports both policies; returns the metrics."""
     with run_with_report(cfg, "constitutional", CONSTITUTIONAL_REPORT) as run:
         task = open_task(cfg, run, first="sft")
-        sampler, data = policy_sampler(cfg, task), own_data(cfg, task, run)
+        sampler, drawing = policy_sampler(cfg, task), policy_sampler(cfg, task, cfg.temperature)
+        data = own_data(cfg, task, run)
         measure = make_policy_measure(task, sampler, task.eval_batch_size)
-        with open_assistant(cfg, run, task, sampler) as assistant:
-            revise_prompts(cfg, task, run, sampler, assistant, cfg.seed)
+        with open_assistant(cfg, run, task, drawing) as assistant:
+            revise_prompts(cfg, task, run, drawing, assistant, cfg.seed)
             if isinstance(task, World):
                 log_revisions(run, task)
             revised = task.base._replace(params=learn_revisions(cfg, task, data, run))
-            compare_answers(task, run, sampler, revised.params, assistant, cfg.seed)
+            compare_answers(task, run, drawing, revised.params, assistant, cfg.seed)
         trained = learn_preferences(cfg, task, data, run, sampler, revised)
         metrics = task.facts | {f"dpo_{name}": value for name, value in trained.metrics.items()}
         metrics |= {f"revised_{name}": float(x) for name, x in measure(revised.params, task.base.params, 300).items()}

@@ -151,11 +151,11 @@ def member_names(members: int) -> tuple[str, ...]:
     return tuple(f"reward_model_{number}" for number in range(1, members + 1))
 
 
-def policy_sampler(cfg: Any, task: Task) -> PolicySampler:
-    """Samples at temperature 1 for measuring."""
+def policy_sampler(cfg: Any, task: Task, temperature: float = 1.0) -> PolicySampler:
+    """Samples answers; policies are measured at temperature 1."""
     base = task.base
     return make_sampler(
-        base.config, seed=cfg.seed, max_new_tokens=task.max_new_tokens, temperature=1.0, eos_id=base.eos_id,
+        base.config, seed=cfg.seed, max_new_tokens=task.max_new_tokens, temperature=temperature, eos_id=base.eos_id,
         pad_id=base.pad_id, batch_size=task.eval_batch_size,
     )  # fmt: skip
 

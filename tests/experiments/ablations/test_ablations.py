@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import ppo, reward_model, sft
-from experiments.ablations import ensemble, kl_coefficient, precision, preference_losses, verifiable
+from experiments.ablations import ensemble, kl_coefficient, methods, precision, preference_losses, verifiable
 from experiments.ablations.grid_results import Cells
 from experiments.training import Preference
 from rlhf_jax.errors import UserError
@@ -260,3 +260,21 @@ def test_verifiable(tmp_path):
     assert cells["rloo"]["answers"] == cells["ppo"]["answers"] == 5 * 128 <= cells["dapo"]["answers"]
     (table,) = tables_of(folder)
     assert [row.split(" | ")[0] for row in table[2:]] == ["| dapo", "| rloo", "| ppo"]
+
+
+def test_methods(tmp_path):
+    folder = tmp_path / "run"
+    cfg = methods.Config(
+        run_dir=str(folder), jobs=0, seeds=1, methods=("sft", "best_of_16", "orpo"), pool=32, pool_prompts=2, sft=SFT,
+        reward_model=reward_model.RewardModel(epochs=1, prompts_per_step=8),
+    )  # fmt: skip
+    metrics = methods.main(cfg)
+    cells = cells_of(folder)
+    assert cells.keys() == {"sft", "best_of_16", "orpo"}
+    assert abs(cells["sft"]["kl"]) < 1e-6 and cells["sft"]["labels"] == 0 and cells["orpo"]["labels"] == 16 * 4 / 1000
+    pool = cells["best_of_16"]
+    assert pool["best_kl"][0] == 0 and pool["best_score"] == sorted(pool["best_score"])
+    assert len(pool["optimum_kl"]) == len(methods.BETAS)
+    assert metrics["orpo_policy_utility"] == cells["orpo"]["policy_utility"]
+    with pytest.raises(UserError, match="there is no method a2c"):
+        methods.Config(methods=("a2c",))

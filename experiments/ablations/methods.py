@@ -1,0 +1,298 @@
+"""Every method of this project in one world: what each gains, at which distance from SFT, and what would be possible.
+
+Each seed has a world, SFT, comparisons of SFT's answers and a reward model; every method starts from that SFT. The
+frontier is the exact optimum of the reward model's score minus β·KL, from one pool of SFT's answers by reweighting
+(`rlhf_jax.frontier`); it ends where fewer than 10 of the 512 answers have weight. Best of n is told from the same
+pool. Constitutional AI has no reward model and no comparisons by people: a simulated judge with the same bias.
+    python experiments/ablations/methods.py
+It takes about an hour on 2 CPU cores for 5 seeds. It writes a table and a figure: proxy and true utility against KL.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import numpy as np
+
+from experiments import constitutional, grpo, ppo, rejection_sampling, reward_model, rloo
+from experiments.ablations import preference_losses
+from experiments.ablations.grid import GridFlags, run_grid
+from experiments.ablations.grid_results import (
+    Cells,
+    Column,
+    Page,
+    Panel,
+    curve_line,
+    points_line,
+    variants_table,
+)
+from experiments.ablations.worlds import AfterSFT, after_sft
+from experiments.ppo import PPO
+from experiments.reward_model import RewardModel
+from experiments.sft import SFT
+from experiments.stages import train_preference, train_without_critic
+from rlhf_jax.best_of_n import Pool, best_of_n_metrics, powers_up_to, sample_pools
+from rlhf_jax.cli import run_main
+from rlhf_jax.data.pairs import paired, singly
+from rlhf_jax.data.tokens import take
+from rlhf_jax.ensemble import ensemble_reward
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluate import best_of_n_kl, win_rate
+from rlhf_jax.frontier import frontier
+from rlhf_jax.log import Run
+from rlhf_jax.metrics import read_metrics
+from rlhf_jax.rewards.model import model_reward
+from rlhf_jax.rewards.reward import Reward
+from rlhf_jax.simulation import Annotators, Revisers
+from rlhf_jax.tasks.measure import AnswerScorer, compare_policies, make_policy_measure, make_reward_scorer
+from rlhf_jax.tasks.simulated import World
+from rlhf_jax.types import Params
+
+BETAS = tuple(float(beta) for beta in np.geomspace(0.2, 20.0, 25))
+LEAST = 10.0
+"""Answers with weight below which the frontier is cut off."""
+COLUMNS = (
+    Column("true utility", "policy_utility"), Column("beats SFT", "win_rate", 3),
+    Column("on shifted prompts", "shifted_win_rate", 3), Column("proxy", "policy_score"),
+    Column("KL to SFT, nats", "kl"), Column("length", "policy_length", 1), Column("samples, thousands", "samples", 1),
+    Column("ranked answers, thousands", "labels", 0), Column("seconds", "seconds", 0),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config(GridFlags):
+    """Every method from one SFT policy, several seeds."""
+
+    methods: tuple[str, ...] = (
+        "sft", "best_of_16", "rejection_sampling", "dpo", "ipo", "simpo", "orpo", "kto", "grpo", "rloo", "ppo",
+        "ppo_ensemble", "constitutional",
+    )  # fmt: skip
+    pool: int = 512
+    """Answers to each prompt of the pool."""
+    pool_prompts: int = 96
+    members: int = 4
+    """Reward models of ppo_ensemble, whose least score is the reward."""
+    sft: SFT = field(default_factory=SFT)
+    reward_model: RewardModel = field(default_factory=RewardModel)
+    ppo: PPO = field(default_factory=PPO)
+    steps: int = 60
+    """Iterations of GRPO and RLOO."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a method that is none, and for a pool of fewer than 16 answers."""
+        super().__post_init__()
+        if unknown := sorted(set(self.methods) - set(METHODS)):
+            raise UserError(f"there is no method {unknown[0]}; there are {', '.join(METHODS)}")
+        if self.pool < 16:
+            raise UserError(f"pool is {self.pool}; best_of_16 needs 16 answers")
+
+
+class Variant(NamedTuple):
+    """A method."""
+
+    method: str
+
+
+class Begun(NamedTuple):
+    """A seed's world, SFT and comparisons, and the reward model from these."""
+
+    after: AfterSFT
+    rewards: Params
+    reward: Reward
+    scorer: AnswerScorer
+
+
+class Policy(NamedTuple):
+    """What a method has made, and what of: thousands of samples, and of answers that were ranked or judged."""
+
+    params: Params
+    samples: float
+    labels: float
+
+
+def prepare(cfg: Config, seed: int, run: Run) -> Begun:
+    """A world, SFT, comparisons, and a reward model."""
+    after = after_sft(cfg, seed, run)
+    task, base = after.task, after.base
+    task.base = base
+    rewards, _ = train_member(cfg, after, run, seed, "reward_model")
+    reward = model_reward(base.config, rewards, name="reward_model", weight=1.0)
+    return Begun(after, rewards, reward, make_reward_scorer(task, [reward], cfg.ppo.no_end_score))
+
+
+def train_member(cfg: Config, after: AfterSFT, run: Run, seed: int, stage: str) -> tuple[Params, dict[str, float]]:
+    """A reward model from the seed's comparisons."""
+    task = after.task
+    return reward_model.train(
+        cfg.reward_model, after.base, after.comparisons, run, seed, eval_batch_size=task.eval_batch_size,
+        zero=task.demonstrations().validation, stage=stage,
+    )  # fmt: skip
+
+
+def ranked(begun: Begun) -> float:
+    """Thousands of answers that were ranked."""
+    return sum(len(one.ranks) for one in begun.after.comparisons.train) / 1000
+
+
+# The methods, each from the same SFT policy.
+
+
+def no_training(cfg: Config, begun: Begun, seed: int, run: Run) -> Policy:
+    return Policy(begun.after.base.params, 0.0, 0.0)
+
+
+def by_preference(name: str, cfg: Config, begun: Begun, seed: int, run: Run) -> Policy:
+    module, flags_of = preference_losses.METHODS[name]
+    flags, after = flags_of(), begun.after
+    examples, single = paired(after.comparisons.train, flags.pairs), name == "kto"
+    trained = train_preference(
+        flags, partial(module.loss, flags), partial(module.reward, flags), after.base,
+        singly(examples) if single else examples, after.comparisons, run, seed, stage=name,
+        eval_batch_size=after.task.eval_batch_size, mismatched=single,
+    )  # fmt: skip
+    return Policy(trained.params, 0.0, ranked(begun))
+
+
+def by_groups(module: Any, flags_of: Any, cfg: Config, begun: Begun, seed: int, run: Run) -> Policy:
+    flags, task = flags_of(steps=cfg.steps), begun.after.task
+    algorithm = module.algorithm(flags, flags.numbers(task.max_new_tokens))
+    policy, _ = train_without_critic(
+        flags, algorithm, task, begun.after.base, [begun.reward], run, seed, stage=module.__name__
+    )
+    return Policy(policy, cfg.steps * flags.groups * flags.group_size / 1000, ranked(begun))
+
+
+def by_ppo(cfg: Config, begun: Begun, seed: int, run: Run, reward: Reward | None = None) -> Policy:
+    task, base = begun.after.task, begun.after.base
+    policy, _ = ppo.train(
+        cfg.ppo, base, task.prompts(), [reward or begun.reward], run, seed, max_new_tokens=task.max_new_tokens,
+        critic=(base.config, begun.rewards), judge=task.judge,
+    )  # fmt: skip
+    samples = len(read_metrics(run.dir)["ppo"]) * (cfg.ppo.responses or 128) / 1000
+    return Policy(policy, samples, ranked(begun))
+
+
+def by_ppo_with_ensemble(cfg: Config, begun: Begun, seed: int, run: Run) -> Policy:
+    others = [
+        train_member(cfg, begun.after, run, reward_model.member_seed(seed, number), f"reward_model_{number + 1}")[0]
+        for number in range(1, cfg.members)
+    ]
+    members = [begun.rewards, *others]
+    config = begun.after.base.config
+    reward = ensemble_reward(config, members, combine="min", lam=0.0, name="ensemble", weight=1.0)
+    return by_ppo(cfg, begun, seed, run, reward)
+
+
+def by_rejection(cfg: Config, begun: Begun, seed: int, run: Run) -> Policy:
+    task, base = begun.after.task, begun.after.base
+    flags = rejection_sampling.Config(seed=seed, control=False)
+    scorers = [make_reward_scorer(task, [begun.reward], flags.no_end_score, training=side) for side in (True, False)]
+    found = rejection_sampling.train_round(flags, task, base.params, run, begun.after.sampler, scorers, 1)
+    return Policy(found["best"], flags.n * len(task.prompts().train.row) / 1000, ranked(begun))
+
+
+def by_constitution(cfg: Config, begun: Begun, seed: int, run: Run) -> Policy:
+    task, sampler, base = begun.after.task, begun.after.sampler, begun.after.base
+    assert isinstance(task, World)
+    flags = constitutional.Config(seed=seed)
+    assistant = constitutional.world_assistant(task, Annotators(noise=constitutional.NOISE), Revisers())
+    data = constitutional.own_data(flags, task, run)
+    constitutional.revise_prompts(flags, task, run, sampler, assistant, seed)
+    revised = base._replace(params=constitutional.learn_revisions(flags, task, data, run))
+    constitutional.compare_answers(task, run, sampler, revised.params, assistant, seed)
+    trained = constitutional.learn_preferences(flags, task, data, run, sampler, revised)
+    asked = len(task.prompts().train.row) / 1000
+    return Policy(trained.params, 3 * asked, 2 * asked)
+
+
+METHODS: dict[str, Callable[[Config, Begun, int, Run], Policy]] = {
+    "sft": no_training, "best_of_16": no_training, "rejection_sampling": by_rejection,
+    **{name: partial(by_preference, name) for name in preference_losses.METHODS},
+    "grpo": partial(by_groups, grpo, grpo.GRPO), "rloo": partial(by_groups, rloo, rloo.RLOO), "ppo": by_ppo,
+    "ppo_ensemble": by_ppo_with_ensemble, "constitutional": by_constitution,
+}  # fmt: skip
+
+
+def sample_pool(cfg: Config, begun: Begun) -> Pool:
+    """One pool of SFT's answers to held-out prompts."""
+    task, sampler, base = begun.after.task, begun.after.sampler, begun.after.base
+    heldout = task.prompts().heldout
+    prompts = take(heldout, np.arange(min(cfg.pool_prompts, len(heldout.row))))
+    rows = cfg.pool * len(prompts.row)
+    (pool,) = sample_pools(partial(sampler, base.params), begun.scorer, prompts, cfg.pool, rows=rows, judge=task.judge)
+    return pool
+
+
+def curves(pool: Pool, most: int) -> dict[str, Any]:
+    """The optimum, NaN where it is cut off, and best of 1, 2, 4, …: KL, proxy and true utility."""
+    found = frontier(pool.scores, BETAS, pool.values, least=LEAST)
+    missing = [np.nan] * (len(BETAS) - len(found))
+    best = [best_of_n_metrics(pool, n) for n in powers_up_to(most)]
+    return {
+        **{f"optimum_{name}": [getattr(one, name) for one in found] + missing for name in ("kl", "score", "value")},
+        "best_kl": [one["kl_bound"] for one in best], "best_score": [one["score"] for one in best],
+        "best_value": [one["utility"] for one in best],
+    }  # fmt: skip
+
+
+def best_of_16(pool: Pool, begun: Begun) -> dict[str, float]:
+    """The row of best of 16: the best of the first 16 answers against another one, by the true utility."""
+    assert pool.values is not None
+    means, places = best_of_n_metrics(pool, 16), np.arange(len(pool.scores))
+    truths = pool.values[places, pool.scores[:, :16].argmax(axis=1)]
+    chosen = take(pool.answers, places * pool.scores.shape[1] + pool.scores[:, :16].argmax(axis=1))
+    return {
+        "policy_utility": means["utility"], "policy_score": means["score"], "kl": float(best_of_n_kl(16)),
+        "win_rate": win_rate(truths, pool.values[:, 16 % pool.values.shape[1]])[0],
+        "policy_length": float(chosen.mask.sum(axis=1).mean()), "samples": 0.0, "labels": ranked(begun),
+    }  # fmt: skip
+
+
+def one(cfg: Config, begun: Begun, seed: int, variant: Variant, run: Run) -> dict[str, Any]:
+    """One method: where it ends beside SFT. Of SFT and best of 16, the pool's curves, too."""
+    task, sampler, base = begun.after.task, begun.after.sampler, begun.after.base
+    if variant.method == "best_of_16":
+        pool = sample_pool(cfg, begun)
+        return best_of_16(pool, begun) | curves(pool, cfg.pool // 2)
+    began = time.monotonic()
+    policy = METHODS[variant.method](cfg, begun, seed, run)
+    seconds = time.monotonic() - began
+    found: dict[str, Any] = compare_policies(
+        run, task, ("sft", base.params), ("policy", policy.params), sampler, begun.scorer
+    )
+    found["kl"] = make_policy_measure(task, sampler, task.eval_batch_size)(policy.params, base.params, 300)["kl_k1"]
+    return found | {"seconds": seconds, "samples": policy.samples, "labels": policy.labels}
+
+
+def present(cfg: Config, cells: Cells) -> Page:
+    """A row a method; proxy and true utility against KL, with the optimum and best of n."""
+    found = cells.finished()
+    panels = []
+    for title, metric, curve in (("Proxy", "policy_score", "score"), ("Truth", "policy_utility", "value")):
+        lines = []
+        for variant in found:
+            if variant.method == "best_of_16":
+                for name, label in (("optimum", "optimum for the proxy"), ("best", "best of n")):
+                    lines.append(curve_line(cells, variant, f"{name}_kl", f"{name}_{curve}", label))
+            else:
+                lines.append(points_line(cells, [variant], "kl", metric, variant.method))
+        ylabel = "reward model's score" if metric == "policy_score" else "true utility"
+        panels.append(Panel(title, "KL to SFT, nats a response", ylabel, lines))
+    return Page([variants_table(cells, ["method"], COLUMNS)], panels)
+
+
+def main(cfg: Config) -> dict[str, float]:
+    """Makes the grid; returns each method's means over seeds."""
+    variants = [Variant(name) for name in cfg.methods]
+    return run_grid(cfg, "methods", variants, one, present, prepare=prepare, axes=("methods",))
+
+
+if __name__ == "__main__":
+    run_main(main, Config)
