@@ -429,3 +429,25 @@ CONSTITUTIONAL_REPORT = Report(
     policy_numbers("constitutional", "Constitutional AI"),
 )
 """The report of Constitutional AI."""
+ITERATE_REPORT = Report(
+    (truth("policy", "The last round"),),
+    (
+        Section(
+            "Rounds",
+            "In each round the last policy's answers are labelled, and the reward model learns on.",
+            "rounds",
+            "round",
+            panels=(
+                Panel("reward model's score: the proxy", (Line("score", "score", PROXY),)),
+                UTILITY,
+                Panel("KL from the model before, nats a response", (Line("kl", "k1", START),)),
+                Panel("agreement with held-out labels", (Line("val_accuracy", "held out", PROXY),)),
+                Panel("labels so far", (Line("labels", "labels"),)),
+            ),
+        ),
+    ),
+    side_by_side("policy", "the last round"),
+    (),
+    policy_numbers("policy", "the last round"),
+)
+"""The report of the loop."""

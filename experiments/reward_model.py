@@ -139,16 +139,21 @@ def train(
     *,
     eval_batch_size: int,
     zero: Tokens | None = None,
+    start: Params | None = None,
     stage: str = "reward_model",
 ) -> tuple[Params, dict[str, float]]:
     """Trains `base` with a scalar head. Returns the parameters, adapters not merged, and the final metrics.
 
+    `start` is a reward model of that shape to go on from; by default a new head on the weights of `base`.
     If `zero` is given, the head's bias is moved at the end so that the answers in it score 0 on average.
     """
     given, cfg = cfg, with_defaults(cfg, base)
     say_defaults(run, stage, given, cfg, base)
     model = ScalarModel(base.config)
-    params = from_language_model(shard_params(base.params), jax.random.key(seed + 1), base.config)
+    if start is None:
+        params = from_language_model(shard_params(base.params), jax.random.key(seed + 1), base.config)
+    else:
+        params = shard_params(start)
     prompts = len(comparisons.train)
     prompts_a_step = min(prompts, cfg.prompts_per_step)
     cfg.check_parts(prompts_a_step, "prompts")

@@ -72,6 +72,18 @@ def ensemble_spread(scores: Float[Array, "k B"]) -> Float[Array, " B"]:
     return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
 
 
+def label_value(scores: Float[np.ndarray, "k P K"]) -> Float[np.ndarray, " P"]:
+    """How much a label of each prompt's K answers would say, from k members' scores of them: more is less certain.
+
+    Of several members the standard deviation over members of the difference of two answers, the mean over pairs: where
+    they disagree. Of one member minus the mean of |difference|: where it finds the answers alike.
+    """
+    first, second = np.triu_indices(scores.shape[2], 1)
+    differences = scores[..., first] - scores[..., second]
+    found = differences.std(axis=0) if len(scores) > 1 else -np.abs(differences[0])
+    return found.mean(axis=-1)
+
+
 def stack_params(members: Sequence[Params]) -> Params:
     """The parameters of k members of one shape, each leaf with a first axis of k.
 

@@ -162,6 +162,24 @@ class World:
 
         return judge
 
+    def annotators(self, sampler: Sampler) -> Annotators:
+        """Annotators two of whom agree 73% of the time on pairs of the sampler's answers."""
+        prompts = take(self._compared_heldout, np.repeat(np.arange(len(self._compared_heldout.row)), 2))
+        answers = sampler(prompts, 2)
+        seen = Annotators(noise=0.0).perceive(self.judge(prompts, answers), self.base.read_answers(answers))
+        return Annotators(noise=calibrate_noise(seen.reshape(-1, 2) @ np.array([1.0, -1.0]), AGREEMENT))
+
+    def rank_texts(
+        self, annotators: Annotators, prompts: Sequence[str], answers: Sequence[Sequence[str]], number: int
+    ) -> list[list[int]]:
+        """One annotator's ranks of each prompt's whole answers, 0 the best; other numbers give other noise."""
+        rng, problems = np.random.default_rng([self._seed, 9, number]), self._by_prompt()
+        found = []
+        for prompt, texts in zip(prompts, answers, strict=True):
+            truth = utilities([problems[prompt]] * len(texts), texts, [True] * len(texts))
+            found.append(annotators.rank(rng, annotators.perceive(truth, texts)).tolist())
+        return found
+
     def _by_prompt(self) -> dict[str, Problem]:
         return {problem.prompt: problem for problem in self._problems}
 

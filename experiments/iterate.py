@@ -1,0 +1,320 @@
+"""The pipeline as a loop: the policy's own answers are labelled, the reward model learns on, and the policy again.
+
+Bai et al. 2022, §4.5 (iterated online RLHF, https://arxiv.org/abs/2204.05862); Touvron et al. 2023, §3
+(https://arxiv.org/abs/2307.09288). In each round the last policy answers fresh prompts. Some of them are labelled, at
+random or where the reward model is least certain. The reward model goes on from the last one, on all labels so far,
+and another round of PPO starts from SFT or from the last policy.
+    python experiments/iterate.py
+    python experiments/iterate.py --model FOLDER --prompts FILE --judge FOLDER
+    python experiments/iterate.py --model FOLDER --prompts FILE --comparisons FILE
+In the controlled world SFT comes first, and the world's annotators label. With a judge it says which answer is better.
+Without one people do: the run writes round-k/to_label.jsonl and stops; put chosen and rejected of each row into
+round-k/comparisons.jsonl and --resume. It leaves round-k/policy/ and round-k/reward_model/ in the run's folder.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+
+from experiments import ppo, reward_model
+from experiments.constitutional import as_conversation, compared, learnable
+from experiments.flags import (
+    ComparisonFlags,
+    Flags,
+    JudgeFlags,
+    ModelFlags,
+    PromptFlags,
+    RunFlags,
+    SamplingFlags,
+    names,
+)
+from experiments.judging import load_judge, open_judge
+from experiments.panels import ITERATE_REPORT
+from experiments.ppo import PPO
+from experiments.reward_model import RewardModel, member_seed
+from experiments.stages import open_task, or_default, policy_sampler
+from rlhf_jax.batches import Prompts
+from rlhf_jax.cli import on_mesh, run_main, run_with_report
+from rlhf_jax.data.tokens import join, take
+from rlhf_jax.ensemble import ensemble_reward, label_value
+from rlhf_jax.errors import UserError, at_least
+from rlhf_jax.export import export_policy, export_reward_model
+from rlhf_jax.hosts import from_first
+from rlhf_jax.log import Run
+from rlhf_jax.models import ScalarModel, merge_lora
+from rlhf_jax.revision import read
+from rlhf_jax.rewards.judge import both_orders, comparing, in_words
+from rlhf_jax.rewards.model import model_reward
+from rlhf_jax.rewards.reward import Reward
+from rlhf_jax.row_file import read_rows
+from rlhf_jax.scoring import response_rewards, score_in_batches
+from rlhf_jax.tasks.measure import PolicySampler, compare_policies, make_policy_measure, make_reward_scorer
+from rlhf_jax.tasks.simulated import World
+from rlhf_jax.tasks.task import Task
+from rlhf_jax.tasks.text import Source, TextTask
+from rlhf_jax.types import Params
+
+Label = Callable[[Sequence[Any], Sequence[Sequence[str]], int], list[dict[str, Any] | None]]
+"""label(prompts, answers, number) -> for each prompt the columns of a comparison; None where the judge fails."""
+
+
+@dataclass(frozen=True)
+class IterateFlags(Flags):
+    """The flags of the loop alone."""
+
+    rounds: int = 3
+    labels: int | None = None
+    """Prompts whose answers are labelled in a round. By default 1024 in the controlled world, else 256."""
+    answers: int | None = None
+    """Answers to each prompt that are ranked together. By default 8 in the controlled world, else 2, which is what a
+    judge and people are asked about."""
+    choose: Literal["random", "uncertain"] = "random"
+    """The prompts that are labelled: at random, or where the members of the reward model disagree most about the
+    answers; of one member, where it finds them most alike. In a round without a reward model at random."""
+    members: int = 1
+    """Reward models, trained from seeds of their own; their mean is the reward."""
+    start: Literal["sft", "last"] = "sft"
+    """What PPO starts from: the model that was given, or the last round's policy. The KL is to the former."""
+
+    def __post_init__(self) -> None:
+        at_least(self, rounds=1, members=1)
+        if self.labels is not None:
+            at_least(self, labels=2)
+        if self.answers is not None:
+            at_least(self, answers=2)
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class Config(RunFlags, SamplingFlags, JudgeFlags, PromptFlags, ComparisonFlags, ModelFlags, IterateFlags):
+    """Rounds of labels, reward model and PPO."""
+
+    reward_model: RewardModel = field(default_factory=RewardModel)
+    ppo: PPO = field(default_factory=PPO)
+
+
+def with_defaults(cfg: Any, task: Task) -> Any:
+    """The flags, with numbers where none are given. Raises UserError for rankings that nobody is asked for."""
+    if isinstance(task, World):
+        if cfg.judge:
+            raise UserError("--judge is not used without files: the controlled world has annotators")
+        return or_default(cfg, labels=1024, answers=8)
+    filled = or_default(cfg, labels=256, answers=2)
+    if filled.answers != 2:
+        raise UserError(f"answers is {filled.answers}; a judge and people are asked about 2 on real text")
+    return filled
+
+
+def round_prompts(task: Task, number: int, rounds: int) -> np.ndarray:
+    """The rows of the training prompts that are a round's own: no prompt is in two rounds."""
+    return np.arange(len(task.prompts().train.row))[number - 1 :: rounds]
+
+
+def member_scores(task: Task, members: Sequence[Params], prompts: Prompts, answers: Any, count: int) -> np.ndarray:
+    """[k, P, K]: each member's score of each answer."""
+    score = score_in_batches(partial(response_rewards, ScalarModel(task.base.config)), task.eval_batch_size)
+    tokens = join(prompts, answers, pad_id=task.base.pad_id)
+    return np.stack([np.asarray(score(params, tokens)).reshape(-1, count) for params in members])
+
+
+def answer_prompts(
+    cfg: Any, task: Task, sampler: PolicySampler, policy: Params, members: Sequence[Params], number: int, seed: int
+) -> list[dict[str, Any]]:
+    """Answers of the policy to the prompts of a round that are to be labelled: rows with prompt and responses.
+
+    An answer that is empty, does not end, or was given already is left out, and so is a prompt with fewer than two.
+    """
+    rows = np.random.default_rng([seed, 13, number]).permutation(round_prompts(task, number, cfg.rounds))
+    uncertain = cfg.choose == "uncertain" and members
+    rows = rows if uncertain else rows[: cfg.labels]
+    prompts = take(task.prompts().train, np.repeat(rows, cfg.answers))
+    answers = sampler(policy, prompts, 80_000_000 + number)
+    if uncertain:
+        value = label_value(member_scores(task, members, prompts, answers, cfg.answers))
+        chosen = np.argsort(-value, kind="stable")[: cfg.labels]
+        rows = rows[chosen]
+        places = (chosen[:, None] * cfg.answers + np.arange(cfg.answers)).reshape(-1)
+        answers = take(answers, places)
+    said = read(task.base, answers)
+    found = []
+    for place, row in enumerate(rows.tolist()):
+        some = said[place * cfg.answers : (place + 1) * cfg.answers]
+        texts = list(dict.fromkeys(one.text for one in some if learnable(one)))
+        if len(texts) > 1:
+            prompt = task.prompts().rows[int(task.prompts().train.row[row])].prompt
+            found.append({"row": row, "prompt": prompt, "responses": texts})
+    return found
+
+
+def label_round(run: Run, asked: Callable[[], list[dict[str, Any]]], label: Label | None, number: int) -> None:
+    """Writes round-<number>/comparisons.jsonl, if it is not there. Raises UserError where people are to write it."""
+    folder = run.dir / f"round-{number}"
+    file = folder / "comparisons.jsonl"
+    if from_first(file.exists):
+        return
+    rows = asked()
+    if not rows:
+        raise UserError(
+            f"round {number}: to no prompt are there two different answers that end: raise --max-new-tokens"
+        )
+    columns = label([row["prompt"] for row in rows], [row["responses"] for row in rows], number) if label else None
+    if run.first:
+        folder.mkdir(exist_ok=True)
+        if columns is None:
+            write_lines(folder / "to_label.jsonl", rows)
+        else:
+            labelled = [{"row": row["row"], "prompt": row["prompt"], **found}
+                        for row, found in zip(rows, columns, strict=True) if found is not None]  # fmt: skip
+            write_lines(file, labelled)
+            run.say(f"round {number}: {len(labelled)} labels in {file}; {len(rows) - len(labelled)} failed")
+    if columns is None:
+        run.keep_folder()
+        raise UserError(
+            f"round {number}: {len(rows)} rows of {folder / 'to_label.jsonl'} wait for people: write prompt, chosen"
+            f" and rejected of each to {file}, and --resume; or give a --judge"
+        )
+
+
+def write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Whole or not at all."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(file)
+
+
+@contextmanager
+def open_labels(cfg: Config, run: Run, task: Task, sampler: PolicySampler) -> Iterator[Label | None]:
+    """Who labels: the world's annotators or the judge, while the `with` lasts; None where people do."""
+    if isinstance(task, World):
+        yield world_labels(task, partial(sampler, task.base.params))
+        return
+    if not cfg.judge:
+        yield None
+        return
+    run.inputs(judge=cfg.judge)
+    model = load_judge(cfg)
+    length = cfg.max_length or 2048 if model is None else model.config.max_length
+    with open_judge(cfg, run, model, batch_size=task.eval_batch_size, max_length=length) as judge:
+
+        def label(
+            prompts: Sequence[Any], answers: Sequence[Sequence[str]], number: int
+        ) -> list[dict[str, Any] | None]:
+            first, second = ([texts[side] for texts in answers] for side in (0, 1))
+            asked = [in_words(as_conversation(prompt)) for prompt in prompts]
+            p = np.mean(both_orders(comparing(judge.ask), asked, first, second), axis=0)
+            rows = [compared(*some) for some in zip(prompts, first, second, p.tolist(), strict=True)]
+            return [None if np.isnan(x) else row for row, x in zip(rows, p, strict=True)]
+
+        yield label
+
+
+def world_labels(world: World, sampler: Callable[[Prompts, int], Any]) -> Label:
+    """The world's annotators, whose noise is set by the answers of the policy that all begins with."""
+    annotators = world.annotators(sampler)
+
+    def label(prompts: Sequence[Any], answers: Sequence[Sequence[str]], number: int) -> list[dict[str, Any] | None]:
+        ranks = world.rank_texts(annotators, prompts, answers, number)
+        return [{"responses": list(texts), "ranks": some} for texts, some in zip(answers, ranks, strict=True)]
+
+    return label
+
+
+def labels_so_far(cfg: Any, task: Task, run: Run, number: int) -> TextTask:
+    """All rounds' comparisons, with the user's own, as a stage on its own reads them."""
+    files = [str(run.dir / f"round-{k}" / "comparisons.jsonl") for k in range(1, number + 1)]
+    source = Source("comparisons", (*files, *names(cfg.comparisons)), clamp=cfg.comparisons_clamp)
+    return TextTask(
+        task.base, run, {"comparisons": source}, seed=cfg.seed, max_length=cfg.max_length,
+        max_new_tokens=task.max_new_tokens, eval_batch_size=task.eval_batch_size, limit=None, heldout=cfg.heldout,
+        on_bad_row="skip", streaming=False,
+    )  # fmt: skip
+
+
+def make_reward(cfg: Any, task: Task, members: Sequence[Params]) -> Reward:
+    """The mean of the members' scores."""
+    if len(members) == 1:
+        return model_reward(task.base.config, members[0], name="reward_model", weight=1.0)
+    return ensemble_reward(task.base.config, members, combine="mean", lam=0.0, name="reward_model", weight=1.0)
+
+
+def run_rounds(
+    cfg: Any, task: Task, run: Run, sampler: PolicySampler, label: Label | None, seed: int
+) -> Iterator[tuple[int, Params, list[Params], dict[str, float]]]:
+    """The rounds, one after the other: (number, policy, members of the reward model, metrics).
+
+    Labels are parted anew in each round: some that a reward model has learned are held out later on, so that
+    val_accuracy is a little high from the second round on.
+    """
+    policy, members = task.base.params, list[Params]()
+    sets, size = task.prompts(), task.eval_batch_size
+    for number in range(1, cfg.rounds + 1):
+        label_round(run, partial(answer_prompts, cfg, task, sampler, policy, members, number, seed), label, number)
+        comparisons = labels_so_far(cfg, task, run, number).comparisons(partial(sampler, policy))
+        trained = [
+            reward_model.train(
+                cfg.reward_model, task.base, comparisons, run, member_seed(seed, member), eval_batch_size=size,
+                start=members[member] if members else None, stage=reward_stage(number, member),
+            )
+            for member in range(cfg.members)
+        ]  # fmt: skip
+        members = [merge_lora(params) for params, _ in trained]
+        began = policy if cfg.start == "last" else task.base.params
+        policy, found = ppo.train(
+            cfg.ppo, task.base._replace(params=began), sets, [make_reward(cfg, task, members)], run, seed + number,
+            max_new_tokens=task.max_new_tokens, critic=(task.base.config, members[0]), reference=task.base.params,
+            judge=task.judge, stage=f"ppo-{number}",
+        )  # fmt: skip
+        policy = merge_lora(policy)
+        files = [run.dir / f"round-{k}" / "comparisons.jsonl" for k in range(1, number + 1)]
+        labels = float(sum(1 for file in files for _ in read_rows(file)))
+        yield number, policy, members, trained[0][1] | found | {"labels": labels}
+
+
+def reward_stage(number: int, member: int) -> str:
+    """The stage of a member of a round's reward model."""
+    return f"reward_model-{number}" + (f"-member-{member + 1}" if member else "")
+
+
+@on_mesh
+def main(cfg: Config) -> dict[str, float]:
+    """Runs the rounds, measures and exports each one's policy and reward model; returns the last one's metrics."""
+    with run_with_report(cfg, "iterate", ITERATE_REPORT) as run:
+        task = open_task(cfg, run, first="sft")
+        sampler, filled = policy_sampler(cfg, task), with_defaults(cfg, task)
+        measure = make_policy_measure(task, sampler, task.eval_batch_size)
+        metrics = dict(task.facts)
+        with open_labels(filled, run, task, sampler) as label:
+            for number, policy, members, found in run_rounds(filled, task, run, sampler, label, cfg.seed):
+                folder = f"round-{number}"
+                scorer = make_reward_scorer(task, [make_reward(filled, task, members)], cfg.ppo.no_end_score)
+                after = compare_policies(run, task, ("start", task.base.params), ("policy", policy), sampler, scorer)
+                after["policy_kl"] = float(measure(policy, task.base.params, 300)["kl_k1"])
+                shown = {"score": "policy_score", "utility": "policy_utility", "kl": "policy_kl"}
+                run.log("rounds", number, {
+                    "labels": found["labels"], "val_accuracy": found[f"reward_model-{number}_val_accuracy"],
+                    **{name: after[theirs] for name, theirs in shown.items() if theirs in after},
+                })  # fmt: skip
+                metrics |= found | after
+                export_policy(run, task.base, policy, algorithm="Iterated RLHF", metrics=after,
+                              folder=f"{folder}/policy")  # fmt: skip
+                for member, params in enumerate(members, 1):
+                    export_reward_model(
+                        run, task.base, params, algorithm="Bradley-Terry reward model, on all rounds' labels",
+                        metrics=found, name=f"{folder}/reward_model" + f"_{member}" * (len(members) > 1),
+                    )  # fmt: skip
+        run.summary(metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    run_main(main, Config)
