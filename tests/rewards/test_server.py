@@ -1,6 +1,8 @@
 """A judge at a URL: against a server on 127.0.0.1 that does what it is told."""
 
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 
@@ -283,6 +285,15 @@ def test_threads_share_a_cache_and_a_damaged_one_is_told(tmp_path):
         Cache(tmp_path / "broken")
     with pytest.raises(UserError, match="cannot be opened"):
         Cache(tmp_path / "broken" / "inside")
+
+
+def test_a_killed_process_keeps_what_it_has_put(tmp_path):
+    program = (
+        "import os, sys; from rlhf_jax.rewards.cache import Cache; cache = Cache(sys.argv[1]);"
+        "cache.put({'n': 1}, 'paid for'); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path / "cache")]).returncode == -9
+    assert Cache(tmp_path / "cache").get({"n": 1}) == "paid for"
 
 
 def test_a_password_in_the_url_is_refused_and_so_is_a_missing_package(tmp_path, monkeypatch):
