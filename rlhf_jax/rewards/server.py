@@ -196,7 +196,8 @@ class Server:
             self._spend(again=tries > 0)
             try:
                 sent = body if self._logprobs else {n: body[n] for n in body if "logprobs" not in n}
-                return self._client.chat.completions.with_raw_response.create(**sent).http_response.text
+                response = self._client.chat.completions.with_raw_response.create(**sent)
+                return self._hide(response.http_response.text)
             except openai.APITimeoutError:
                 reason, asked = f"no answer within {self._limits.seconds:g} seconds", 0.0
             except openai.APIConnectionError as error:
@@ -233,7 +234,11 @@ class Server:
 
     def _clean(self, text: str) -> str:
         """An error's words on one line, without the key."""
-        return one_line(text.replace(self._secret, "***") if self._secret else text)
+        return one_line(self._hide(text))
+
+    def _hide(self, text: str) -> str:
+        """A server's words, which may repeat the key."""
+        return text.replace(self._secret, "***") if self._secret else text
 
 
 class Reply(NamedTuple):

@@ -167,6 +167,13 @@ def test_an_error_that_all_requests_would_meet_ends_the_run_at_once_without_the_
     assert stub.keys[0] == f"Bearer {KEY}" and len(stub.asked) <= 4
 
 
+def test_a_server_that_repeats_the_key_does_not_bring_it_into_a_file_or_a_message(serve, tmp_path):
+    stub = serve(always(f"You said {KEY}"))
+    with pytest.raises(UserError, match=r"it answers 'You said \*\*\*'"):
+        asked(stub, tmp_path, ["Which?"])
+    assert KEY.encode() not in (tmp_path / "cache").read_bytes()
+
+
 def test_a_slow_server_times_out(serve, tmp_path):
     def slow(body, number):
         time.sleep(0.5 if number == 0 else 0.0)
