@@ -100,6 +100,8 @@ def test_its_labels_are_comparisons_with_a_probability(stub, tmp_path):
     np.testing.assert_allclose([row["probability"] for row in rows], [0.85, 0.6, 0.65])
     read = read_preferences(str(tmp_path / "run" / "comparisons.jsonl"), None)
     assert [pair.responses[0][0]["content"] for pair in read.pairs] == [row["chosen"] for row in rows]
+    assert [pair.probability for pair in read.pairs] == [row["probability"] for row in rows]  # soft labels
+    assert not any("not read" in note for note in read.notes)
     told = lines(tmp_path / "run" / "verdicts.jsonl")
     assert [row["line"] for row in told] == [1, 2, 3, 4, 5]
     assert told[4] == {"line": 5, "chosen_first": None, "chosen_second": 0.5, "probability": None}
