@@ -176,11 +176,11 @@ def test_a_server_that_repeats_the_key_does_not_bring_it_into_a_file_or_a_messag
 
 def test_a_slow_server_times_out(serve, tmp_path):
     def slow(body, number):
-        time.sleep(0.5 if number == 0 else 0.0)
+        time.sleep(2.5 if number == 0 else 0.0)
         return completion("A")
 
     stub = serve(slow)
-    found, counts = asked(stub, tmp_path, ["Which?"], seconds=0.15)
+    found, counts = asked(stub, tmp_path, ["Which?"], seconds=1.0)
     assert found == [1.0] and counts["retries"] == 1
     with pytest.raises(UserError, match=r"no answer within 0.1 seconds \(1 tries\)"):
         asked(serve(lambda *_: time.sleep(0.4) or completion("A")), tmp_path, ["Which?"], seconds=0.1, retries=0)
@@ -253,7 +253,7 @@ def test_a_run_that_ends_early_keeps_what_it_has_paid_for(serve, tmp_path):
 
 def test_so_many_requests_at_once_and_no_more(serve, tmp_path):
     def reply(body, number):
-        time.sleep(0.05)
+        time.sleep(0.1)
         return completion("A")
 
     stub = serve(reply)
