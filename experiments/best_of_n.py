@@ -22,7 +22,7 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 import numpy as np
 
 from experiments.flags import BestOfNFlags, ModelFlags, PromptFlags, RewardFlags, RunFlags, SamplingFlags
-from experiments.panels import BEST_OF_N_REPORT
+from experiments.reports import BEST_OF_N_REPORT
 from experiments.stages import open_rewards, open_task, policy_sampler
 from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.best_of_n import Pool, best_of_n_metrics, powers_up_to, prompts_a_pool, sample_pools

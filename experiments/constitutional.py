@@ -44,7 +44,7 @@ from experiments.flags import (
     names,
 )
 from experiments.judging import load_judge, open_judge
-from experiments.panels import CONSTITUTIONAL_REPORT
+from experiments.reports import CONSTITUTIONAL_REPORT
 from experiments.sft import SFT
 from experiments.stages import again_defaults, open_task, policy_sampler, train_preference
 from rlhf_jax.cli import on_mesh, run_main, run_with_report

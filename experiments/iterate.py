@@ -39,8 +39,8 @@ from experiments.flags import (
     names,
 )
 from experiments.judging import load_judge, open_judge
-from experiments.panels import ITERATE_REPORT
 from experiments.ppo import PPO
+from experiments.reports import ITERATE_REPORT
 from experiments.reward_model import RewardModel, member_seed
 from experiments.stages import open_task, or_default, policy_sampler
 from rlhf_jax.batches import Prompts

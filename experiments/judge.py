@@ -27,7 +27,7 @@ import numpy as np
 
 from experiments.flags import Flags, JudgeFlags, RunFlags
 from experiments.judging import OpenJudge, load_judge, open_judge, or_none
-from experiments.panels import JUDGE_REPORT
+from experiments.reports import JUDGE_REPORT
 from experiments.stages import say_notes
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
 from rlhf_jax.data.conversations import Conversation

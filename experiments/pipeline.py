@@ -22,8 +22,8 @@ import numpy as np
 
 from experiments import ppo, reward_model, sft
 from experiments.flags import ComparisonFlags, DemonstrationFlags, ModelFlags, PromptFlags, RunFlags, SamplingFlags
-from experiments.panels import PIPELINE_REPORT
 from experiments.ppo import PPO
+from experiments.reports import PIPELINE_REPORT
 from experiments.reward_model import RewardModel
 from experiments.sft import SFT, Trained
 from experiments.stages import open_task, policy_sampler

@@ -41,7 +41,7 @@ from experiments.flags import (
     RunFlags,
     SamplingFlags,
 )
-from experiments.panels import PPO_REPORT
+from experiments.reports import PPO_REPORT
 from experiments.stages import (
     open_reference,
     open_rewards,

@@ -23,7 +23,7 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 
 from experiments import sft
 from experiments.flags import BestOfNFlags, Flags, ModelFlags, PromptFlags, RewardFlags, RunFlags, SamplingFlags
-from experiments.panels import REJECTION_REPORT
+from experiments.reports import REJECTION_REPORT
 from experiments.stages import again_defaults, open_rewards, open_task, policy_sampler
 from rlhf_jax.batches import Prompts
 from rlhf_jax.best_of_n import sample_pools

@@ -37,7 +37,7 @@ from experiments.flags import (
     RunFlags,
     SamplingFlags,
 )
-from experiments.panels import reward_model_report
+from experiments.reports import reward_model_report
 from experiments.stages import member_names, open_task, or_default, policy_sampler, pretrained_defaults, say_defaults
 from experiments.training import AdapterDropout, Adapters, Training
 from rlhf_jax.batches import PackedRankings, Rankings, Tokens

@@ -29,7 +29,7 @@ from experiments.flags import (
     RunFlags,
     SamplingFlags,
 )
-from experiments.panels import SFT_REPORT
+from experiments.reports import SFT_REPORT
 from experiments.stages import open_task, or_default, policy_sampler, pretrained_defaults, say_defaults
 from experiments.training import AdapterDropout, Adapters, Training
 from rlhf_jax import checkpoint

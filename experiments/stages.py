@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from experiments.flags import PRECISIONS, names
-from experiments.panels import group_report, preference_report
+from experiments.reports import group_report, preference_report
 from rlhf_jax.cli import run_with_report
 from rlhf_jax.data.pairs import Examples, paired, singly
 from rlhf_jax.errors import UserError

@@ -46,7 +46,7 @@ class Config(GridFlags):
     """One round and three, with as many labels, several seeds."""
 
     plans: tuple[Name, ...] = ("once", "random", "uncertain")
-    """uncertain asks about answers that one reward model finds alike, disagreement about those on which three differ."""
+    """uncertain asks about answers that one reward model finds alike, disagreement about those on which 3 differ."""
     rounds: int = 3
     labels: int = 1536
     """Prompts whose 8 answers are ranked, in all rounds together."""

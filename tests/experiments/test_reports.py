@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from experiments import panels
+from experiments import reports
+from experiments.rules import PPO_RULES
 from rlhf_jax.sections import Report, from_json, to_json
 from rlhf_jax.verdict import findings
 
-REPORTS = {name: value for name, value in vars(panels).items() if isinstance(value, Report)}
+REPORTS = {name: value for name, value in vars(reports).items() if isinstance(value, Report)}
 
 
 @pytest.mark.parametrize("name", REPORTS)
@@ -47,6 +48,6 @@ GOOD = {
 def test_a_bad_ppo_run_is_told_from_a_good_one(changes, words):
     series = GOOD | changes
     rows = [{"step": i, **{name: values[i] for name, values in series.items()}} for i in range(12)]
-    bad = [one.sentence for one in findings(panels.PPO_RULES, {"ppo": rows}, {}) if one.bad]
+    bad = [one.sentence for one in findings(PPO_RULES, {"ppo": rows}, {}) if one.bad]
     assert len(bad) == len(words)
     assert all(word in sentence for word, sentence in zip(words, bad, strict=True))
