@@ -25,7 +25,7 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 
 TRAINING = ("sft", "reward_model", "dpo", "vocabulary")
 """Layers scanned and rematerialised: as fast on a CPU, where memory costs time, and half the memory."""
-ROWS = (*TRAINING, "generate", "ppo", "grpo")
+ROWS = (*TRAINING, "generate", "ppo", "grpo", "grpo_long")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Config:
     """Times rows, each in a process of its own."""
 
     rows: tuple[str, ...] = ROWS
-    """Some of sft, reward_model, dpo, vocabulary, generate, ppo, grpo."""
+    """Some of sft, reward_model, dpo, vocabulary, generate, ppo, grpo, grpo_long."""
     steps: int = 15
     """Steps that count, after 3 that do not (PPO, GRPO: a third as many, after 1)."""
 
@@ -145,8 +145,8 @@ def build(row: str) -> Work:
         return Work(None, sample, 32 * 128)
 
     # Here, since they bring what reads text, and its memory, along.
-    if row == "grpo":
-        return groups(config, params, ids)
+    if row.startswith("grpo"):
+        return groups(config, params, ids, long=row == "grpo_long")
     from experiments import ppo
     from experiments.bench.programs import ppo_setup
     from rlhf_jax.actor_critic import Frozen, init_state
@@ -169,10 +169,11 @@ def build(row: str) -> Work:
     return Work(state, iterate_once, 32 * 64, few=True)
 
 
-def groups(config: Any, params: Any, ids: Callable[[int, int, int], Any]) -> Work:
+def groups(config: Any, params: Any, ids: Callable[[int, int, int], Any], *, long: bool) -> Work:
     """GRPO: 8 answers of 64 tokens to each of 8 prompts of 64, scored by their distinct tokens; one update, β 0.04.
 
-    The update takes 16 rows at a time, which is faster on a CPU, and leaner.
+    The update takes 16 rows at a time, which is faster on a CPU, and leaner. `long`: lengths are log-normal, their
+    median 8 and their 95th percentile 64, the most; 16 answers are sampled at once.
     """
     import jax
     import jax.numpy as jnp
@@ -180,20 +181,32 @@ def groups(config: Any, params: Any, ids: Callable[[int, int, int], Any]) -> Wor
 
     from experiments.grpo import GRPO, algorithm
     from rlhf_jax.batches import Prompts
-    from rlhf_jax.groups import Frozen, learn, rollout
+    from rlhf_jax.groups import Frozen, learn
     from rlhf_jax.models import Transformer
+    from rlhf_jax.sampling.queue import generate_queued
     from rlhf_jax.train import keep_freed_memory, make_state
 
     keep_freed_memory()  # as the experiment does
     cfg = GRPO(steps=1000, groups=8, group_size=8, beta=0.04, learning_rate=1e-4, lora_rank=0, accumulate=4)
     numbers, model = cfg.numbers(64), Transformer(config)
-    sample = jax.jit(partial(rollout, model, numbers, eos_id=None, pad_id=0))
+
+    @jax.jit
+    def sample(params: Any, prompts: Any, mask: Any, key: Any, limits: Any) -> Any:
+        return generate_queued(
+            model, params, prompts, mask, key, group_size=8, slots=16 if long else 64, max_new_tokens=64,
+            temperature=1.0, eos_id=None, pad_id=0, limits=limits,
+        )  # fmt: skip
+
     learn_fn = jax.jit(partial(learn, algorithm(cfg, numbers), model, numbers, 0), donate_argnums=0)
     frozen, every = Frozen(params, {}, {}), jnp.ones(64, bool)
 
     def iterate(state: Any, i: int) -> Any:
         prompts: Any = Prompts(*map(jnp.asarray, (ids(i, 8, 64), np.ones((8, 64), bool), np.arange(8))))
-        completions = jax.device_get(sample(state, frozen, prompts, jax.random.key(i)))
+        lengths = np.exp(np.log(8) + np.log(8) / 1.645 * np.random.default_rng(i).normal(size=64))
+        limits = np.clip(np.round(lengths), 1, 64).astype(np.int32) if long else np.full(64, 64, np.int32)
+        completions = jax.device_get(
+            sample(state.params, prompts.tokens, prompts.mask, jax.random.key(i), jnp.asarray(limits))
+        )
         scores = jnp.asarray([len(set(answer)) / 64 for answer in completions.tokens.tolist()], jnp.float32)
         repeated = jax.tree.map(lambda x: jnp.repeat(x, 8, axis=0), prompts)
         state, metrics = learn_fn(state, frozen, repeated, completions, scores, every, jax.random.key(1000 + i))
