@@ -183,10 +183,7 @@ def world_assistant(world: World, annotators: Annotators, revisers: Revisers) ->
 def revise_prompts(
     cfg: ConstitutionalFlags, task: Task, run: Run, sampler: PolicySampler, assistant: Assistant, seed: int
 ) -> None:
-    """Answers all prompts and revises the answers: chains.jsonl, and the last revisions as revisions.jsonl.
-
-    Raises UserError where no chain is whole.
-    """
+    """Answers all prompts and revises the answers: chains.jsonl."""
     sets, size = task.prompts(), task.eval_batch_size
 
     def make(part: range) -> list[dict[str, Any]]:
@@ -200,24 +197,31 @@ def revise_prompts(
         )  # fmt: skip
         return [chain_row(*some) for some in zip(chains, asked, part, strict=True)]
 
-    chains, revisions = run.dir / "chains.jsonl", run.dir / "revisions.jsonl"
-    write_parts(run, "revisions", chains, len(sets.train.row), size, make)
+    write_parts(run, "revisions", run.dir / "chains.jsonl", len(sets.train.row), size, make)
+
+
+def write_revisions(run: Run, chains: Path, revision: int = -1) -> None:
+    """Writes the last revision of each whole chain to revisions.jsonl, or one by its number; 0 is the answer.
+
+    Raises UserError where no chain is whole.
+    """
+    file = run.dir / "revisions.jsonl"
 
     def write() -> dict[str, int]:
         unlearned: Counter[str] = Counter()
-        with open(revisions, "w", encoding="utf-8") as lines:
+        with open(file, "w", encoding="utf-8") as lines:
             for row in read_rows(chains):
                 unlearned[row["unlearned"]] += 1
                 if not row["unlearned"]:
-                    found = {"prompt": row["prompt"], "completion": texts_of(row)[-1], "row": row["row"]}
+                    found = {"prompt": row["prompt"], "completion": texts_of(row)[revision], "row": row["row"]}
                     lines.write(json.dumps(found, ensure_ascii=False) + "\n")
         return dict(unlearned)
 
     counts = from_first(write)
-    whole = counts.pop("", 0)
-    run.say(f"revisions: {revisions} ({whole} of {len(sets.train.row)} prompts)")
-    for reason, count in counts.items():
-        run.say(f"{count} prompts have no revision to learn: {reason}")
+    count, whole = sum(counts.values()), counts.pop("", 0)
+    run.say(f"revisions: {file} ({whole} of {count} prompts)")
+    for reason, number in counts.items():
+        run.say(f"{number} prompts have no revision to learn: {reason}")
     if not whole:
         raise UserError("no answer could be revised, so there is nothing to learn from: " + ", ".join(counts))
 
@@ -343,6 +347,7 @@ def main(cfg: Config) -> dict[str, float]:
         measure = make_policy_measure(task, sampler, task.eval_batch_size)
         with open_assistant(cfg, run, task, drawing) as assistant:
             revise_prompts(cfg, task, run, drawing, assistant, cfg.seed)
+            write_revisions(run, run.dir / "chains.jsonl")
             if isinstance(task, World):
                 log_revisions(run, task)
             revised = task.base._replace(params=learn_revisions(cfg, task, data, run))

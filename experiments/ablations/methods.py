@@ -205,6 +205,7 @@ def by_constitution(cfg: Config, begun: Begun, seed: int, run: Run) -> Policy:
     assistant = constitutional.world_assistant(task, Annotators(noise=constitutional.NOISE), Revisers())
     data = constitutional.own_data(flags, task, run)
     constitutional.revise_prompts(flags, task, run, sampler, assistant, seed)
+    constitutional.write_revisions(run, run.dir / "chains.jsonl")
     revised = base._replace(params=constitutional.learn_revisions(flags, task, data, run))
     constitutional.compare_answers(task, run, sampler, revised.params, assistant, seed)
     trained = constitutional.learn_preferences(flags, task, data, run, sampler, revised)

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from experiments import ppo, reward_model, sft
-from experiments.ablations import ensemble, kl_coefficient, methods, precision, preference_losses, verifiable
+from experiments.ablations import (
+    constitution,
+    ensemble,
+    kl_coefficient,
+    methods,
+    precision,
+    preference_losses,
+    rounds,
+    verifiable,
+)
 from experiments.ablations.grid_results import Cells
 from experiments.training import Preference
 from rlhf_jax.errors import UserError
@@ -278,3 +287,36 @@ def test_methods(tmp_path):
     assert metrics["orpo_policy_utility"] == cells["orpo"]["policy_utility"]
     with pytest.raises(UserError, match="there is no method a2c"):
         methods.Config(methods=("a2c",))
+
+
+def test_constitution(tmp_path):
+    folder = tmp_path / "run"
+    cfg = constitution.Config(run_dir=str(folder), jobs=0, seeds=1, revisions=(1,), biases=(9.0,), sft=SFT)
+    metrics = constitution.main(cfg)
+    cells = cells_of(folder)
+    assert cells.keys() == {"revisions-dose-1", "bias-dose-9"}
+    assert cells["bias-dose-9"]["judge"] < 1 and "judge" not in cells["revisions-dose-1"]
+    assert metrics["bias-dose-9_flattery"] == cells["bias-dose-9"]["flattery"] >= 0
+    # The first revisions were learned, not the last ones.
+    chains = [json.loads(line) for line in open(folder / "seed-0" / "shared" / "chains.jsonl")]
+    learned = [json.loads(line) for line in open(folder / "seed-0" / "revisions-dose-1" / "revisions.jsonl")]
+    first = [row["revisions"][0]["revision"] for row in chains if not row["unlearned"]]
+    assert [row["completion"] for row in learned] == first
+
+
+def test_rounds(tmp_path):
+    folder = tmp_path / "run"
+    cfg = rounds.Config(
+        run_dir=str(folder), jobs=0, seeds=1, plans=("once", "disagreement"), rounds=2, labels=16, sft=SFT, ppo=PPO,
+        reward_model=reward_model.RewardModel(epochs=1, prompts_per_step=4),
+    )  # fmt: skip
+    metrics = rounds.main(cfg)
+    cells = cells_of(folder)
+    assert cells.keys() == {"once", "disagreement"}
+    assert 0 < cells["once"]["labels"] <= 16 and 8 < cells["disagreement"]["labels"] <= 16
+    assert (
+        len(cells["once"]["utility_curve"]) == 5 and metrics["once_policy_utility"] == cells["once"]["policy_utility"]
+    )
+    assert len(list((folder / "seed-0" / "disagreement").glob("round-*/comparisons.jsonl"))) == 2
+    with pytest.raises(UserError, match="17 labels do not divide into 2 rounds"):
+        rounds.Config(rounds=2, labels=17)

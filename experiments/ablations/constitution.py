@@ -1,0 +1,161 @@
+"""Constitutional AI in the controlled world: how many revisions help, and how far a judge's bias reaches the policy.
+
+Each seed has a world and an SFT policy of its own. Revisions: its answers are revised four times; SFT learns the
+answers themselves (0), or the first, second, third or fourth revision. Bias: from the policy of the second revision
+two answers to each prompt go to judges who like flattery more and more, which the true utility does not, and DPO
+learns their labels (`experiments/constitutional.py`).
+    python experiments/ablations/constitution.py
+It takes about 35 minutes on 2 CPU cores for 5 seeds. It writes a table, and a figure of both. Expect utility to rise
+with each revision by less, and flattery to rise with the bias while the judge's accuracy falls.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import numpy as np
+
+from experiments import constitutional
+from experiments.ablations.grid import GridFlags, run_grid
+from experiments.ablations.grid_results import Cells, Column, Page, Panel, points_line, variants_table
+from experiments.ablations.worlds import open_world
+from experiments.sft import SFT
+from experiments.sft import train as train_sft
+from rlhf_jax.cli import run_main
+from rlhf_jax.log import Run
+from rlhf_jax.pretrained import Pretrained
+from rlhf_jax.row_file import read_rows
+from rlhf_jax.simulation import Annotators, Revisers
+from rlhf_jax.simulation.world import FILLERS, FLATTERY
+from rlhf_jax.tasks.measure import PolicySampler, make_policy_measure
+from rlhf_jax.tasks.simulated import World
+from rlhf_jax.types import Params
+
+MOST, SECOND = 4, 2
+"""Revisions of each answer, and the one that the policy whose answers are judged has learned."""
+COLUMNS = (
+    Column("true utility", "utility"), Column("flattering words an answer", "flattery", 3),
+    Column("empty words an answer", "fillers", 3), Column("right, share", "right", 3),
+    Column("length", "length", 1), Column("KL to SFT, nats", "kl"), Column("judge agrees with the truth", "judge", 3),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config(GridFlags):
+    """Numbers of revisions, and biases of a judge, several seeds."""
+
+    revisions: tuple[int, ...] = (0, 1, 2, 3, 4)
+    biases: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)
+    """What a judge thinks a flattering word is worth; its true worth is −0.3."""
+    sft: SFT = field(default_factory=SFT)
+
+
+class Variant(NamedTuple):
+    """A number of revisions, or the bias of the judge after the second."""
+
+    stage: Literal["revisions", "bias"]
+    dose: float
+
+
+class Begun(NamedTuple):
+    """A seed's world, its chains of revisions, and the policy that has learned the second ones."""
+
+    task: World
+    sampler: PolicySampler
+    chains: Path
+    revised: Pretrained
+
+
+def flags_of(seed: int) -> constitutional.Config:
+    """The flags of a seed's runs."""
+    return constitutional.Config(seed=seed, revisions=MOST)
+
+
+def learn(seed: int, task: World, run: Run, chains: Path, revision: int) -> Params:
+    """SFT on one revision of all answers."""
+    flags = flags_of(seed)
+    constitutional.write_revisions(run, chains, revision)
+    return constitutional.learn_revisions(flags, task, constitutional.own_data(flags, task, run), run)
+
+
+def prepare(cfg: Config, seed: int, run: Run) -> Begun:
+    """A world, SFT, four revisions of its answers, and SFT on the second ones."""
+    task, sampler = open_world(cfg, seed)
+    assert isinstance(task, World)
+    size = task.eval_batch_size
+    params = train_sft(cfg.sft, task.base, task.demonstrations(), run, seed, eval_batch_size=size).params
+    task.base = task.base._replace(params=params)
+    assistant = constitutional.world_assistant(task, Annotators(noise=constitutional.NOISE), Revisers())
+    constitutional.revise_prompts(flags_of(seed), task, run, sampler, assistant, seed)
+    chains = run.dir / "chains.jsonl"
+    revised = task.base._replace(params=learn(seed, task, run, chains, SECOND))
+    return Begun(task, sampler, chains, revised)
+
+
+def one(cfg: Config, begun: Begun, seed: int, variant: Variant, run: Run) -> dict[str, Any]:
+    """A policy after so many revisions, or after DPO on the labels of a judge with that bias."""
+    task, sampler = begun.task, begun.sampler
+    if variant.stage == "revisions":
+        found = measured(begun, learn(seed, task, run, begun.chains, int(variant.dose)))
+        return found | {"dose": variant.dose}
+    flags = flags_of(seed)
+    people = Annotators(noise=constitutional.NOISE, length_bias=0.0, flattery_bias=variant.dose)
+    assistant = constitutional.world_assistant(task, people, Revisers())
+    constitutional.compare_answers(task, run, sampler, begun.revised.params, assistant, seed)
+    data = constitutional.own_data(flags, task, run)
+    trained = constitutional.learn_preferences(flags, task, data, run, sampler, begun.revised)
+    rows = list(read_rows(run.dir / "comparisons.jsonl"))
+    better, worse = (
+        task.utilities([row["prompt"] for row in rows], [row[side] for row in rows]) for side in ("chosen", "rejected")
+    )
+    found = measured(begun, trained.params)
+    return found | {"dose": variant.dose, "judge": np.mean(better > worse) + 0.5 * np.mean(better == worse)}
+
+
+def measured(begun: Begun, policy: Params) -> dict[str, Any]:
+    """What a policy's answers to held-out prompts are like."""
+    task, sampler = begun.task, begun.sampler
+    heldout = task.prompts().heldout
+    answers = sampler(policy, heldout, 400)
+    words = [text.split() for text in task.base.read_answers(answers)]
+    found = make_policy_measure(task, sampler, task.eval_batch_size)(policy, task.base.params, 300)
+    prompts = [task.prompts().rows[row].prompt for row in heldout.row.tolist()]
+    right = task.checker().on_texts
+    assert right is not None
+    return {
+        "utility": found["utility"], "length": found["length"], "kl": found["kl_k1"],
+        "flattery": np.mean([sum(word in FLATTERY for word in some) for some in words]),
+        "fillers": np.mean([sum(word in FILLERS for word in some) for some in words]),
+        "right": right(prompts, [" ".join(some) for some in words], {}).scores.mean(),
+    }  # fmt: skip
+
+
+def present(cfg: Config, cells: Cells) -> Page:
+    """A row a dose; true utility against revisions, flattery against the judge's bias."""
+    found = cells.finished()
+    revisions, biases = ([one for one in found if one.stage == stage] for stage in ("revisions", "bias"))
+    draw = partial(points_line, cells)
+    panels = [
+        Panel("Revisions", "revision that SFT learns", "true utility", [draw(revisions, "dose", "utility", "utility")])
+        if revisions else None,
+        Panel("A judge's bias", "worth of a flattering word to the judge", "a policy's answers", [
+            draw(biases, "dose", "flattery", "flattering words"), draw(biases, "dose", "utility", "true utility"),
+        ]) if biases else None,
+    ]  # fmt: skip
+    return Page([variants_table(cells, ["stage", "dose"], COLUMNS)], [panel for panel in panels if panel])
+
+
+def main(cfg: Config) -> dict[str, float]:
+    """Makes the grid; returns each dose's means over seeds."""
+    variants = [Variant("revisions", float(number)) for number in cfg.revisions]
+    variants += [Variant("bias", bias) for bias in cfg.biases]
+    return run_grid(cfg, "constitution", variants, one, present, prepare=prepare, axes=("revisions", "biases"))
+
+
+if __name__ == "__main__":
+    run_main(main, Config)
