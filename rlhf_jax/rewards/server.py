@@ -59,14 +59,18 @@ class ServerLimits(NamedTuple):
     """The share of the questions that may fail: of `questions`, or of those of a call."""
     questions: int | None = None
     """Questions in all calls."""
-    failed_in_a_row: int = 20
-    """So many that fail without an answer between them say that the server is down."""
+    silent_in_a_row: int = 20
+    """So many questions without any response, one after the other, say that the server is down."""
     answer_tokens: int = 8
     """The longest answer."""
 
 
 class Failure(Exception):
     """Why one question has no answer."""
+
+
+class Silence(Failure):
+    """Why there was no response at all."""
 
 
 def is_server(judge: str | None) -> bool:
@@ -124,8 +128,8 @@ class Server:
 
         It is normalised over the two letters where the server gives log-probabilities, otherwise 0 or 1. Equal
         questions are asked once. Of many processes the first asks.
-        Raises UserError when more than `failed_share` of the questions fail, or so many in a row that the server must
-        be down; when the limit on requests is reached; and at once for an error that all requests would meet.
+        Raises UserError when more than `failed_share` of the questions fail, or so many get no response that the
+        server must be down; when the limit on requests is reached; and at once for an error that all would meet.
         """
         found = from_first(lambda: self._ask(questions).tolist()) if many() else self._ask(questions)
         return np.asarray(found, np.float64)
@@ -150,11 +154,11 @@ class Server:
                 except Failure as failure:
                     failures[number] = str(failure)
                     self._count(failures=1)
-                    self._in_a_row += 1
+                    self._in_a_row = self._in_a_row + 1 if isinstance(failure, Silence) else 0
                 self._tolerance.check(failures, len(unique))
-                if self._in_a_row >= self._limits.failed_in_a_row:
+                if self._in_a_row >= self._limits.silent_in_a_row:
                     raise UserError(
-                        f"the judge {self._model} at {self._url} failed on {self._in_a_row} questions in a row:"
+                        f"the judge {self._model} at {self._url} was silent on {self._in_a_row} questions in a row:"
                         f" {failures[number]}{self._kept}"
                     )
             self._tolerance.add(failures)
@@ -186,13 +190,13 @@ class Server:
         return reply.probability
 
     def _request(self, body: dict[str, Any], stop: threading.Event) -> str:
-        """The text of the server's response. Raises Failure when no try brings one."""
+        """The text of the server's response. Raises Silence when no try brings one."""
         import openai
 
         reason, wait, tries = "", 0.0, 0
         while tries <= self._limits.retries:
             if stop.wait(wait):
-                raise Failure("stopped")
+                raise Silence("stopped")
             self._spend(again=tries > 0)
             try:
                 sent = body if self._logprobs else {n: body[n] for n in body if "logprobs" not in n}
@@ -212,11 +216,11 @@ class Server:
                     self._logprobs = False
                     continue
                 if code not in AGAIN and code < 500:
-                    raise Failure(reason) from None
+                    raise Silence(reason) from None
             tries += 1
             wait = min(self._limits.wait * 2 ** (tries - 1), self._limits.longest_wait) * random.uniform(0.5, 1.0)
             wait = max(wait, min(asked, self._limits.longest_wait))
-        raise Failure(f"{reason} ({tries} tries)")
+        raise Silence(f"{reason} ({tries} tries)")
 
     def _spend(self, *, again: bool) -> None:
         """Counts a request before it is sent. Raises UserError at the limit."""

@@ -212,16 +212,19 @@ def test_failures_are_a_share_of_all_calls_and_a_server_that_is_down_is_not_aske
         assert np.isnan(server.ask(["1"])) and np.isnan(server.ask(["2", "3"])).all()
         with pytest.raises(UserError, match="failed on 4 of 6 questions"):
             server.ask(["4", "5"])
-    limits = QUICK._replace(failed_share=1.0, failed_in_a_row=3, at_once=1)
+    stub.asked.clear()
+    limits = QUICK._replace(failed_share=1.0, silent_in_a_row=3, at_once=1, retries=0)
     with open_server(stub.url, "m", tmp_path / "b", limits=limits) as server:
-        server.ask(["1", "2"])
+        assert np.isnan(server.ask(["1", "2", "3", "4"])).all()  # nonsense is no silence
+        stub.reply = lambda body, number: (500, "down")
+        server.ask(["5", "6"])
         stub.reply = always("A")
-        server.ask(["3"])
-        stub.reply = always("Well …")
-        server.ask(["4", "5"])
-        with pytest.raises(UserError, match="failed on 3 questions in a row: it answers 'Well …'"):
-            server.ask(["6", "7", "8", "9", "10", "11"])
-    assert len(stub.asked) < 2 + 2 + 1 + 2 + 6 + 5
+        server.ask(["7"])
+        stub.reply = lambda body, number: (500, "down")
+        server.ask(["8", "9"])
+        with pytest.raises(UserError, match="was silent on 3 questions in a row: HTTP 500"):
+            server.ask([str(n) for n in range(10, 40)])
+    assert len(stub.asked) < 4 + 2 + 1 + 2 + 10
 
 
 def test_the_cache_answers_a_second_run_and_knows_other_requests(serve, tmp_path):
