@@ -101,6 +101,7 @@ def average_params(members: Sequence[Params]) -> Params:
     For members that started from the same weights. Adapters are to be merged before: the mean of products AB is not
     the product of means. Raises ValueError without members, and where one has another shape than the first.
     Reference: Ramé et al. 2024, https://arxiv.org/abs/2401.12187.
+    Deviation: there the members' heads start alike, too; `experiments/reward_model.py` gives each a head of its own.
     """
     _check_alike(members)
 

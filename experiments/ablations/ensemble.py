@@ -5,8 +5,9 @@ https://arxiv.org/abs/2401.12187), in the controlled world, where the true utili
 SFT policy and reward models of its own, trained on the same comparisons from seeds of their own. PPO starts from SFT's
 last weights, the critic from the first reward model.
     python experiments/ablations/ensemble.py
-It takes about 90 minutes on 2 CPU cores for 5 seeds. It writes a table and a figure: proxy and true utility against
-√KL. Expect an ensemble to put off the fall of the true utility at β = 0, not to prevent it.
+It takes a few hours on 2 CPU cores for 5 seeds. It writes a table and a figure: proxy and true utility against √KL.
+Expect the true utility to fall at β = 0 against every combination, and less against min and lower than against one
+model (experiments/results/ensemble.md).
 """
 
 import sys
