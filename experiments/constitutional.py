@@ -128,7 +128,7 @@ class Config(
 
 
 class Assistant(NamedTuple):
-    """Who criticises and revises, and who says which of two answers is better."""
+    """A reviser of answers, and a judge that says which of two is better."""
 
     principles: Sequence[Principle]
     questions: Sequence[str]

@@ -84,7 +84,7 @@ class IterateFlags(Flags):
     members: int = 1
     """Reward models, trained from seeds of their own; their mean is the reward."""
     start: Literal["sft", "last"] = "sft"
-    """What PPO starts from: the model that was given, or the last round's policy. The KL is to the former."""
+    """PPO starts from the model that was given, or from the last round's policy. The KL is to the former."""
 
     def __post_init__(self) -> None:
         at_least(self, rounds=1, members=1)
@@ -186,7 +186,7 @@ def label_round(run: Run, asked: Callable[[], list[dict[str, Any]]], label: Labe
 
 
 def write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Whole or not at all."""
+    """Writes a file whole or not at all."""
     temporary = file.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     temporary.replace(file)
@@ -194,7 +194,7 @@ def write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 @contextmanager
 def open_labels(cfg: Config, run: Run, task: Task, sampler: PolicySampler) -> Iterator[Label | None]:
-    """Who labels: the world's annotators or the judge, while the `with` lasts; None where people do."""
+    """The labels of the world's annotators or of the judge, while the `with` lasts; None where people give them."""
     if isinstance(task, World):
         yield world_labels(task, partial(sampler, task.base.params))
         return

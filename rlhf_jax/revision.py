@@ -29,7 +29,7 @@ ENDLESS = "the last text does not end within --max-new-tokens"
 
 
 class Said(NamedTuple):
-    """What a model replies. Without a text, `missing` says why."""
+    """A reply of the model. Without a text, `missing` says why."""
 
     text: str = ""
     missing: str = ""

@@ -51,7 +51,7 @@ class Config(GridFlags):
 
     revisions: tuple[int, ...] = (0, 1, 2, 3, 4)
     biases: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)
-    """What a judge thinks a flattering word is worth; its true worth is −0.3."""
+    """The worth of a flattering word to the judge; its true worth is −0.3."""
     sft: SFT = field(default_factory=SFT)
 
 
@@ -118,7 +118,7 @@ def one(cfg: Config, begun: Begun, seed: int, variant: Variant, run: Run) -> dic
 
 
 def measured(begun: Begun, policy: Params) -> dict[str, Any]:
-    """What a policy's answers to held-out prompts are like."""
+    """Means over a policy's answers to held-out prompts."""
     task, sampler = begun.task, begun.sampler
     heldout = task.prompts().heldout
     answers = sampler(policy, heldout, 400)

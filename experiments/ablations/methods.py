@@ -110,7 +110,7 @@ class Begun(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """What a method has made, and what of: thousands of samples, and of answers that were ranked or judged."""
+    """A method's policy, and its costs: thousands of samples, and of answers that were ranked or judged."""
 
     params: Params
     samples: float
@@ -145,10 +145,12 @@ def ranked(begun: Begun) -> float:
 
 
 def no_training(cfg: Config, begun: Begun, seed: int, run: Run) -> Policy:
+    """SFT as it is."""
     return Policy(begun.after.base.params, 0.0, 0.0)
 
 
 def by_preference(name: str, cfg: Config, begun: Begun, seed: int, run: Run) -> Policy:
+    """A preference loss on the comparisons."""
     module, flags_of = preference_losses.METHODS[name]
     flags, after = flags_of(), begun.after
     examples, single = paired(after.comparisons.train, flags.pairs), name == "kto"
@@ -161,6 +163,7 @@ def by_preference(name: str, cfg: Config, begun: Begun, seed: int, run: Run) -> 
 
 
 def by_groups(module: Any, flags_of: Any, cfg: Config, begun: Begun, seed: int, run: Run) -> Policy:
+    """An algorithm without a critic, against the reward model."""
     flags, task = flags_of(steps=cfg.steps), begun.after.task
     algorithm = module.algorithm(flags, flags.numbers(task.max_new_tokens))
     policy, _ = train_without_critic(
@@ -170,6 +173,7 @@ def by_groups(module: Any, flags_of: Any, cfg: Config, begun: Begun, seed: int, 
 
 
 def by_ppo(cfg: Config, begun: Begun, seed: int, run: Run, reward: Reward | None = None) -> Policy:
+    """PPO against the reward model, or another reward."""
     task, base = begun.after.task, begun.after.base
     policy, _ = ppo.train(
         cfg.ppo, base, task.prompts(), [reward or begun.reward], run, seed, max_new_tokens=task.max_new_tokens,
@@ -180,6 +184,7 @@ def by_ppo(cfg: Config, begun: Begun, seed: int, run: Run, reward: Reward | None
 
 
 def by_ppo_with_ensemble(cfg: Config, begun: Begun, seed: int, run: Run) -> Policy:
+    """PPO against the least score of several reward models."""
     others = [
         train_member(cfg, begun.after, run, reward_model.member_seed(seed, number), f"reward_model_{number + 1}")[0]
         for number in range(1, cfg.members)
@@ -191,6 +196,7 @@ def by_ppo_with_ensemble(cfg: Config, begun: Begun, seed: int, run: Run) -> Poli
 
 
 def by_rejection(cfg: Config, begun: Begun, seed: int, run: Run) -> Policy:
+    """SFT on the best of 16 answers to each prompt."""
     task, base = begun.after.task, begun.after.base
     flags = rejection_sampling.Config(seed=seed, control=False)
     scorers = [make_reward_scorer(task, [begun.reward], flags.no_end_score, training=side) for side in (True, False)]
@@ -199,6 +205,7 @@ def by_rejection(cfg: Config, begun: Begun, seed: int, run: Run) -> Policy:
 
 
 def by_constitution(cfg: Config, begun: Begun, seed: int, run: Run) -> Policy:
+    """Constitutional AI, by the world's assistants and a judge with the annotators' bias."""
     task, sampler, base = begun.after.task, begun.after.sampler, begun.after.base
     assert isinstance(task, World)
     flags = constitutional.Config(seed=seed)

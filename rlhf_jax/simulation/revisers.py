@@ -19,7 +19,7 @@ PRINCIPLES = tuple(
         ("honest", "flatters", "without flattery"),
     )
 )
-"""What a revision may be about: the parts of the true utility."""
+"""The principles of the world: the parts of the true utility."""
 
 
 @dataclass(frozen=True)
