@@ -41,12 +41,12 @@ from experiments.flags import (
     PromptFlags,
     RunFlags,
     SamplingFlags,
-    names,
+    refuse_forms,
 )
 from experiments.judging import load_judge, open_judge
 from experiments.reports import CONSTITUTIONAL_REPORT
 from experiments.sft import SFT
-from experiments.stages import again_defaults, open_task, policy_sampler, train_preference
+from experiments.stages import again_defaults, open_own, open_task, policy_sampler, train_preference
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
 from rlhf_jax.constitution import SHIPPED, Principle, read_constitution
 from rlhf_jax.data.conversations import Conversation, message
@@ -114,10 +114,7 @@ class Config(
 
     def __post_init__(self) -> None:
         """Raises UserError for flags about the form of files: the run's own files are read beside them."""
-        for kind in ("demonstrations", "comparisons"):
-            for name in ("format", "columns", "weights"):
-                if getattr(self, f"{kind}_{name}"):
-                    raise UserError(f"--{kind}-{name} cannot be given here, where rows of the run's own are mixed in")
+        refuse_forms(self, "demonstrations", "comparisons")
         if self.streaming:
             raise UserError("--streaming is not used here")
         super().__post_init__()
@@ -235,17 +232,9 @@ def log_revisions(run: Run, world: World, most: int = 2000) -> None:
 
 
 def own_data(cfg: Config, task: Task, run: Run) -> TextTask:
-    """Rows that this run writes, with the user's own of that kind, as a stage on its own reads them."""
-    sources = {
-        kind: Source(kind, (str(run.dir / file), *names(getattr(cfg, kind))), clamp=clamp)
-        for kind, file, clamp in (
-            ("demonstrations", "revisions.jsonl", None), ("comparisons", "comparisons.jsonl", cfg.comparisons_clamp),
-        )
-    }  # fmt: skip
-    return TextTask(
-        task.base, run, sources, seed=cfg.seed, max_length=cfg.max_length, max_new_tokens=task.max_new_tokens,
-        eval_batch_size=task.eval_batch_size, limit=None, heldout=cfg.heldout, on_bad_row="skip", streaming=False,
-    )  # fmt: skip
+    """Rows that this run writes, with the user's own, as a stage on its own reads them."""
+    kinds = {"demonstrations": "revisions", "comparisons": "comparisons"}
+    return open_own(cfg, task, run, {kind: [run.dir / f"{name}.jsonl"] for kind, name in kinds.items()})
 
 
 def learn_revisions(cfg: Config, task: Task, data: Task, run: Run) -> Params:

@@ -35,7 +35,7 @@ from experiments.judging import judged, load_judge, open_judge
 from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.data import suites
 from rlhf_jax.data.formats import Comparison
-from rlhf_jax.data.rejects import BadRow, Place
+from rlhf_jax.data.rejects import Place
 from rlhf_jax.data.tokens import Document, size
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.evaluate import (
@@ -52,7 +52,7 @@ from rlhf_jax.log import Run
 from rlhf_jax.pretrained import Pretrained, load_policy, load_reward_model
 from rlhf_jax.rewards import ifeval, math
 from rlhf_jax.rewards.pairs import PairScores, score_pairs
-from rlhf_jax.sampling.texts import TextAnswers, answer_texts, encode_prompt
+from rlhf_jax.sampling.texts import TextAnswers, answer_texts, answerable
 from rlhf_jax.scoring import document_logprobs, document_rewards, text_logprobs
 from rlhf_jax.simulation.world import draw_problems, is_exact, utilities
 from rlhf_jax.tasks.simulated import ANSWER_LENGTH
@@ -188,25 +188,14 @@ def respond(
 def fitting(
     cfg: Config, models: Sequence[Pretrained], path: str | None, rows: Sequence[Any], texts: Sequence[str], run: Run
 ) -> list[Any]:
-    """The rows of a file whose prompts all of the models can answer. The others are counted, with their lines.
-
-    Raises UserError when no row is left.
-    """
-    kept, reasons = [], dict[str, list[int]]()
-    for number, (row, text) in enumerate(zip(rows, texts, strict=True), 1):
-        try:
-            for model in models:
-                encode_prompt(model, text, number, context(cfg, model) - cfg.max_new_tokens)
-        except BadRow as error:
-            reasons.setdefault(f"not asked: {error}", []).append(number)
-        else:
-            kept.append(row)
+    """The rows of a file whose prompts all of the models can answer. Raises UserError when no row is left."""
+    kept, reasons = answerable(models, texts, [context(cfg, model) - cfg.max_new_tokens for model in models])
     notes = suites.tally(str(path), reasons)
     for note in notes:
         run.say(note)
     if not kept:
         raise UserError(f"no prompt can be asked: {'; '.join(notes)}")
-    return kept
+    return [rows[place] for place in kept]
 
 
 def score(cfg: Config, models: Models, name: str, pairs: Sequence[Comparison], run: Run) -> PairScores:

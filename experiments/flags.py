@@ -5,7 +5,7 @@ flags' class last, so that `--help` shows them first.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf_jax.ensemble import Combination
 from rlhf_jax.errors import UserError, at_least
@@ -315,6 +315,14 @@ class BestOfNFlags(Flags):
     def __post_init__(self) -> None:
         at_least(self, n=2)
         super().__post_init__()
+
+
+def refuse_forms(cfg: Any, *kinds: str) -> None:
+    """Raises UserError for flags about the form of files that are read together with the run's own."""
+    for kind in kinds:
+        for name in ("format", "columns", "weights"):
+            if getattr(cfg, f"{kind}_{name}"):
+                raise UserError(f"--{kind}-{name} cannot be given here, where rows of the run's own are mixed in")
 
 
 def names(sources: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +26,9 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 
 import numpy as np
 
-from experiments import ppo, reward_model
+from experiments import dpo, ppo, reward_model
 from experiments.constitutional import as_conversation, compared, learnable
+from experiments.dpo import DPO
 from experiments.flags import (
     ComparisonFlags,
     Flags,
@@ -36,15 +37,16 @@ from experiments.flags import (
     PromptFlags,
     RunFlags,
     SamplingFlags,
-    names,
+    refuse_forms,
 )
 from experiments.judging import load_judge, open_judge
 from experiments.ppo import PPO
 from experiments.reports import ITERATE_REPORT
 from experiments.reward_model import RewardModel, member_seed
-from experiments.stages import open_task, or_default, policy_sampler
+from experiments.stages import open_own, open_task, or_default, policy_sampler, train_preference
 from rlhf_jax.batches import Prompts
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
+from rlhf_jax.data.pairs import paired
 from rlhf_jax.data.tokens import join, take
 from rlhf_jax.ensemble import ensemble_reward, label_value
 from rlhf_jax.errors import UserError, at_least
@@ -52,6 +54,7 @@ from rlhf_jax.export import export_policy, export_reward_model
 from rlhf_jax.hosts import from_first
 from rlhf_jax.log import Run
 from rlhf_jax.models import ScalarModel, merge_lora
+from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.revision import read
 from rlhf_jax.rewards.judge import both_orders, comparing, in_words
 from rlhf_jax.rewards.model import model_reward
@@ -60,8 +63,8 @@ from rlhf_jax.row_file import read_rows
 from rlhf_jax.scoring import response_rewards, score_in_batches
 from rlhf_jax.tasks.measure import PolicySampler, compare_policies, make_policy_measure, make_reward_scorer
 from rlhf_jax.tasks.simulated import World
-from rlhf_jax.tasks.task import Task
-from rlhf_jax.tasks.text import Source, TextTask
+from rlhf_jax.tasks.task import Comparisons, Task
+from rlhf_jax.tasks.text import Source
 from rlhf_jax.types import Params
 
 Label = Callable[[Sequence[Any], Sequence[Sequence[str]], int], list[dict[str, Any] | None]]
@@ -83,8 +86,11 @@ class IterateFlags(Flags):
     answers; of one member, where it finds them most alike. In a round without a reward model at random."""
     members: int = 1
     """Reward models, trained from seeds of their own; their mean is the reward."""
+    learner: Literal["ppo", "dpo"] = "ppo"
+    """The algorithm of the policy: PPO against the reward model, or DPO on the same labels (online DPO, Guo et al.
+    2024, https://arxiv.org/abs/2402.04792), for which the reward model only chooses and measures."""
     start: Literal["sft", "last"] = "sft"
-    """PPO starts from the model that was given, or from the last round's policy. The KL is to the former."""
+    """The policy starts from the model that was given, or from the last round's. The KL is to the former."""
 
     def __post_init__(self) -> None:
         at_least(self, rounds=1, members=1)
@@ -101,6 +107,16 @@ class Config(RunFlags, SamplingFlags, JudgeFlags, PromptFlags, ComparisonFlags, 
 
     reward_model: RewardModel = field(default_factory=RewardModel)
     ppo: PPO = field(default_factory=PPO)
+    dpo: DPO = field(default_factory=DPO)
+
+    def __post_init__(self) -> None:
+        """Raises UserError for flags about the form of files: the run's own files are read beside them."""
+        refuse_forms(self, "comparisons")
+        super().__post_init__()
+
+    def sources(self) -> dict[str, Source]:
+        """All files that the flags name, by their kind. --comparisons-clamp is for the run's own files, too."""
+        return super(Config, self if self.comparisons else replace(self, comparisons_clamp=None)).sources()
 
 
 def with_defaults(cfg: Any, task: Task) -> Any:
@@ -229,17 +245,6 @@ def world_labels(world: World, sampler: Callable[[Prompts, int], Any]) -> Label:
     return label
 
 
-def labels_so_far(cfg: Any, task: Task, run: Run, number: int) -> TextTask:
-    """All rounds' comparisons, with the user's own, as a stage on its own reads them."""
-    files = [str(run.dir / f"round-{k}" / "comparisons.jsonl") for k in range(1, number + 1)]
-    source = Source("comparisons", (*files, *names(cfg.comparisons)), clamp=cfg.comparisons_clamp)
-    return TextTask(
-        task.base, run, {"comparisons": source}, seed=cfg.seed, max_length=cfg.max_length,
-        max_new_tokens=task.max_new_tokens, eval_batch_size=task.eval_batch_size, limit=None, heldout=cfg.heldout,
-        on_bad_row="skip", streaming=False,
-    )  # fmt: skip
-
-
 def make_reward(cfg: Any, task: Task, members: Sequence[Params]) -> Reward:
     """The mean of the members' scores."""
     if len(members) == 1:
@@ -259,7 +264,8 @@ def run_rounds(
     sets, size = task.prompts(), task.eval_batch_size
     for number in range(1, cfg.rounds + 1):
         label_round(run, partial(answer_prompts, cfg, task, sampler, policy, members, number, seed), label, number)
-        comparisons = labels_so_far(cfg, task, run, number).comparisons(partial(sampler, policy))
+        files = [run.dir / f"round-{k}" / "comparisons.jsonl" for k in range(1, number + 1)]
+        comparisons = open_own(cfg, task, run, {"comparisons": files}).comparisons(partial(sampler, policy))
         trained = [
             reward_model.train(
                 cfg.reward_model, task.base, comparisons, run, member_seed(seed, member), eval_batch_size=size,
@@ -268,16 +274,31 @@ def run_rounds(
             for member in range(cfg.members)
         ]  # fmt: skip
         members = [merge_lora(params) for params, _ in trained]
-        began = policy if cfg.start == "last" else task.base.params
-        policy, found = ppo.train(
-            cfg.ppo, task.base._replace(params=began), sets, [make_reward(cfg, task, members)], run, seed + number,
-            max_new_tokens=task.max_new_tokens, critic=(task.base.config, members[0]), reference=task.base.params,
-            judge=task.judge, stage=f"ppo-{number}",
-        )  # fmt: skip
+        began = task.base._replace(params=policy if cfg.start == "last" else task.base.params)
+        if cfg.learner == "dpo":
+            policy, found = learn_by_dpo(cfg, task, began, comparisons, run, seed, number)
+        else:
+            policy, found = ppo.train(
+                cfg.ppo, began, sets, [make_reward(cfg, task, members)], run, seed + number,
+                max_new_tokens=task.max_new_tokens, critic=(task.base.config, members[0]), reference=task.base.params,
+                judge=task.judge, stage=f"ppo-{number}",
+            )  # fmt: skip
         policy = merge_lora(policy)
-        files = [run.dir / f"round-{k}" / "comparisons.jsonl" for k in range(1, number + 1)]
         labels = float(sum(1 for file in files for _ in read_rows(file)))
         yield number, policy, members, trained[0][1] | found | {"labels": labels}
+
+
+def learn_by_dpo(
+    cfg: Any, task: Task, began: Pretrained, comparisons: Comparisons, run: Run, seed: int, number: int
+) -> tuple[Params, dict[str, float]]:
+    """A round of DPO on all labels so far; the reference is the model that all began with."""
+    stage = f"dpo-{number}"
+    trained = train_preference(
+        cfg.dpo, partial(dpo.loss, cfg.dpo), partial(dpo.reward, cfg.dpo), began,
+        paired(comparisons.train, cfg.dpo.pairs), comparisons, run, seed + number, stage=stage,
+        eval_batch_size=task.eval_batch_size, reference=task.base.params,
+    )  # fmt: skip
+    return trained.params, {f"{stage}_{name}": value for name, value in trained.metrics.items()}
 
 
 def reward_stage(number: int, member: int) -> str:

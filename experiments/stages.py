@@ -5,7 +5,7 @@ In the controlled world a stage that lacks a policy or a reward model runs the s
 
 import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -40,7 +40,7 @@ from rlhf_jax.tasks.measure import (
 from rlhf_jax.tasks.rewards import Rewards, load_reference, load_rewards
 from rlhf_jax.tasks.simulated import World
 from rlhf_jax.tasks.task import Comparisons, Task
-from rlhf_jax.tasks.text import TextTask
+from rlhf_jax.tasks.text import Source, TextTask
 from rlhf_jax.train import keep_freed_memory
 from rlhf_jax.types import Params
 
@@ -113,6 +113,24 @@ def open_task(cfg: Any, run: Run, *, first: str | None = None) -> Task:
         say_notes(run, load_policy(cfg.model, precision)), run, files, seed=cfg.seed, max_length=cfg.max_length,
         max_new_tokens=cfg.max_new_tokens, eval_batch_size=cfg.eval_batch_size or 16, limit=cfg.limit,
         heldout=cfg.heldout, on_bad_row=cfg.on_bad_row, streaming=getattr(cfg, "streaming", False),
+    )  # fmt: skip
+
+
+def open_own(cfg: Any, task: Task, run: Run, files: Mapping[str, Sequence[Path]]) -> TextTask:
+    """Files that this run writes, by their kind, with the user's own of that kind, as a stage on its own reads them.
+
+    They are read when they are asked for. A row that cannot be used is counted.
+    """
+    sources = {
+        kind: Source(
+            kind, (*map(str, some), *names(getattr(cfg, kind))),
+            clamp=cfg.comparisons_clamp if kind == "comparisons" else None,
+        )
+        for kind, some in files.items()
+    }  # fmt: skip
+    return TextTask(
+        task.base, run, sources, seed=cfg.seed, max_length=cfg.max_length, max_new_tokens=task.max_new_tokens,
+        eval_batch_size=task.eval_batch_size, limit=None, heldout=cfg.heldout, on_bad_row="skip", streaming=False,
     )  # fmt: skip
 
 

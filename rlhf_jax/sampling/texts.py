@@ -36,6 +36,23 @@ def encode_prompt(model: Pretrained, prompt: str, number: int, longest: int) -> 
     return encode(row, model.tokenizer, longest)[0]
 
 
+def answerable(
+    models: Sequence[Pretrained], prompts: Sequence[str], longest: Sequence[int]
+) -> tuple[list[int], dict[str, list[int]]]:
+    """The places of the prompts that all models can be asked, each in its `longest` tokens; reason -> numbers of the
+    others, counted from 1."""
+    kept, reasons = [], dict[str, list[int]]()
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            for model, most in zip(models, longest, strict=True):
+                encode_prompt(model, prompt, number, most)
+        except BadRow as error:
+            reasons.setdefault(f"not asked: {error}", []).append(number)
+        else:
+            kept.append(number - 1)
+    return kept, reasons
+
+
 def answer_texts(
     model: Pretrained,
     prompts: Sequence[str],
