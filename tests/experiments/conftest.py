@@ -21,9 +21,10 @@ def small_world(monkeypatch):
 
 @pytest.fixture(scope="module")
 def small_world_for_all():
-    """The same for all tests of a file, and for what they share."""
+    """The same for all tests of a file, and for what they share; reports have their pictures made and not drawn."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(simulated, "SIZES", SMALL_WORLD)
+        patch.setattr("rlhf_jax.figures._svg", lambda figure: "<svg></svg>")
         yield
 
 

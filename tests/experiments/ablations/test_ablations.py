@@ -39,6 +39,30 @@ def tiny_world(monkeypatch):
     monkeypatch.setattr(simulated, "SIZES", SIZES)
 
 
+@pytest.fixture(scope="module")
+def trained():
+    """Policies by the seed and the flags that SFT trained them with."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def sft_once(trained, monkeypatch):
+    """Ablations begin with the same SFT, which is trained once for each seed; SFT on other data is its own."""
+    train = sft.train
+
+    def once(cfg, base, demonstrations, run, seed, *, stage="sft", **more):
+        key = seed, repr(cfg), repr(base.config), tuple(sorted(more))
+        if stage != "sft" or more.get("keep_epochs"):
+            return train(cfg, base, demonstrations, run, seed, stage=stage, **more)
+        if key not in trained:
+            trained[key] = train(cfg, base, demonstrations, run, seed, **more)
+        return trained[key]
+
+    monkeypatch.setattr(sft, "train", once)
+    for module in (constitution, rounds, verifiable):
+        monkeypatch.setattr(module, "train_sft", once)
+
+
 def cells_of(folder):
     return {path.stem: json.loads(path.read_text())["values"] for path in folder.glob("seed-*/*.json")}
 
@@ -256,35 +280,35 @@ def test_dapo_with_one_clip_is_dapo_but_for_its_upper_clip():
 def test_verifiable(tmp_path):
     folder = tmp_path / "run"
     cfg = verifiable.Config(
-        run_dir=str(folder), jobs=0, seeds=1, algorithms=("dapo", "rloo", "ppo"), steps=5, sft=SFT
+        run_dir=str(folder), jobs=0, seeds=1, algorithms=("dapo", "ppo"), steps=5, sft=SFT
     )  # fmt: skip
     metrics = verifiable.main(cfg)
     cells = cells_of(folder)
-    assert cells.keys() == {"dapo", "rloo", "ppo"}
+    assert cells.keys() == {"dapo", "ppo"}
     # All start at one policy, and each answer is right or not.
     assert len({cell["sft_utility"] for cell in cells.values()}) == 1
     for name, cell in cells.items():
         assert 0 <= cell["policy_score"] <= 1 and len(cell["right_curve"]) == len(cell["utility_curve"]) == 1
         assert metrics[f"{name}_policy_score"] == cell["policy_score"]
-    assert cells["rloo"]["answers"] == cells["ppo"]["answers"] == 5 * 128 <= cells["dapo"]["answers"]
+    assert cells["ppo"]["answers"] == 5 * 128 <= cells["dapo"]["answers"]
     (table,) = tables_of(folder)
-    assert [row.split(" | ")[0] for row in table[2:]] == ["| dapo", "| rloo", "| ppo"]
+    assert [row.split(" | ")[0] for row in table[2:]] == ["| dapo", "| ppo"]
 
 
 def test_methods(tmp_path):
     folder = tmp_path / "run"
     cfg = methods.Config(
-        run_dir=str(folder), jobs=0, seeds=1, methods=("sft", "best_of_16", "orpo"), pool=32, pool_prompts=2, sft=SFT,
+        run_dir=str(folder), jobs=0, seeds=1, methods=("sft", "best_of_16"), pool=32, pool_prompts=2, sft=SFT,
         reward_model=reward_model.RewardModel(epochs=1, prompts_per_step=8),
     )  # fmt: skip
     metrics = methods.main(cfg)
     cells = cells_of(folder)
-    assert cells.keys() == {"sft", "best_of_16", "orpo"}
-    assert abs(cells["sft"]["kl"]) < 1e-6 and cells["sft"]["labels"] == 0 and cells["orpo"]["labels"] == 16 * 4 / 1000
+    assert cells.keys() == {"sft", "best_of_16"}
     pool = cells["best_of_16"]
+    assert abs(cells["sft"]["kl"]) < 1e-6 and cells["sft"]["labels"] == 0 and pool["labels"] == 16 * 4 / 1000
     assert pool["best_kl"][0] == 0 and pool["best_score"] == sorted(pool["best_score"])
     assert len(pool["optimum_kl"]) == len(methods.BETAS)
-    assert metrics["orpo_policy_utility"] == cells["orpo"]["policy_utility"]
+    assert metrics["sft_policy_utility"] == cells["sft"]["policy_utility"]
     with pytest.raises(UserError, match="there is no method a2c"):
         methods.Config(methods=("a2c",))
 
@@ -307,16 +331,14 @@ def test_constitution(tmp_path):
 def test_rounds(tmp_path):
     folder = tmp_path / "run"
     cfg = rounds.Config(
-        run_dir=str(folder), jobs=0, seeds=1, plans=("once", "disagreement"), rounds=2, labels=16, sft=SFT, ppo=PPO,
+        run_dir=str(folder), jobs=0, seeds=1, plans=("disagreement",), rounds=2, labels=16, sft=SFT, ppo=PPO,
         reward_model=reward_model.RewardModel(epochs=1, prompts_per_step=4),
     )  # fmt: skip
     metrics = rounds.main(cfg)
     cells = cells_of(folder)
-    assert cells.keys() == {"once", "disagreement"}
-    assert 0 < cells["once"]["labels"] <= 16 and 8 < cells["disagreement"]["labels"] <= 16
-    assert (
-        len(cells["once"]["utility_curve"]) == 5 and metrics["once_policy_utility"] == cells["once"]["policy_utility"]
-    )
+    assert cells.keys() == {"disagreement"}
+    assert 8 < cells["disagreement"]["labels"] <= 16 and len(cells["disagreement"]["utility_curve"]) == 5
+    assert metrics["disagreement_policy_utility"] == cells["disagreement"]["policy_utility"]
     assert len(list((folder / "seed-0" / "disagreement").glob("round-*/comparisons.jsonl"))) == 2
     with pytest.raises(UserError, match="17 labels do not divide into 2 rounds"):
         rounds.Config(rounds=2, labels=17)
