@@ -23,9 +23,8 @@ import numpy as np
 from experiments import constitutional
 from experiments.ablations.grid import GridFlags, run_grid
 from experiments.ablations.grid_results import Cells, Column, Page, Panel, points_line, variants_table
-from experiments.ablations.worlds import open_world
+from experiments.ablations.worlds import world_with_sft
 from experiments.sft import SFT
-from experiments.sft import train as train_sft
 from rlhf_jax.cli import run_main
 from rlhf_jax.log import Run
 from rlhf_jax.pretrained import Pretrained
@@ -85,11 +84,7 @@ def learn(seed: int, task: World, run: Run, chains: Path, revision: int) -> Para
 
 def prepare(cfg: Config, seed: int, run: Run) -> Begun:
     """A world, SFT, four revisions of its answers, and SFT on the second ones."""
-    task, sampler = open_world(cfg, seed)
-    assert isinstance(task, World)
-    size = task.eval_batch_size
-    params = train_sft(cfg.sft, task.base, task.demonstrations(), run, seed, eval_batch_size=size).params
-    task.base = task.base._replace(params=params)
+    task, sampler = world_with_sft(cfg, seed, run)
     assistant = constitutional.world_assistant(task, Annotators(noise=constitutional.NOISE), Revisers())
     constitutional.revise_prompts(flags_of(seed), task, run, sampler, assistant, seed)
     chains = run.dir / "chains.jsonl"

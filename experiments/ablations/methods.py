@@ -121,7 +121,6 @@ def prepare(cfg: Config, seed: int, run: Run) -> Begun:
     """A world, SFT, comparisons, and a reward model."""
     after = after_sft(cfg, seed, run)
     task, base = after.task, after.base
-    task.base = base
     rewards, _ = train_member(cfg, after, run, seed, "reward_model")
     reward = model_reward(base.config, rewards, name="reward_model", weight=1.0)
     return Begun(after, rewards, reward, make_reward_scorer(task, [reward], cfg.ppo.no_end_score))

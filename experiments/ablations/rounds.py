@@ -21,11 +21,10 @@ import numpy as np
 from experiments import iterate
 from experiments.ablations.grid import GridFlags, run_grid
 from experiments.ablations.grid_results import Cells, Column, Page, Panel, curve_line, smooth, variants_table
-from experiments.ablations.worlds import open_world
+from experiments.ablations.worlds import world_with_sft
 from experiments.ppo import PPO
 from experiments.reward_model import RewardModel
 from experiments.sft import SFT
-from experiments.sft import train as train_sft
 from rlhf_jax.cli import run_main
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.log import Run
@@ -68,15 +67,6 @@ class Variant(NamedTuple):
     plan: Name
 
 
-def prepare(cfg: Config, seed: int, run: Run) -> Any:
-    """A world and SFT in it: (task, sampler)."""
-    task, sampler = open_world(cfg, seed)
-    size = task.eval_batch_size
-    params = train_sft(cfg.sft, task.base, task.demonstrations(), run, seed, eval_batch_size=size).params
-    task.base = task.base._replace(params=params)
-    return task, sampler
-
-
 def one(cfg: Config, begun: Any, seed: int, variant: Variant, run: Run) -> dict[str, Any]:
     """One plan: where its last policy is beside SFT, and the course of its last round of PPO."""
     task, sampler = begun
@@ -113,7 +103,7 @@ def present(cfg: Config, cells: Cells) -> Page:
 def main(cfg: Config) -> dict[str, float]:
     """Makes the grid; returns each plan's means over seeds."""
     variants = [Variant(name) for name in cfg.plans]
-    return run_grid(cfg, "rounds", variants, one, present, prepare=prepare, axes=("plans",))
+    return run_grid(cfg, "rounds", variants, one, present, prepare=world_with_sft, axes=("plans",))
 
 
 if __name__ == "__main__":

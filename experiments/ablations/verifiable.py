@@ -23,10 +23,9 @@ import numpy as np
 from experiments import cispo, dapo, dr_grpo, grpo, gspo, ppo, rloo
 from experiments.ablations.grid import GridFlags, run_grid
 from experiments.ablations.grid_results import Cells, Column, Page, Panel, curve_line, smooth, variants_table
-from experiments.ablations.worlds import open_world
+from experiments.ablations.worlds import world_with_sft
 from experiments.ppo import PPO
 from experiments.sft import SFT
-from experiments.sft import train as train_sft
 from experiments.stages import train_without_critic
 from rlhf_jax.cli import run_main
 from rlhf_jax.errors import at_least
@@ -75,17 +74,10 @@ class Variant(NamedTuple):
     algorithm: str
 
 
-def prepare(cfg: Config, seed: int, run: Run) -> Any:
-    """A world and SFT in it: (task, sampler, SFT's policy)."""
-    task, sampler = open_world(cfg, seed)
-    size = task.eval_batch_size
-    params = train_sft(cfg.sft, task.base, task.demonstrations(), run, seed, eval_batch_size=size).params
-    return task, sampler, task.base._replace(params=params)
-
-
 def one(cfg: Config, begun: Any, seed: int, variant: Variant, run: Run) -> dict[str, Any]:
     """One algorithm: where it ends beside SFT, and its curves."""
-    task, sampler, base = begun
+    task, sampler = begun
+    base = task.base
     rewards = [task.checker()]
     if variant.algorithm == "ppo":
         flags = PPO(steps=cfg.steps, responses=128)
@@ -133,7 +125,7 @@ def present(cfg: Config, cells: Cells) -> Page:
 def main(cfg: Config) -> dict[str, float]:
     """Makes the grid; returns each algorithm's means over seeds."""
     variants = [Variant(name) for name in cfg.algorithms]
-    return run_grid(cfg, "verifiable", variants, one, present, prepare=prepare, axes=("algorithms",))
+    return run_grid(cfg, "verifiable", variants, one, present, prepare=world_with_sft, axes=("algorithms",))
 
 
 if __name__ == "__main__":

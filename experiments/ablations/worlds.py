@@ -38,19 +38,26 @@ class AfterRewardModel(NamedTuple):
     """Facts about demonstrators and annotators, and metrics of the reward model."""
 
 
-def open_world(cfg: Any, seed: int) -> tuple[Task, PolicySampler]:
+def open_world(cfg: Any, seed: int) -> tuple[World, PolicySampler]:
     """The world of a seed, and the sampler that measures policies in it."""
     keep_freed_memory()
     task = World(seed)
     return task, policy_sampler(replace(cfg, seed=seed), task)
 
 
-def after_sft(cfg: Any, seed: int, run: Run) -> AfterSFT:
-    """SFT with `cfg.sft`, and comparisons of its answers."""
+def world_with_sft(cfg: Any, seed: int, run: Run) -> tuple[World, PolicySampler]:
+    """The world of a seed with a model that `cfg.sft` has trained, and the sampler that measures policies in it."""
     task, sampler = open_world(cfg, seed)
     size = task.eval_batch_size
     params = sft.train(cfg.sft, task.base, task.demonstrations(), run, seed, eval_batch_size=size).params
-    return AfterSFT(task, sampler, task.base._replace(params=params), task.comparisons(partial(sampler, params)))
+    task.base = task.base._replace(params=params)
+    return task, sampler
+
+
+def after_sft(cfg: Any, seed: int, run: Run) -> AfterSFT:
+    """SFT with `cfg.sft`, and comparisons of its answers."""
+    task, sampler = world_with_sft(cfg, seed, run)
+    return AfterSFT(task, sampler, task.base, task.comparisons(partial(sampler, task.base.params)))
 
 
 def after_reward_model(cfg: Any, seed: int, run: Run) -> AfterRewardModel:

@@ -59,8 +59,6 @@ def sft_once(trained, monkeypatch):
         return trained[key]
 
     monkeypatch.setattr(sft, "train", once)
-    for module in (constitution, rounds, verifiable):
-        monkeypatch.setattr(module, "train_sft", once)
 
 
 def cells_of(folder):
