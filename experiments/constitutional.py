@@ -4,6 +4,7 @@ Bai et al. 2022 (https://arxiv.org/abs/2212.08073). First stage: answer → crit
 time; the last revisions, and demonstrations if there are any, are learned by SFT. Second stage: the new policy gives
 two answers to each prompt, the feedback model says by a drawn principle how likely the first is better, and these
 soft labels, with human comparisons if there are any, are learned by DPO.
+Deviation: the model itself learns the last revisions; the paper trains a pretrained model on those of all steps.
     python experiments/constitutional.py
     python experiments/constitutional.py --model FOLDER --prompts FILE --constitution FILE
 It takes about 4 minutes on 2 CPU cores. In the controlled world it runs SFT first; assistants that see some of an
@@ -49,7 +50,7 @@ from experiments.sft import SFT
 from experiments.stages import again_defaults, open_own, open_task, policy_sampler, train_preference
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
 from rlhf_jax.constitution import SHIPPED, Principle, read_constitution
-from rlhf_jax.data.conversations import Conversation, message
+from rlhf_jax.data.conversations import Conversation, messages
 from rlhf_jax.data.pairs import paired
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import UserError, at_least
@@ -95,10 +96,10 @@ class ConstitutionalFlags(Flags):
     examples: int = 2
     """Conversations of the constitution that show a critique and a revision before each one that is asked for."""
     temperature: float = 1.0
-    """The temperature of answers, critiques and revisions; a small model says more sense at 0.5. 0 is greedy."""
+    """The temperature of answers, critiques and revisions; a small model says more sense at 0.5."""
 
     def __post_init__(self) -> None:
-        at_least(self, revisions=0, examples=0, temperature=0)
+        at_least(self, revisions=0, examples=0, temperature=1e-3)
         super().__post_init__()
 
 
@@ -120,8 +121,8 @@ class Config(
         super().__post_init__()
 
     def sources(self) -> dict[str, Source]:
-        """All files that the flags name, by their kind. --comparisons-clamp is for the run's own file, too."""
-        return super(Config, self if self.comparisons else replace(self, comparisons_clamp=None)).sources()
+        """All files that the flags name, by their kind. --comparisons-clamp is for the run's own labels, too."""
+        return super(Config, replace(self, comparisons_clamp=None)).sources()
 
 
 class Assistant(NamedTuple):
@@ -132,6 +133,8 @@ class Assistant(NamedTuple):
     revise: Reviser
     prefer: Callable[[Sequence[str], Sequence[str], Sequence[str], Sequence[str]], np.ndarray]
     """prefer(prompts, first, second, questions) -> [N]: how likely the first is better; NaN where the judge fails."""
+    metrics: Callable[[], dict[str, float]] = dict
+    """metrics() -> what the judge cost."""
 
 
 @contextmanager
@@ -158,14 +161,17 @@ def open_assistant(cfg: Config, run: Run, task: Task, sampler: PolicySampler) ->
     )  # fmt: skip
     model = load_judge(cfg) if cfg.judge else task.base
     size, length = task.eval_batch_size, task.longest_prompt if model is None else model.config.max_length
-    with open_judge(cfg, run, model, batch_size=size, max_length=length) as judge:
+    questions = 2 * len(task.prompts().train.row)
+    with open_judge(cfg, run, model, batch_size=size, max_length=length, questions=questions) as judge:
 
         def prefer(
             prompts: Sequence[str], first: Sequence[str], second: Sequence[str], questions: Sequence[str]
         ) -> np.ndarray:
             return np.mean(both_orders(comparing(judge.ask, questions), prompts, first, second), axis=0)
 
-        yield Assistant(constitution.principles, constitution.questions, make_reviser(reply, examples), prefer)
+        yield Assistant(
+            constitution.principles, constitution.questions, make_reviser(reply, examples), prefer, judge.metrics
+        )
 
 
 def world_assistant(world: World, annotators: Annotators, revisers: Revisers) -> Assistant:
@@ -268,16 +274,14 @@ def compare_answers(
         questions = [assistant.questions[drawn[n]] for n in going]
         texts = [in_words(as_conversation(asked[n])) for n in going]
         found = assistant.prefer(texts, [first[n].text for n in going], [second[n].text for n in going], questions)
-        return [
-            compared(asked[n], first[n].text, second[n].text, float(p)) | {"question": question, "row": part[n]}
-            for n, p, question in zip(going, found, questions, strict=True)
-            if not np.isnan(p)
-        ]
+        rows = [compared(asked[n], first[n].text, second[n].text, float(p)) for n, p in zip(going, found, strict=True)]
+        return [row | {"question": question, "row": part[n]}
+                for n, row, question in zip(going, rows, questions, strict=True) if row is not None]  # fmt: skip
 
     write_parts(run, "comparisons", file, len(sets.train.row), size, make)
     count = from_first(lambda: sum(1 for _ in read_rows(file)))
     run.say(f"comparisons: {file} ({count} of {len(sets.train.row)} prompts; to the others both answers are equal, one"
-            " is empty or does not end, or the judge fails)")  # fmt: skip
+            " is empty or does not end, or the judge fails or prefers neither)")  # fmt: skip
     if not count:
         raise UserError("no two answers could be compared, so there is nothing to prefer")
 
@@ -287,8 +291,10 @@ def learnable(answer: Said) -> bool:
     return bool(answer.text) and answer.ended
 
 
-def compared(prompt: Any, first: str, second: str, p: float) -> dict[str, Any]:
-    """A comparison as a row: the answer that is preferred comes first."""
+def compared(prompt: Any, first: str, second: str, p: float) -> dict[str, Any] | None:
+    """A comparison as a row: the answer that is preferred comes first. None where neither is, or the judge failed."""
+    if np.isnan(p) or p == 0.5:
+        return None
     better, worse = (first, second) if p >= 0.5 else (second, first)
     return {"prompt": prompt, "chosen": better, "rejected": worse, "probability": max(p, 1 - p)}
 
@@ -322,8 +328,8 @@ def show_chains(run: Run) -> None:
 
 
 def as_conversation(prompt: Any) -> Conversation:
-    """A prompt as messages."""
-    return (message("user", prompt),) if isinstance(prompt, str) else tuple(dict(turn) for turn in prompt)
+    """A prompt as messages, as the policy was asked it: a text may be a transcript."""
+    return messages({"prompt": prompt}, "prompt")
 
 
 @on_mesh
@@ -334,6 +340,9 @@ def main(cfg: Config) -> dict[str, float]:
         sampler, drawing = policy_sampler(cfg, task), policy_sampler(cfg, task, cfg.temperature)
         data = own_data(cfg, task, run)
         measure = make_policy_measure(task, sampler, task.eval_batch_size)
+        for kind in ("demonstrations", "comparisons"):  # what is wrong with the user's own is said now
+            if getattr(cfg, kind):
+                task.demonstrations() if kind == "demonstrations" else task.comparisons(partial(sampler, None))
         with open_assistant(cfg, run, task, drawing) as assistant:
             revise_prompts(cfg, task, run, drawing, assistant, cfg.seed)
             write_revisions(run, run.dir / "chains.jsonl")
@@ -341,8 +350,9 @@ def main(cfg: Config) -> dict[str, float]:
                 log_revisions(run, task)
             revised = task.base._replace(params=learn_revisions(cfg, task, data, run))
             compare_answers(task, run, drawing, revised.params, assistant, cfg.seed)
+            metrics = task.facts | assistant.metrics()
         trained = learn_preferences(cfg, task, data, run, sampler, revised)
-        metrics = task.facts | {f"dpo_{name}": value for name, value in trained.metrics.items()}
+        metrics |= {f"dpo_{name}": value for name, value in trained.metrics.items()}
         metrics |= {f"revised_{name}": float(x) for name, x in measure(revised.params, task.base.params, 300).items()}
         metrics |= compare_policies(
             run, task, ("start", task.base.params), ("constitutional", trained.params), sampler,

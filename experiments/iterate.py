@@ -1,9 +1,9 @@
 """The pipeline as a loop: the policy's own answers are labelled, the reward model learns on, and the policy again.
 
 Bai et al. 2022, §4.5 (iterated online RLHF, https://arxiv.org/abs/2204.05862); Touvron et al. 2023, §3
-(https://arxiv.org/abs/2307.09288). In each round the last policy answers fresh prompts. Some of them are labelled, at
-random or where the reward model is least certain. The reward model goes on from the last one, on all labels so far,
-and another round of PPO starts from SFT or from the last policy.
+(https://arxiv.org/abs/2307.09288). In each round the last policy answers prompts that have no labels yet. Some are
+labelled, at random or where the reward model is least certain. The reward model goes on from the last one, on all
+labels so far, and another round of PPO starts from SFT or from the last policy.
     python experiments/iterate.py
     python experiments/iterate.py --model FOLDER --prompts FILE --judge FOLDER
     python experiments/iterate.py --model FOLDER --prompts FILE --comparisons FILE
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -55,7 +55,7 @@ from rlhf_jax.hosts import from_first
 from rlhf_jax.log import Run
 from rlhf_jax.models import ScalarModel, merge_lora
 from rlhf_jax.pretrained import Pretrained
-from rlhf_jax.revision import read
+from rlhf_jax.revision import Said, read
 from rlhf_jax.rewards.judge import both_orders, comparing, in_words
 from rlhf_jax.rewards.model import model_reward
 from rlhf_jax.rewards.reward import Reward
@@ -87,8 +87,8 @@ class IterateFlags(Flags):
     members: int = 1
     """Reward models, trained from seeds of their own; their mean is the reward."""
     learner: Literal["ppo", "dpo"] = "ppo"
-    """The algorithm of the policy: PPO against the reward model, or DPO on the same labels (online DPO, Guo et al.
-    2024, https://arxiv.org/abs/2402.04792), for which the reward model only chooses and measures."""
+    """The algorithm of the policy: PPO against the reward model, or DPO on all labels so far (iterated DPO, Xiong et
+    al. 2023, https://arxiv.org/abs/2312.11456), for which the reward model only chooses and measures."""
     start: Literal["sft", "last"] = "sft"
     """The policy starts from the model that was given, or from the last round's. The KL is to the former."""
 
@@ -115,8 +115,8 @@ class Config(RunFlags, SamplingFlags, JudgeFlags, PromptFlags, ComparisonFlags, 
         super().__post_init__()
 
     def sources(self) -> dict[str, Source]:
-        """All files that the flags name, by their kind. --comparisons-clamp is for the run's own files, too."""
-        return super(Config, self if self.comparisons else replace(self, comparisons_clamp=None)).sources()
+        """All files that the flags name, by their kind. --comparisons-clamp is for the run's own labels, too."""
+        return super(Config, replace(self, comparisons_clamp=None)).sources()
 
 
 def with_defaults(cfg: Any, task: Task) -> Any:
@@ -131,107 +131,130 @@ def with_defaults(cfg: Any, task: Task) -> Any:
     return filled
 
 
-def round_prompts(task: Task, number: int, rounds: int) -> np.ndarray:
-    """The rows of the training prompts that are a round's own: no prompt is in two rounds."""
-    return np.arange(len(task.prompts().train.row))[number - 1 :: rounds]
+CANDIDATES = 4
+"""Prompts that are answered for each one that is labelled, where the reward model chooses."""
 
 
-def member_scores(task: Task, members: Sequence[Params], prompts: Prompts, answers: Any, count: int) -> np.ndarray:
-    """[k, P, K]: each member's score of each answer."""
-    score = score_in_batches(partial(response_rewards, ScalarModel(task.base.config)), task.eval_batch_size)
-    tokens = join(prompts, answers, pad_id=task.base.pad_id)
-    return np.stack([np.asarray(score(params, tokens)).reshape(-1, count) for params in members])
+def unlabelled(run: Run, task: Task, number: int, seed: int) -> np.ndarray:
+    """Rows of the training prompts, in a random order, without those of earlier rounds."""
+    files = [
+        run.dir / f"round-{k}" / name for k in range(1, number) for name in ("comparisons.jsonl", "to_label.jsonl")
+    ]
+    used = from_first(
+        lambda: [row["row"] for file in files if file.exists() for row in read_rows(file) if "row" in row]
+    )
+    rows = np.setdiff1d(np.arange(len(task.prompts().train.row)), np.asarray(used, int))
+    return np.random.default_rng([seed, 13, number]).permutation(rows)
+
+
+def different(answers: Sequence[Said]) -> list[int]:
+    """The places of answers with words and an end, each text once."""
+    places = {answer.text: place for place, answer in reversed(list(enumerate(answers))) if learnable(answer)}
+    return sorted(places.values())
 
 
 def answer_prompts(
-    cfg: Any, task: Task, sampler: PolicySampler, policy: Params, members: Sequence[Params], number: int, seed: int
-) -> list[dict[str, Any]]:
+    cfg: Any, task: Task, run: Run, sampler: PolicySampler, policy: Params, members: Sequence[Params], number: int,
+    seed: int,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Answers of the policy to the prompts of a round that are to be labelled: rows with prompt and responses.
 
     An answer that is empty, does not end, or was given already is left out, and so is a prompt with fewer than two.
     """
-    rows = np.random.default_rng([seed, 13, number]).permutation(round_prompts(task, number, cfg.rounds))
-    uncertain = cfg.choose == "uncertain" and members
-    rows = rows if uncertain else rows[: cfg.labels]
-    prompts = take(task.prompts().train, np.repeat(rows, cfg.answers))
-    answers = sampler(policy, prompts, 80_000_000 + number)
-    if uncertain:
-        value = label_value(member_scores(task, members, prompts, answers, cfg.answers))
-        chosen = np.argsort(-value, kind="stable")[: cfg.labels]
-        rows = rows[chosen]
-        places = (chosen[:, None] * cfg.answers + np.arange(cfg.answers)).reshape(-1)
-        answers = take(answers, places)
-    said = read(task.base, answers)
-    found = []
-    for place, row in enumerate(rows.tolist()):
-        some = said[place * cfg.answers : (place + 1) * cfg.answers]
-        texts = list(dict.fromkeys(one.text for one in some if learnable(one)))
-        if len(texts) > 1:
-            prompt = task.prompts().rows[int(task.prompts().train.row[row])].prompt
-            found.append({"row": row, "prompt": prompt, "responses": texts})
-    return found
+    sets, base, uncertain = task.prompts(), task.base, cfg.choose == "uncertain" and bool(members)
+    rows, size = unlabelled(run, task, number, seed), max(1, task.eval_batch_size // cfg.answers)
+    score = score_in_batches(partial(response_rewards, ScalarModel(base.config)), task.eval_batch_size)
+    found: list[dict[str, Any]] = []
+    values: list[float] = []
+    wanted = cfg.labels * (CANDIDATES if uncertain else 1)
+    for part, start in enumerate(range(0, len(rows), size)):
+        if len(found) >= wanted:
+            break
+        some = rows[start : start + size]
+        prompts = take(sets.train, np.repeat(some, cfg.answers))
+        answers = sampler(policy, prompts, 80_000_000 + 1_000_000 * number + part)
+        said = read(base, answers)
+        tokens = join(prompts, answers, pad_id=base.pad_id)
+        scores = np.stack([np.asarray(score(params, tokens)) for params in members]) if uncertain else None
+        for place, row in enumerate(some.tolist()):
+            first = place * cfg.answers
+            kept = [first + other for other in different(said[first : first + cfg.answers])]
+            if len(kept) < 2:
+                continue
+            prompt = sets.rows[int(sets.train.row[row])].prompt
+            found.append({"row": row, "prompt": prompt, "responses": [said[other].text for other in kept]})
+            values.append(0.0 if scores is None else float(label_value(scores[:, None, kept])[0]))
+    best = np.argsort(-np.asarray(values[:wanted]), kind="stable")[: cfg.labels]
+    return [found[place] for place in best]
 
 
 def label_round(run: Run, asked: Callable[[], list[dict[str, Any]]], label: Label | None, number: int) -> None:
     """Writes round-<number>/comparisons.jsonl, if it is not there. Raises UserError where people are to write it."""
     folder = run.dir / f"round-{number}"
-    file = folder / "comparisons.jsonl"
+    file, waiting = folder / "comparisons.jsonl", folder / "to_label.jsonl"
     if from_first(file.exists):
         return
-    rows = asked()
-    if not rows:
-        raise UserError(
-            f"round {number}: to no prompt are there two different answers that end: raise --max-new-tokens"
-        )
-    columns = label([row["prompt"] for row in rows], [row["responses"] for row in rows], number) if label else None
-    if run.first:
-        folder.mkdir(exist_ok=True)
-        if columns is None:
-            write_lines(folder / "to_label.jsonl", rows)
-        else:
-            labelled = [{"row": row["row"], "prompt": row["prompt"], **found}
-                        for row, found in zip(rows, columns, strict=True) if found is not None]  # fmt: skip
-            write_lines(file, labelled)
-            run.say(f"round {number}: {len(labelled)} labels in {file}; {len(rows) - len(labelled)} failed")
-    if columns is None:
-        run.keep_folder()
-        raise UserError(
-            f"round {number}: {len(rows)} rows of {folder / 'to_label.jsonl'} wait for people: write prompt, chosen"
-            f" and rejected of each to {file}, and --resume; or give a --judge"
-        )
+    if label is not None or not from_first(waiting.exists):
+        rows = asked()
+        if not rows:
+            raise UserError(f"round {number}: no prompt has two different answers that end: raise --max-new-tokens")
+        labels = label([row["prompt"] for row in rows], [row["responses"] for row in rows], number) if label else rows
+        kept = [{"row": row["row"], "prompt": row["prompt"], **found}
+                for row, found in zip(rows, labels, strict=True) if found is not None]  # fmt: skip
+        from_first(lambda: write_lines(waiting if label is None else file, kept))
+        if label is not None:
+            run.say(
+                f"round {number}: {len(kept)} labels in {file}; of {len(rows) - len(kept)} others the judge has none"
+            )
+            if not kept:
+                raise UserError(f"round {number}: the judge has no label for any of {len(rows)} prompts")
+            return
+    run.keep_folder()
+    raise UserError(
+        f"round {number}: the rows of {waiting} wait for people: write prompt, chosen and rejected of each to {file},"
+        " and --resume; or give a --judge"
+    )
 
 
 def write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Writes a file whole or not at all."""
+    file.parent.mkdir(exist_ok=True)
     temporary = file.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     temporary.replace(file)
 
 
+class Labels(NamedTuple):
+    """A labeller; None where people label. `metrics()` says what it cost."""
+
+    label: Label | None
+    metrics: Callable[[], dict[str, float]] = dict
+
+
 @contextmanager
-def open_labels(cfg: Config, run: Run, task: Task, sampler: PolicySampler) -> Iterator[Label | None]:
+def open_labels(cfg: Any, run: Run, task: Task, sampler: PolicySampler) -> Iterator[Labels]:
     """The labels of the world's annotators or of the judge, while the `with` lasts; None where people give them."""
     if isinstance(task, World):
-        yield world_labels(task, partial(sampler, task.base.params))
+        yield Labels(world_labels(task, partial(sampler, task.base.params)))
         return
     if not cfg.judge:
-        yield None
+        yield Labels(None)
         return
     run.inputs(judge=cfg.judge)
     model = load_judge(cfg)
     length = cfg.max_length or 2048 if model is None else model.config.max_length
-    with open_judge(cfg, run, model, batch_size=task.eval_batch_size, max_length=length) as judge:
+    asked = {"batch_size": task.eval_batch_size, "max_length": length, "questions": 2 * cfg.rounds * cfg.labels}
+    with open_judge(cfg, run, model, **asked) as judge:
 
         def label(
             prompts: Sequence[Any], answers: Sequence[Sequence[str]], number: int
         ) -> list[dict[str, Any] | None]:
             first, second = ([texts[side] for texts in answers] for side in (0, 1))
-            asked = [in_words(as_conversation(prompt)) for prompt in prompts]
-            p = np.mean(both_orders(comparing(judge.ask), asked, first, second), axis=0)
-            rows = [compared(*some) for some in zip(prompts, first, second, p.tolist(), strict=True)]
-            return [None if np.isnan(x) else row for row, x in zip(rows, p, strict=True)]
+            words = [in_words(as_conversation(prompt)) for prompt in prompts]
+            p = np.mean(both_orders(comparing(judge.ask), words, first, second), axis=0)
+            return [compared(*some) for some in zip(prompts, first, second, p.tolist(), strict=True)]
 
-        yield label
+        yield Labels(label, judge.metrics)
 
 
 def world_labels(world: World, sampler: Callable[[Prompts, int], Any]) -> Label:
@@ -262,14 +285,17 @@ def run_rounds(
     """
     policy, members = task.base.params, list[Params]()
     sets, size = task.prompts(), task.eval_batch_size
+    # Bradley-Terry leaves the mean open: the first policy's answers score 0, in each round.
+    zero = join(sets.heldout, sampler(policy, sets.heldout, 70_000_000), pad_id=task.base.pad_id)
     for number in range(1, cfg.rounds + 1):
-        label_round(run, partial(answer_prompts, cfg, task, sampler, policy, members, number, seed), label, number)
+        asked = partial(answer_prompts, cfg, task, run, sampler, policy, members, number, seed)
+        label_round(run, asked, label, number)
         files = [run.dir / f"round-{k}" / "comparisons.jsonl" for k in range(1, number + 1)]
         comparisons = open_own(cfg, task, run, {"comparisons": files}).comparisons(partial(sampler, policy))
         trained = [
             reward_model.train(
                 cfg.reward_model, task.base, comparisons, run, member_seed(seed, member), eval_batch_size=size,
-                start=members[member] if members else None, stage=reward_stage(number, member),
+                zero=zero, start=members[member] if members else None, stage=reward_stage(number, member),
             )
             for member in range(cfg.members)
         ]  # fmt: skip
@@ -314,8 +340,10 @@ def main(cfg: Config) -> dict[str, float]:
         sampler, filled = policy_sampler(cfg, task), with_defaults(cfg, task)
         measure = make_policy_measure(task, sampler, task.eval_batch_size)
         metrics = dict(task.facts)
-        with open_labels(filled, run, task, sampler) as label:
-            for number, policy, members, found in run_rounds(filled, task, run, sampler, label, cfg.seed):
+        if cfg.comparisons:
+            task.comparisons(partial(sampler, task.base.params))  # what is wrong with them is said now
+        with open_labels(filled, run, task, sampler) as labels:
+            for number, policy, members, found in run_rounds(filled, task, run, sampler, labels.label, cfg.seed):
                 folder = f"round-{number}"
                 scorer = make_reward_scorer(task, [make_reward(filled, task, members)], cfg.ppo.no_end_score)
                 after = compare_policies(run, task, ("start", task.base.params), ("policy", policy), sampler, scorer)
@@ -325,7 +353,7 @@ def main(cfg: Config) -> dict[str, float]:
                     "labels": found["labels"], "val_accuracy": found[f"reward_model-{number}_val_accuracy"],
                     **{name: after[theirs] for name, theirs in shown.items() if theirs in after},
                 })  # fmt: skip
-                metrics |= found | after
+                metrics |= found | after | labels.metrics()
                 export_policy(run, task.base, policy, algorithm="Iterated RLHF", metrics=after,
                               folder=f"{folder}/policy")  # fmt: skip
                 for member, params in enumerate(members, 1):

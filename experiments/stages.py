@@ -130,7 +130,7 @@ def open_own(cfg: Any, task: Task, run: Run, files: Mapping[str, Sequence[Path]]
     }  # fmt: skip
     return TextTask(
         task.base, run, sources, seed=cfg.seed, max_length=cfg.max_length, max_new_tokens=task.max_new_tokens,
-        eval_batch_size=task.eval_batch_size, limit=None, heldout=cfg.heldout, on_bad_row="skip", streaming=False,
+        eval_batch_size=task.eval_batch_size, limit=cfg.limit, heldout=cfg.heldout, on_bad_row="skip", streaming=False,
     )  # fmt: skip
 
 

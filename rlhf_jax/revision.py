@@ -6,6 +6,7 @@ Reference: https://arxiv.org/abs/2212.08073.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,9 +108,10 @@ def make_reviser(reply: Reply, examples: Sequence[Conversation] = ()) -> Reviser
         prompts: Sequence[Conversation], answers: Sequence[str], principles: Sequence[Principle], number: int
     ) -> list[Step]:
         asked = [
-            (*shown, *prompt, message("assistant", answer), message("user", principle.critique))
+            (*system(prompt), *shown, *prompt[len(system(prompt)) :], message("assistant", answer),
+             message("user", principle.critique))
             for prompt, answer, principle in zip(prompts, answers, principles, strict=True)
-        ]
+        ]  # fmt: skip
         critiques = reply(asked, 2 * number)
         going = [place for place, critique in enumerate(critiques) if not critique.missing]
         said = reply(
@@ -130,6 +132,11 @@ def make_reviser(reply: Reply, examples: Sequence[Conversation] = ()) -> Reviser
         ]
 
     return revise
+
+
+def system(prompt: Conversation) -> Conversation:
+    """The system's messages that a prompt begins with; chat templates want them first."""
+    return tuple(takewhile(lambda turn: turn["role"] == "system", prompt))
 
 
 def make_reply(

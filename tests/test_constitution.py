@@ -138,6 +138,19 @@ def test_a_model_is_asked_for_a_critique_and_then_for_a_revision_in_one_conversa
     assert steps[1].critique.missing == steps[1].revision.missing == "no"
 
 
+def test_the_systems_message_stays_first():
+    heard = []
+
+    def reply(conversations, number):
+        heard.extend(conversations)
+        return [Said("said")] * len(conversations)
+
+    example = (message("user", "eq"), message("assistant", "ea"))
+    make_reviser(reply, [example])([(message("system", "s"), message("user", "q"))], ["a"], PRINCIPLES[:1], 0)
+    assert [turn["role"] for turn in heard[0]] == ["system", "user", "assistant", "user", "assistant", "user"]
+    assert [turn["content"] for turn in heard[0]] == ["s", "eq", "ea", "q", "a", "What?"]
+
+
 def test_principles_are_drawn_by_the_row_alone():
     whole = draw_principles(3, range(200), 4, 5)
     np.testing.assert_array_equal(draw_principles(3, [7, 5], 4, 5), whole[[7, 5]])

@@ -2,8 +2,9 @@
 
 Each seed has a world, SFT, comparisons of SFT's answers and a reward model; every method starts from that SFT. The
 frontier is the exact optimum of the reward model's score minus β·KL, from one pool of SFT's answers by reweighting
-(`rlhf_jax.frontier`); it ends where fewer than 10 of the 512 answers have weight. Best of n is told from the same
-pool. Constitutional AI has no reward model and no comparisons by people: a simulated judge with the same bias.
+(`rlhf_jax.frontier`); it ends where fewer than 10 of the 512 answers have weight for a tenth of the prompts. Best of n
+is told from the same pool, at its bound of the KL, log n − (n − 1)/n. Constitutional AI has no reward model and no
+comparisons by people: a simulated judge with the same bias.
     python experiments/ablations/methods.py
 It takes about an hour on 2 CPU cores for 5 seeds. It writes a table and a figure: proxy and true utility against KL.
 """
@@ -86,12 +87,12 @@ class Config(GridFlags):
     """Iterations of GRPO and RLOO."""
 
     def __post_init__(self) -> None:
-        """Raises UserError for a method that is none, and for a pool of fewer than 16 answers."""
+        """Raises UserError for a method that is none, and for a pool of fewer than 17 answers."""
         super().__post_init__()
         if unknown := sorted(set(self.methods) - set(METHODS)):
             raise UserError(f"there is no method {unknown[0]}; there are {', '.join(METHODS)}")
-        if self.pool < 16:
-            raise UserError(f"pool is {self.pool}; best_of_16 needs 16 answers")
+        if self.pool < 17:
+            raise UserError(f"pool is {self.pool}; best_of_16 needs 16 answers and another one")
 
 
 class Variant(NamedTuple):
@@ -257,7 +258,7 @@ def best_of_16(pool: Pool, begun: Begun) -> dict[str, float]:
     chosen = take(pool.answers, places * pool.scores.shape[1] + pool.scores[:, :16].argmax(axis=1))
     return {
         "policy_utility": means["utility"], "policy_score": means["score"], "kl": float(best_of_n_kl(16)),
-        "win_rate": win_rate(truths, pool.values[:, 16 % pool.values.shape[1]])[0],
+        "win_rate": win_rate(truths, pool.values[:, 16])[0],
         "policy_length": float(chosen.mask.sum(axis=1).mean()), "samples": 0.0, "labels": ranked(begun),
     }  # fmt: skip
 

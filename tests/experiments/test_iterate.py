@@ -1,6 +1,7 @@
 """The loop from the command: rounds in the world, people as labellers, and a run that was cut short."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,10 +9,13 @@ import pytest
 from experiments import iterate
 from experiments.ppo import PPO
 from experiments.reward_model import RewardModel
+from rlhf_jax.data.tokens import take
 from rlhf_jax.ensemble import label_value
 from rlhf_jax.errors import UserError
+from rlhf_jax.log import Run
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import load_hf, load_hf_reward_model
+from rlhf_jax.sampling.sampler import numpy_completions
 from rlhf_jax.simulation import Annotators
 from rlhf_jax.tasks.simulated import World
 
@@ -78,7 +82,7 @@ def test_people_label_between_two_sessions(stories, tmp_path, monkeypatch):
         "ppo": PPO(steps=1, responses=8, epochs=1, minibatches=1, lora_rank=0),
     }  # fmt: skip
     folder = tmp_path / "run" / "round-1"
-    with pytest.raises(UserError, match=r"round 1: \d+ rows of .*to_label.jsonl wait for people"):
+    with pytest.raises(UserError, match=r"round 1: the rows of .*to_label.jsonl wait for people"):
         iterate.main(iterate.Config(**cfg))
     asked = rows(folder, "to_label")
     labels = [
@@ -86,6 +90,38 @@ def test_people_label_between_two_sessions(stories, tmp_path, monkeypatch):
     ]
     (folder / "comparisons.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
     assert iterate.main(iterate.Config(resume=True, **cfg))["labels"] == len(labels)
+
+
+def test_prompts_are_chosen_where_the_reward_model_is_least_certain(small_world_for_all, monkeypatch, tmp_path):
+    """Answers of known words and scores: equal ones and those without an end are left out before the choice."""
+    world = World(0)
+    words = np.array([[5, 6], [5, 5], [7, 8], [9, 10]])  # the tokens of two answers to each of four prompts
+    scores = {5: 0.0, 6: 3.0, 7: 1.0, 8: 1.1, 9: 0.0, 10: 0.5}
+
+    def sampler(params, prompts, number):
+        places = order[np.asarray(prompts.row)]
+        which = np.arange(len(places)) % 2
+        tokens = np.stack([words[places, which], np.full(len(places), world.base.tokenizer.eos_token_id)], axis=1)
+        tokens[(places == 3) & (which == 1), 1] = 11  # this one does not end
+        return numpy_completions(tokens, np.ones(tokens.shape, bool), np.zeros(tokens.shape, np.float32))
+
+    train = take(world.prompts().train, np.arange(4))
+    order = np.zeros(train.row.max() + 1, int)
+    order[train.row] = np.arange(4)
+    monkeypatch.setattr(world, "_prompts", world.prompts()._replace(train=train))
+    monkeypatch.setattr(iterate, "score_in_batches", lambda *args: lambda params, tokens: [
+        scores[int(row[real][0])] for row, real in zip(tokens.targets, tokens.mask, strict=True)
+    ])  # fmt: skip
+    with Run(tmp_path / "run", iterate.Config(), name="iterate") as run:
+        run.keep_folder()
+
+        def chosen(members, labels=1):
+            cfg = SimpleNamespace(labels=labels, answers=2, choose="uncertain")
+            return [row["row"] for row in iterate.answer_prompts(cfg, world, run, sampler, None, members, 1, 0)]
+
+        assert chosen(["one member"]) == [2]  # not 1, whose answers are equal, nor 3, which has one answer
+        assert chosen(["one member"], labels=4) == [2, 0]
+        assert sorted(chosen([], labels=4)) == [0, 2]
 
 
 def test_labels_say_most_where_members_disagree():
