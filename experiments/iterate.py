@@ -5,10 +5,11 @@ Bai et al. 2022, §4.5 (iterated online RLHF, https://arxiv.org/abs/2204.05862);
 labelled, at random or where the reward model is least certain. The reward model goes on from the last one, on all
 labels so far, and another round of PPO starts from SFT or from the last policy.
     python experiments/iterate.py
-    python experiments/iterate.py --model FOLDER --prompts FILE --judge FOLDER
     python experiments/iterate.py --model FOLDER --prompts FILE --comparisons FILE
-In the controlled world SFT comes first, and the world's annotators label. With a judge it says which answer is better.
-Without one people do: the run writes round-k/to_label.jsonl and stops; put chosen and rejected of each row into
+    python experiments/iterate.py --model FOLDER --prompts FILE --judge FOLDER
+    python experiments/iterate.py --model FOLDER --prompts FILE --people
+In the controlled world SFT comes first, and the world's annotators label. On real text a judge does, by default the
+model itself. With --people the run writes round-k/to_label.jsonl and stops; put chosen and rejected of each row into
 round-k/comparisons.jsonl and --resume. It leaves round-k/policy/ and round-k/reward_model/ in the run's folder.
 """
 
@@ -84,6 +85,8 @@ class IterateFlags(Flags):
     choose: Literal["random", "uncertain"] = "random"
     """The prompts that are labelled: at random, or where the members of the reward model disagree most about the
     answers; of one member, where it finds them most alike. In a round without a reward model at random."""
+    people: bool = False
+    """People label: the run stops in each round and waits for their file."""
     members: int = 1
     """Reward models, trained from seeds of their own; their mean is the reward."""
     learner: Literal["ppo", "dpo"] = "ppo"
@@ -112,6 +115,8 @@ class Config(RunFlags, SamplingFlags, JudgeFlags, PromptFlags, ComparisonFlags, 
     def __post_init__(self) -> None:
         """Raises UserError for flags about the form of files: the run's own files are read beside them."""
         refuse_forms(self, "comparisons")
+        if self.people and self.judge:
+            raise UserError("--people and --judge are two answers to the question who labels: give one")
         super().__post_init__()
 
     def sources(self) -> dict[str, Source]:
@@ -122,8 +127,9 @@ class Config(RunFlags, SamplingFlags, JudgeFlags, PromptFlags, ComparisonFlags, 
 def with_defaults(cfg: Any, task: Task) -> Any:
     """The flags, with numbers where none are given. Raises UserError for rankings that nobody is asked for."""
     if isinstance(task, World):
-        if cfg.judge:
-            raise UserError("--judge is not used without files: the controlled world has annotators")
+        for name in ("judge", "people"):
+            if getattr(cfg, name):
+                raise UserError(f"--{name} is not used without files: the controlled world has annotators")
         return or_default(cfg, labels=1024, answers=8)
     filled = or_default(cfg, labels=256, answers=2)
     if filled.answers != 2:
@@ -212,7 +218,7 @@ def label_round(run: Run, asked: Callable[[], list[dict[str, Any]]], label: Labe
     run.keep_folder()
     raise UserError(
         f"round {number}: the rows of {waiting} wait for people: write prompt, chosen and rejected of each to {file},"
-        " and --resume; or give a --judge"
+        " and --resume"
     )
 
 
@@ -237,11 +243,13 @@ def open_labels(cfg: Any, run: Run, task: Task, sampler: PolicySampler) -> Itera
     if isinstance(task, World):
         yield Labels(world_labels(task, partial(sampler, task.base.params)))
         return
-    if not cfg.judge:
+    if cfg.people:
         yield Labels(None)
         return
     run.inputs(judge=cfg.judge)
-    model = load_judge(cfg)
+    model = load_judge(cfg) if cfg.judge else task.base
+    if not cfg.judge:
+        run.say("the model itself is the judge; give another one with --judge, or label with --people")
     length = cfg.max_length or 2048 if model is None else model.config.max_length
     asked = {"batch_size": task.eval_batch_size, "max_length": length, "questions": 2 * cfg.rounds * cfg.labels}
     with open_judge(cfg, run, model, **asked) as judge:

@@ -1,6 +1,7 @@
 """The loop from the command: rounds in the world, people as labellers, and a run that was cut short."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -77,7 +78,7 @@ def test_people_label_between_two_sessions(stories, tmp_path, monkeypatch):
     file.write_text("".join(json.dumps({"prompt": f"Tell story {n}."}) + "\n" for n in range(40)))
     cfg = {
         "run_dir": str(tmp_path / "run"), "model": stories, "prompts": str(file), "rounds": 1, "labels": 30,
-        "max_new_tokens": 8, "max_length": 64, "eval_batch_size": 8, "heldout": 2,
+        "max_new_tokens": 8, "max_length": 64, "eval_batch_size": 8, "heldout": 2, "people": True,
         "reward_model": RewardModel(epochs=1, prompts_per_step=4, lora_rank=0),
         "ppo": PPO(steps=1, responses=8, epochs=1, minibatches=1, lora_rank=0),
     }  # fmt: skip
@@ -90,6 +91,42 @@ def test_people_label_between_two_sessions(stories, tmp_path, monkeypatch):
     ]
     (folder / "comparisons.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
     assert iterate.main(iterate.Config(resume=True, **cfg))["labels"] == len(labels)
+
+
+def test_the_model_itself_is_the_judge_beside_comparisons(stories, tmp_path, monkeypatch):
+    """Its verdicts are given here: a policy that nothing has taught English has none."""
+    said, trained = iterate.read, []
+    monkeypatch.setattr(iterate, "read", lambda *some: [one._replace(ended=True) for one in said(*some)])
+
+    def ask(questions):
+        pairs = [question.partition("Response A:\n")[2].split("\n\nResponse B:\n") for question in questions]
+        return [0.7 if first > second else 0.3 for first, second in pairs]
+
+    def train(cfg, base, *some, **more):
+        trained.append(more)
+        return base.params, {}
+
+    judge = SimpleNamespace(ask=ask, metrics=lambda: {"cost": 2.0})
+    monkeypatch.setattr(iterate, "open_judge", lambda *some, **more: nullcontext(judge))
+    monkeypatch.setattr(
+        iterate.ppo, "train", lambda cfg, base, *some, **more: (trained.append(more) or base.params, {})
+    )
+    prompts, comparisons = tmp_path / "prompts.jsonl", tmp_path / "comparisons.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Tell story {n}."}) + "\n" for n in range(20)))
+    rows_of = [{"prompt": f"Say {n}.", "chosen": "Yes.", "rejected": "No."} for n in range(20)]
+    comparisons.write_text("".join(json.dumps(row) + "\n" for row in rows_of))
+    cfg = iterate.Config(
+        run_dir=str(tmp_path / "run"), model=stories, prompts=str(prompts), comparisons=str(comparisons), rounds=1,
+        labels=8, max_new_tokens=8, max_length=256, eval_batch_size=8, heldout=2,
+        reward_model=RewardModel(epochs=1, prompts_per_step=4, lora_rank=0),
+    )  # fmt: skip
+    metrics = iterate.main(cfg)
+    labels = rows(tmp_path / "run" / "round-1")
+    assert all(row["probability"] == pytest.approx(0.7) and row["chosen"] > row["rejected"] for row in labels)
+    assert metrics["labels"] == len(labels) > 0
+    data = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert sum(found["used"] for found in data.values()) >= 20 + len(labels)
+    assert trained[0]["stage"] == "ppo-1" and metrics["cost"] == 2.0
 
 
 def test_prompts_are_chosen_where_the_reward_model_is_least_certain(small_world_for_all, monkeypatch, tmp_path):
