@@ -36,8 +36,11 @@ AGAIN = {408, 409, 425, 429}
 NEVER = {401: "is the key right?", 403: "may the key use this model?", 404: "are URL and model right?"}
 """HTTP errors that every request would meet, and what to look at."""
 WITHOUT = {400, 422}
-"""HTTP errors of a server that knows no log-probabilities."""
-COUNTS = ("requests", "answers", "cache_hits", "retries", "failures", "prompt_tokens", "completion_tokens")
+"""HTTP errors of a server that knows no log-probabilities, or does not like the question."""
+COUNTS = (
+    "requests", "answers", "cache_hits", "retries", "failures", "without_logprobs", "prompt_tokens",
+    "completion_tokens",
+)  # fmt: skip
 
 
 class ServerLimits(NamedTuple):
@@ -135,7 +138,10 @@ class Server:
         return np.asarray(found, np.float64)
 
     def metrics(self, prefix: str = "judge_") -> dict[str, float]:
-        """The `COUNTS` since it was opened, by name. Answers from the cache cost no tokens."""
+        """The `COUNTS` since it was opened, by name. Answers from the cache cost no tokens.
+
+        `without_logprobs` counts answers of a server that refused to give log-probabilities: each is 0 or 1.
+        """
         with self._lock:
             return {prefix + name: float(self._counts[name]) for name in COUNTS}
 
@@ -171,37 +177,46 @@ class Server:
         return np.array([found[question] for question in questions], np.float64)
 
     def _answer(self, question: str, stop: threading.Event) -> float:
-        body = {
+        whole = {
             "model": self._model, "messages": [{"role": "user", "content": question}], "temperature": 0.0,
             "max_tokens": self._limits.answer_tokens, "logprobs": True, "top_logprobs": 20,
         }  # fmt: skip
-        request = {"url": self._url, **body}
-        text = self._cache.get(request)
+        plain = {name: whole[name] for name in whole if "logprobs" not in name}
+        kept = ((body, self._cache.get({"url": self._url, **body})) for body in (whole, plain))
+        sent, text = next((some for some in kept if some[1] is not None), (whole, None))
         if text is None:
-            text = self._request(body, stop)
+            sent, text = self._request(whole, plain, stop)
             reply = read_reply(text)
-            self._cache.put(request, text)
+            self._cache.put({"url": self._url, **sent}, text)
             self._count(answers=1, prompt_tokens=reply.prompt_tokens, completion_tokens=reply.completion_tokens)
         else:
             reply = read_reply(text)
             self._count(cache_hits=1)
+        self._count(without_logprobs=int(sent is plain))
         if reply.probability is None:
             raise Failure(f"it answers {one_line(reply.text)[:80]!r}, and not A or B")
         return reply.probability
 
-    def _request(self, body: dict[str, Any], stop: threading.Event) -> str:
-        """The text of the server's response. Raises Silence when no try brings one."""
+    def _request(
+        self, whole: dict[str, Any], plain: dict[str, Any], stop: threading.Event
+    ) -> tuple[dict[str, Any], str]:
+        """The request that was sent, and the server's response: `plain` is sent where the server has refused `whole`.
+
+        Raises Silence when no try brings a response.
+        """
         import openai
 
+        sent = whole if self._logprobs else plain
         reason, wait, tries = "", 0.0, 0
         while tries <= self._limits.retries:
             if stop.wait(wait):
                 raise Silence("stopped")
             self._spend(again=tries > 0)
             try:
-                sent = body if self._logprobs else {n: body[n] for n in body if "logprobs" not in n}
                 response = self._client.chat.completions.with_raw_response.create(**sent)
-                return self._hide(response.http_response.text)
+                if sent is plain:  # the log-probabilities were the trouble, and not the question
+                    self._logprobs = False
+                return sent, self._hide(response.http_response.text)
             except openai.APITimeoutError:
                 reason, asked = f"no answer within {self._limits.seconds:g} seconds", 0.0
             except openai.APIConnectionError as error:
@@ -212,8 +227,8 @@ class Server:
                 asked = _seconds(error.response.headers.get("retry-after"))
                 if code in NEVER:
                     raise UserError(f"the judge {self._model} at {self._url}: {reason}; {NEVER[code]}") from None
-                if code in WITHOUT and "logprobs" in sent:
-                    self._logprobs = False
+                if code in WITHOUT and sent is whole:
+                    sent = plain
                     continue
                 if code not in AGAIN and code < 500:
                     raise Silence(reason) from None

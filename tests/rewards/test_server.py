@@ -56,8 +56,8 @@ def test_log_probabilities_are_normalised_over_the_two_letters(serve, tmp_path):
     assert body["model"] == "judge-1" and body["messages"] == [{"role": "user", "content": "Which?"}]
     assert body["temperature"] == 0 and body["logprobs"] is True and body["top_logprobs"] == 20
     assert counts == {
-        "requests": 1, "answers": 1, "cache_hits": 0, "retries": 0, "failures": 0, "prompt_tokens": 30,
-        "completion_tokens": 1,
+        "requests": 1, "answers": 1, "cache_hits": 0, "retries": 0, "failures": 0, "without_logprobs": 0,
+        "prompt_tokens": 30, "completion_tokens": 1,
     }  # fmt: skip
 
 
@@ -117,8 +117,32 @@ def test_a_server_that_refuses_log_probabilities_is_asked_without_them(serve, tm
     found, counts = asked(stub, tmp_path, ["1", "2", "3"], at_once=1)
     np.testing.assert_array_equal(found, [0.0, 0.0, 0.0])
     assert [sorted(body) for body in stub.asked[1:]] == [["max_tokens", "messages", "model", "temperature"]] * 3
-    assert counts["requests"] == 4 and counts["failures"] == 0
-    assert asked(stub, tmp_path, ["1", "2", "3"])[1]["requests"] == 0
+    assert counts["requests"] == 4 and counts["failures"] == 0 and counts["without_logprobs"] == 3
+    again = asked(stub, tmp_path, ["1", "2", "3"])[1]
+    assert again["requests"] == 0 and again["without_logprobs"] == 3
+    cache = sqlite3.connect(tmp_path / "cache")
+    assert not any("logprobs" in request for (request,) in cache.execute("SELECT request FROM answers"))
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_question_that_a_server_refuses_costs_the_others_no_log_probabilities(serve, tmp_path, status):
+    def reply(body, number):
+        if body["messages"][0]["content"] == "LONG":
+            return status, {"error": {"message": "the question is too long"}}
+        return completion("A", {"A": float(np.log(0.75)), "B": float(np.log(0.25))} if "logprobs" in body else None)
+
+    stub = serve(reply)
+    found, counts = asked(stub, tmp_path, ["LONG", "1", "2"], at_once=1, failed_share=0.5)
+    np.testing.assert_allclose(found, [np.nan, 0.75, 0.75])
+    assert ["logprobs" in body for body in stub.asked] == [True, False, True, True]
+    assert counts["requests"] == 4 and counts["failures"] == 1 and counts["without_logprobs"] == 0
+
+
+def test_a_server_that_is_busy_when_asked_without_log_probabilities_has_not_refused_them_yet(serve, tmp_path):
+    refused = (400, {"error": {"message": "logprobs are not supported"}})
+    stub = serve(lambda body, number: refused if "logprobs" in body else (503, "busy"))
+    asked(stub, tmp_path, ["1", "2"], at_once=1, retries=1, failed_share=1.0)
+    assert ["logprobs" in body for body in stub.asked] == [True, False, False] * 2
 
 
 def test_a_busy_server_is_asked_again_after_waits_that_double(serve, tmp_path, monkeypatch):
