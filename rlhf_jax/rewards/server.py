@@ -42,6 +42,17 @@ COUNTS = (
     "completion_tokens",
 )  # fmt: skip
 
+LETTER = re.compile(
+    r"""
+    (?: \A\W* | ^[^\w\n]*(?=[AB][^\w\n]*$) | \b(?i:answer|response|option)(?i:\s+is)?[^\w.,;?!]*\b )
+    ([AB])
+    (?= [ \t]*$ | [^\w\s+&/]+(?:\s|\Z) | \s*[\u2013\u2014] | \s+[-(] | \s+(?:is\s+(?:the\s+)?better|because)\b )
+    """,
+    re.VERBOSE | re.MULTILINE,
+)
+"""A letter that is an answer, and no article: first, alone on a line, or called an answer, response or option; after
+it nothing, punctuation, or why."""
+
 
 class ServerLimits(NamedTuple):
     """How much a server is asked, and how long it is waited for."""
@@ -285,14 +296,14 @@ def read_reply(response: str) -> Reply:
 
 
 def letter_probability(text: str, tokens: Sequence[Mapping[str, Any]]) -> float | None:
-    """P(A) / (P(A) + P(B)) of an answer that has one of the two letters as a word; None for any other.
+    """P(A) / (P(A) + P(B)) of an answer that names one of the two letters (`LETTER`); None for any other.
 
     `tokens` are the answer's, each with its logprob and top_logprobs. They are read where the letter stands, the
     letters with and without space around them. A letter that is not among the top ones has probability 0; without
     log-probabilities so has the one that was not said.
     """
     said = set(re.findall(r"\b[AB]\b", text))
-    if len(said) != 1:
+    if len(said) != 1 or not LETTER.search(text):
         return None
     (letter,) = said
     place = next((token for token in tokens if token["token"].strip() == letter), None)
