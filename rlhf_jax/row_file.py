@@ -31,20 +31,23 @@ def write_parts(
 def take_up(file: Path, size: int) -> int:
     """The row to go on from: the first of the last part of `size` rows that the file has. That part is removed.
 
-    Rows are in their order there. A line that a kill has cut short is removed, too.
+    Rows are in their order there. A line that a kill has cut short is removed, too. A line at a time is in memory.
     """
     if not file.exists():
         return 0
-    # Not splitlines, which also ends a line at characters that a text may have inside.
-    kept = file.read_bytes().split(b"\n")[:-1]
-    rows = [json.loads(line)["row"] for line in kept]
-    first = rows[-1] // size * size if rows else 0
-    file.write_bytes(b"".join(line + b"\n" for line, row in zip(kept, rows, strict=True) if row < first))
+    first = begin = end = 0
+    with open(file, "r+b") as lines:  # as bytes: a text may have characters inside that end a line to some
+        for line in lines:
+            if line.endswith(b"\n") and line.strip():
+                part = json.loads(line)["row"] // size * size
+                if part != first:
+                    first, begin = part, end
+            end += len(line)
+        lines.truncate(begin)
     return first
 
 
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file that `write_parts` has written, one at a time."""
-    with open(file, encoding="utf-8", newline="\n") as lines:
-        for line in lines:
-            yield json.loads(line)
+    """The rows of a file that `write_parts` or a person has written, one at a time."""
+    with open(file, encoding="utf-8-sig", newline="\n") as lines:
+        yield from (json.loads(line) for line in lines if line.strip())
