@@ -197,7 +197,7 @@ class Line(NamedTuple):
     y: Float[np.ndarray, " N"]
     half: Float[np.ndarray, " N"] | None = None
     style: str = "-"
-    """Matplotlib's line style. "o-" shows intervals as bars, any other style as a band."""
+    """Matplotlib's line style. "o-", "o" and "s" show intervals as bars, any other style as a band."""
     color: str | None = None
     """By default another one for each line of a panel."""
 
@@ -271,7 +271,7 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
                 axes.plot(line.x, line.y, line.style, color=color, label=line.label)
                 if line.half is None or not np.isfinite(line.half).any():
                     continue
-                if line.style.startswith("o"):
+                if line.style[0] in "os":
                     axes.errorbar(line.x, line.y, line.half, fmt="none", ecolor=color, capsize=3)
                 else:
                     low, high = line.y - line.half, line.y + line.half

@@ -290,7 +290,8 @@ def present(cfg: Config, cells: Cells) -> Page:
                 for name, label in (("optimum", "optimum for the proxy"), ("best", "best of n")):
                     lines.append(curve_line(cells, variant, f"{name}_kl", f"{name}_{curve}", label))
             else:
-                lines.append(points_line(cells, [variant], "kl", metric, variant.method))
+                point = points_line(cells, [variant], "kl", metric, variant.method)
+                lines.append(point._replace(style="os"[len(lines) >= 10]))  # colours come again after ten
         ylabel = "reward model's score" if metric == "policy_score" else "true utility"
         panels.append(Panel(title, "KL to SFT, nats a response", ylabel, lines))
     return Page([variants_table(cells, ["method"], COLUMNS)], panels)
