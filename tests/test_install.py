@@ -39,7 +39,8 @@ def test_the_wheel_holds_one_package_with_its_types(checkout, tmp_path, monkeypa
     names = zipfile.ZipFile(build(checkout, "wheel", tmp_path, monkeypatch)).namelist()
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"rlhf_jax"}
     inside = {str(path.relative_to(ROOT)) for path in (ROOT / "rlhf_jax").rglob("*.py")}
-    assert inside | {"rlhf_jax/py.typed"} == {name for name in names if name.startswith("rlhf_jax/")}
+    data = {"rlhf_jax/py.typed", "rlhf_jax/constitution.json"}
+    assert inside | data == {name for name in names if name.startswith("rlhf_jax/")}
 
 
 @pytest.fixture
