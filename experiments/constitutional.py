@@ -43,6 +43,7 @@ from experiments.flags import (
     RunFlags,
     SamplingFlags,
     refuse_forms,
+    refuse_without_files,
 )
 from experiments.judging import load_judge, open_judge
 from experiments.reports import CONSTITUTIONAL_REPORT
@@ -114,15 +115,17 @@ class Config(
     dpo: DPO = field(default_factory=DPO)
 
     def __post_init__(self) -> None:
-        """Raises UserError for flags about the form of files: the run's own files are read beside them."""
+        """Raises UserError for flags about the form of files, and for those that nothing here would use."""
         refuse_forms(self, "demonstrations", "comparisons")
+        refuse_without_files(self, "constitution", "judge")
         if self.streaming:
             raise UserError("--streaming is not used here")
         super().__post_init__()
 
     def sources(self) -> dict[str, Source]:
         """All files that the flags name, by their kind. --comparisons-clamp is for the run's own labels, too."""
-        return super(Config, replace(self, comparisons_clamp=None)).sources()
+        plain = self if self.comparisons_clamp is None else replace(self, comparisons_clamp=None)
+        return super(Config, plain).sources()
 
 
 class Assistant(NamedTuple):
@@ -144,9 +147,6 @@ def open_assistant(cfg: Config, run: Run, task: Task, sampler: PolicySampler) ->
     Raises UserError for a constitution or a judge that cannot be read.
     """
     if isinstance(task, World):
-        for name in ("constitution", "judge"):
-            if getattr(cfg, name):
-                raise UserError(f"--{name} is not used without files: the controlled world has its own")
         yield world_assistant(task, Annotators(noise=NOISE), Revisers())
         return
     constitution = read_constitution(cfg.constitution or SHIPPED)

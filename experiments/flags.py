@@ -325,6 +325,13 @@ def refuse_forms(cfg: Any, *kinds: str) -> None:
                 raise UserError(f"--{kind}-{name} cannot be given here, where rows of the run's own are mixed in")
 
 
+def refuse_without_files(cfg: Any, *flags: str) -> None:
+    """Raises UserError for flags that the controlled world, where there are no files, does not use."""
+    for name in flags:
+        if getattr(cfg, name) and not cfg.sources():
+            raise UserError(f"--{name.replace('_', '-')} is not used without files: the controlled world has its own")
+
+
 def names(sources: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """One source, or several, or none."""
     return (sources,) if isinstance(sources, str) else tuple(sources or ())

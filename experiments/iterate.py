@@ -39,6 +39,7 @@ from experiments.flags import (
     RunFlags,
     SamplingFlags,
     refuse_forms,
+    refuse_without_files,
 )
 from experiments.judging import load_judge, open_judge
 from experiments.ppo import PPO
@@ -113,23 +114,22 @@ class Config(RunFlags, SamplingFlags, JudgeFlags, PromptFlags, ComparisonFlags, 
     dpo: DPO = field(default_factory=DPO)
 
     def __post_init__(self) -> None:
-        """Raises UserError for flags about the form of files: the run's own files are read beside them."""
+        """Raises UserError for flags about the form of files, and for those that nothing here would use."""
         refuse_forms(self, "comparisons")
+        refuse_without_files(self, "judge", "people")
         if self.people and self.judge:
             raise UserError("--people and --judge are two answers to the question who labels: give one")
         super().__post_init__()
 
     def sources(self) -> dict[str, Source]:
         """All files that the flags name, by their kind. --comparisons-clamp is for the run's own labels, too."""
-        return super(Config, replace(self, comparisons_clamp=None)).sources()
+        plain = self if self.comparisons_clamp is None else replace(self, comparisons_clamp=None)
+        return super(Config, plain).sources()
 
 
 def with_defaults(cfg: Any, task: Task) -> Any:
     """The flags, with numbers where none are given. Raises UserError for rankings that nobody is asked for."""
     if isinstance(task, World):
-        for name in ("judge", "people"):
-            if getattr(cfg, name):
-                raise UserError(f"--{name} is not used without files: the controlled world has annotators")
         return or_default(cfg, labels=1024, answers=8)
     filled = or_default(cfg, labels=256, answers=2)
     if filled.answers != 2:
