@@ -51,7 +51,6 @@ from experiments.sft import SFT
 from experiments.stages import again_defaults, open_own, open_task, policy_sampler, train_preference
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
 from rlhf_jax.constitution import SHIPPED, Principle, read_constitution
-from rlhf_jax.data.conversations import Conversation, messages
 from rlhf_jax.data.pairs import paired
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import UserError, at_least
@@ -62,8 +61,9 @@ from rlhf_jax.preference import Trained
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.revision import (
     Reviser,
-    Said,
+    as_conversation,
     chain_row,
+    compared,
     draw_principles,
     make_reply,
     make_reviser,
@@ -286,19 +286,6 @@ def compare_answers(
         raise UserError("no two answers could be compared, so there is nothing to prefer")
 
 
-def learnable(answer: Said) -> bool:
-    """Whether an answer has words, and an end."""
-    return bool(answer.text) and answer.ended
-
-
-def compared(prompt: Any, first: str, second: str, p: float) -> dict[str, Any] | None:
-    """A comparison as a row: the answer that is preferred comes first. None where neither is, or the judge failed."""
-    if np.isnan(p) or p == 0.5:
-        return None
-    better, worse = (first, second) if p >= 0.5 else (second, first)
-    return {"prompt": prompt, "chosen": better, "rejected": worse, "probability": max(p, 1 - p)}
-
-
 def learn_preferences(
     cfg: Config, task: Task, data: Task, run: Run, sampler: PolicySampler, revised: Pretrained
 ) -> Trained:
@@ -325,11 +312,6 @@ def show_chains(run: Run) -> None:
         lines.append(json.dumps(chain, ensure_ascii=False) + "\n")
     examples = run.dir / "examples.jsonl"
     examples.write_text("".join(lines) + examples.read_text(encoding="utf-8"), encoding="utf-8")
-
-
-def as_conversation(prompt: Any) -> Conversation:
-    """A prompt as messages, as the policy was asked it: a text may be a transcript."""
-    return messages({"prompt": prompt}, "prompt")
 
 
 @on_mesh

@@ -28,7 +28,6 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 import numpy as np
 
 from experiments import dpo, ppo, reward_model
-from experiments.constitutional import as_conversation, compared, learnable
 from experiments.dpo import DPO
 from experiments.flags import (
     ComparisonFlags,
@@ -57,7 +56,7 @@ from rlhf_jax.hosts import from_first
 from rlhf_jax.log import Run
 from rlhf_jax.models import ScalarModel, merge_lora
 from rlhf_jax.pretrained import Pretrained
-from rlhf_jax.revision import Said, read
+from rlhf_jax.revision import Said, as_conversation, compared, learnable, read
 from rlhf_jax.rewards.judge import both_orders, comparing, in_words
 from rlhf_jax.rewards.model import model_reward
 from rlhf_jax.rewards.reward import Reward

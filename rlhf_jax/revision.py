@@ -13,7 +13,7 @@ import numpy as np
 
 from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.constitution import Principle
-from rlhf_jax.data.conversations import Conversation, message
+from rlhf_jax.data.conversations import Conversation, message, messages
 from rlhf_jax.data.encode import encode
 from rlhf_jax.data.formats import Prompt
 from rlhf_jax.data.rejects import BadRow, Place
@@ -193,3 +193,21 @@ def chain_row(chain: Chain, prompt: Any, row: int) -> dict[str, Any]:
 def texts_of(row: Mapping[str, Any]) -> list[str]:
     """The answer of a row of chains.jsonl, and each of its revisions."""
     return [row["answer"], *(step["revision"] for step in row["revisions"])]
+
+
+def learnable(answer: Said) -> bool:
+    """Whether an answer has words, and an end."""
+    return bool(answer.text) and answer.ended
+
+
+def compared(prompt: Any, first: str, second: str, p: float) -> dict[str, Any] | None:
+    """A comparison as a row: the answer that is preferred comes first. None where neither is, or the judge failed."""
+    if np.isnan(p) or p == 0.5:
+        return None
+    better, worse = (first, second) if p >= 0.5 else (second, first)
+    return {"prompt": prompt, "chosen": better, "rejected": worse, "probability": max(p, 1 - p)}
+
+
+def as_conversation(prompt: Any) -> Conversation:
+    """A prompt as messages, as the policy was asked it: a text may be a transcript."""
+    return messages({"prompt": prompt}, "prompt")
