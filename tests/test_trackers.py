@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,6 +175,11 @@ def test_weights_and_biases_itself_offline(tmp_path, monkeypatch):
         run.log("sft", 1, {"loss": 0.5, "odd": float("nan")})
         raise ZeroDivisionError
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    words = (b"sft/loss", b"sft/step", b"0.5", b"inner", b'"failed"')
+    # A process of the package writes the file, and sometimes after finish() has returned.
+    ended = time.monotonic() + 30
+    while time.monotonic() < ended and not all(word in path.read_bytes() for word in words):
+        time.sleep(0.1)
     data = path.read_bytes()
-    for word in (b"sft/loss", b"sft/step", b"0.5", b"inner", b'"failed"'):
+    for word in words:
         assert word in data
