@@ -4,9 +4,10 @@ Each seed has a world, SFT, comparisons of SFT's answers and a reward model; eve
 frontier is the exact optimum of the reward model's score minus β·KL, from one pool of SFT's answers by reweighting
 (`rlhf_jax.frontier`); it ends where fewer than 10 of the 512 answers have weight for a tenth of the prompts. Best of n
 is told from the same pool, at its bound of the KL, log n − (n − 1)/n. Constitutional AI has no reward model and no
-comparisons by people: a simulated judge with the same bias.
+comparisons by people: a simulated judge with the same bias. `ppo_three_rounds` and `iterated_dpo` have their labels
+in three rounds, of the last policy's answers (`experiments/iterate.py`). Memory is told on Linux alone.
     python experiments/ablations/methods.py
-It takes about an hour on 2 CPU cores for 5 seeds. It writes a table and a figure: proxy and true utility against KL.
+It takes about two hours on 2 CPU cores for 5 seeds. It writes a table and a figure: proxy and true utility against KL.
 """
 
 import sys
@@ -15,14 +16,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 
-from experiments import constitutional, grpo, ppo, rejection_sampling, reward_model, rloo
+from experiments import (
+    cispo,
+    constitutional,
+    dapo,
+    dr_grpo,
+    grpo,
+    gspo,
+    iterate,
+    ppo,
+    rejection_sampling,
+    reward_model,
+    rloo,
+)
 from experiments.ablations import preference_losses
 from experiments.ablations.grid import GridFlags, run_grid
 from experiments.ablations.grid_results import (
@@ -34,6 +47,7 @@ from experiments.ablations.grid_results import (
     points_line,
     variants_table,
 )
+from experiments.ablations.memory import peak_since, start_peak
 from experiments.ablations.worlds import AfterSFT, after_sft
 from experiments.ppo import PPO
 from experiments.reward_model import RewardModel
@@ -59,11 +73,14 @@ from rlhf_jax.types import Params
 BETAS = tuple(float(beta) for beta in np.geomspace(0.2, 20.0, 25))
 LEAST = 10.0
 """Answers with weight below which the frontier is cut off."""
+ROUNDS = 3
+"""Rounds of labels of ppo_three_rounds and iterated_dpo, which share the world's prompts."""
 COLUMNS = (
     Column("true utility", "policy_utility"), Column("beats SFT", "win_rate", 3),
     Column("on shifted prompts", "shifted_win_rate", 3), Column("proxy", "policy_score"),
     Column("KL to SFT, nats", "kl"), Column("length", "policy_length", 1), Column("samples, thousands", "samples", 1),
     Column("ranked answers, thousands", "labels", 0), Column("seconds", "seconds", 0),
+    Column("memory, GB", "memory_gb", 1),
 )  # fmt: skip
 
 
@@ -72,8 +89,8 @@ class Config(GridFlags):
     """Every method from one SFT policy, several seeds."""
 
     methods: tuple[str, ...] = (
-        "sft", "best_of_16", "rejection_sampling", "dpo", "ipo", "simpo", "orpo", "kto", "grpo", "rloo", "ppo",
-        "ppo_ensemble", "constitutional",
+        "sft", "best_of_16", "rejection_sampling", "dpo", "ipo", "simpo", "orpo", "kto", "grpo", "dr_grpo", "rloo",
+        "dapo", "gspo", "cispo", "ppo", "ppo_ensemble", "ppo_three_rounds", "iterated_dpo", "constitutional",
     )  # fmt: skip
     pool: int = 512
     """Answers to each prompt of the pool."""
@@ -84,7 +101,7 @@ class Config(GridFlags):
     reward_model: RewardModel = field(default_factory=RewardModel)
     ppo: PPO = field(default_factory=PPO)
     steps: int = 60
-    """Iterations of GRPO and RLOO."""
+    """Iterations of GRPO and the others without a critic."""
 
     def __post_init__(self) -> None:
         """Raises UserError for a method that is none, and for a pool of fewer than 17 answers."""
@@ -179,8 +196,12 @@ def by_ppo(cfg: Config, begun: Begun, seed: int, run: Run, reward: Reward | None
         cfg.ppo, base, task.prompts(), [reward or begun.reward], run, seed, max_new_tokens=task.max_new_tokens,
         critic=(base.config, begun.rewards), judge=task.judge,
     )  # fmt: skip
-    samples = len(read_metrics(run.dir)["ppo"]) * (cfg.ppo.responses or 128) / 1000
-    return Policy(policy, samples, ranked(begun))
+    return Policy(policy, ppo_samples(cfg, run, "ppo"), ranked(begun))
+
+
+def ppo_samples(cfg: Config, run: Run, stage: str) -> float:
+    """Thousands of answers that a stage of PPO has sampled."""
+    return len(read_metrics(run.dir)[stage]) * (cfg.ppo.responses or 128) / 1000
 
 
 def by_ppo_with_ensemble(cfg: Config, begun: Begun, seed: int, run: Run) -> Policy:
@@ -193,6 +214,21 @@ def by_ppo_with_ensemble(cfg: Config, begun: Begun, seed: int, run: Run) -> Poli
     config = begun.after.base.config
     reward = ensemble_reward(config, members, combine="min", lam=0.0, name="ensemble", weight=1.0)
     return by_ppo(cfg, begun, seed, run, reward)
+
+
+def by_rounds(learner: Literal["ppo", "dpo"], cfg: Config, begun: Begun, seed: int, run: Run) -> Policy:
+    """PPO or DPO in rounds, each on labels of the last policy's answers, too."""
+    task, base, sampler = begun.after.task, begun.after.base, begun.after.sampler
+    assert isinstance(task, World)
+    flags = iterate.Config(
+        seed=seed, rounds=ROUNDS, labels=len(task.prompts().train.row) // ROUNDS, answers=8, learner=learner,
+        reward_model=cfg.reward_model, ppo=cfg.ppo,
+    )  # fmt: skip
+    label = iterate.world_labels(task, partial(sampler, base.params))
+    *_, (_, policy, _, found) = iterate.run_rounds(flags, task, run, sampler, label, seed)
+    labels = 8 * found["labels"] / 1000
+    learned = (ppo_samples(cfg, run, f"ppo-{number + 1}") for number in range(ROUNDS)) if learner == "ppo" else ()
+    return Policy(policy, labels + sum(learned), labels)
 
 
 def by_rejection(cfg: Config, begun: Begun, seed: int, run: Run) -> Policy:
@@ -223,8 +259,11 @@ def by_constitution(cfg: Config, begun: Begun, seed: int, run: Run) -> Policy:
 METHODS: dict[str, Callable[[Config, Begun, int, Run], Policy]] = {
     "sft": no_training, "best_of_16": no_training, "rejection_sampling": by_rejection,
     **{name: partial(by_preference, name) for name in preference_losses.METHODS},
-    "grpo": partial(by_groups, grpo, grpo.GRPO), "rloo": partial(by_groups, rloo, rloo.RLOO), "ppo": by_ppo,
-    "ppo_ensemble": by_ppo_with_ensemble, "constitutional": by_constitution,
+    "grpo": partial(by_groups, grpo, grpo.GRPO), "dr_grpo": partial(by_groups, dr_grpo, dr_grpo.DrGRPO),
+    "rloo": partial(by_groups, rloo, rloo.RLOO), "dapo": partial(by_groups, dapo, dapo.DAPO),
+    "gspo": partial(by_groups, gspo, gspo.GSPO), "cispo": partial(by_groups, cispo, cispo.CISPO), "ppo": by_ppo,
+    "ppo_ensemble": by_ppo_with_ensemble, "ppo_three_rounds": partial(by_rounds, "ppo"),
+    "iterated_dpo": partial(by_rounds, "dpo"), "constitutional": by_constitution,
 }  # fmt: skip
 
 
@@ -269,14 +308,16 @@ def one(cfg: Config, begun: Begun, seed: int, variant: Variant, run: Run) -> dic
     if variant.method == "best_of_16":
         pool = sample_pool(cfg, begun)
         return best_of_16(pool, begun) | curves(pool, cfg.pool // 2)
-    began = time.monotonic()
+    began, held = time.monotonic(), start_peak()
     policy = METHODS[variant.method](cfg, begun, seed, run)
-    seconds = time.monotonic() - began
+    costs = {"seconds": time.monotonic() - began, "samples": policy.samples, "labels": policy.labels}
+    if held is not None:
+        costs["memory_gb"] = peak_since(held) / 1e9
     found: dict[str, Any] = compare_policies(
         run, task, ("sft", base.params), ("policy", policy.params), sampler, begun.scorer
     )
     found["kl"] = make_policy_measure(task, sampler, task.eval_batch_size)(policy.params, base.params, 300)["kl_k1"]
-    return found | {"seconds": seconds, "samples": policy.samples, "labels": policy.labels}
+    return found | costs
 
 
 def present(cfg: Config, cells: Cells) -> Page:
@@ -291,7 +332,7 @@ def present(cfg: Config, cells: Cells) -> Page:
                     lines.append(curve_line(cells, variant, f"{name}_kl", f"{name}_{curve}", label))
             else:
                 point = points_line(cells, [variant], "kl", metric, variant.method)
-                lines.append(point._replace(style="os"[len(lines) >= 10]))  # colours come again after ten
+                lines.append(point._replace(style="os^"[len(lines) // 10]))  # colours come again after ten
         ylabel = "reward model's score" if metric == "policy_score" else "true utility"
         panels.append(Panel(title, "KL to SFT, nats a response", ylabel, lines))
     return Page([variants_table(cells, ["method"], COLUMNS)], panels)

@@ -2,17 +2,19 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import ppo, reward_model, sft
+from experiments import iterate, ppo, reward_model, sft
 from experiments.ablations import (
     constitution,
     ensemble,
     kl_coefficient,
+    memory,
     methods,
     precision,
     preference_losses,
@@ -22,6 +24,7 @@ from experiments.ablations import (
 from experiments.ablations.grid_results import Cells
 from experiments.training import Preference
 from rlhf_jax.errors import UserError
+from rlhf_jax.log import Run
 from rlhf_jax.models import MIXED, Transformer, from_language_model
 from rlhf_jax.rewards.model import model_reward
 from rlhf_jax.tasks import simulated
@@ -307,8 +310,45 @@ def test_methods(tmp_path):
     assert pool["best_kl"][0] == 0 and pool["best_score"] == sorted(pool["best_score"])
     assert len(pool["optimum_kl"]) == len(methods.BETAS)
     assert metrics["sft_policy_utility"] == cells["sft"]["policy_utility"]
+    if Path("/proc/self/clear_refs").exists():
+        assert 0 <= cells["sft"]["memory_gb"] < 1
     with pytest.raises(UserError, match="there is no method a2c"):
         methods.Config(methods=("a2c",))
+
+
+def test_methods_in_rounds_share_the_prompts(tmp_path, monkeypatch):
+    """They ask the loop for a third of them in each round, and count its answers and labels, and PPO's own answers."""
+    asked = []
+
+    def rounds_of(flags, task, run, sampler, label, seed):
+        asked.append(flags)
+        for number in range(1, flags.rounds + 1):
+            if flags.learner == "ppo":
+                for step in (1, 2):
+                    run.log(f"ppo-{number}", step, {"score": 0.0})
+            yield number, f"policy {number}", [], {"labels": 20.0}
+
+    monkeypatch.setattr(iterate, "run_rounds", rounds_of)
+    task = simulated.World(0)
+    begun = methods.Begun(methods.AfterSFT(task, lambda *_: task.demonstrations(), task.base, None), {}, None, None)
+    monkeypatch.setattr(iterate, "world_labels", lambda world, sampler: None)
+    cfg = methods.Config(ppo=PPO)
+    with Run(tmp_path, cfg, name="x") as run:
+        for name, samples in (("iterated_dpo", 0.16), ("ppo_three_rounds", 0.16 + 3 * 2 * 8 / 1000)):
+            policy = methods.METHODS[name](cfg, begun, 7, run)
+            assert policy.params == "policy 3" and policy.labels == 0.16 and policy.samples == pytest.approx(samples)
+    assert [flags.learner for flags in asked] == ["dpo", "ppo"]
+    assert {(flags.seed, flags.labels, flags.answers, flags.ppo) for flags in asked} == {(7, 64 // 3, 8, PPO)}
+
+
+def test_a_peak_is_that_of_what_came_after_it_began():
+    held = memory.start_peak()
+    if held is None:
+        return  # this system does not tell
+    array = np.ones(50_000_000, np.uint8)
+    del array
+    assert 45e6 < memory.peak_since(held) < 200e6
+    assert memory.peak_since(memory.start_peak()) < 45e6
 
 
 def test_constitution(tmp_path):
