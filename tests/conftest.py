@@ -1,4 +1,4 @@
-"""Eight CPU devices for every test, no silent rank promotion, this checkout's files, and the folder of shared data."""
+"""Eight CPU devices for every test, shapes checked in every call, this checkout's files, the folder of shared data."""
 
 import ctypes
 import gc
@@ -11,9 +11,19 @@ from pathlib import Path
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
 from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# The modules that say the shapes of arrays are checked in every call: before they are imported for the first time.
+# Elsewhere mypy is enough, and a check at each row of data would take a tenth of the tests' time.
+SHAPED = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "rlhf_jax").rglob("*.py")
+    if "from jaxtyping import" in path.read_text(encoding="utf-8")
+]
+install_import_hook(SHAPED, "beartype.beartype")
 
 # Workers and the processes that they start share compiled programs, and so does the next run.
 COMPILED = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "xla"))

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
 
 from rlhf_jax.arrays import ratio, ratio_minus_one
 from rlhf_jax.kl import adaptive_beta, kl_exact, kl_k1, kl_k2, kl_k3, kl_shaped_rewards
 from rlhf_jax.losses import grpo_loss, ppo_clip_loss
+from rlhf_jax.scored_groups import rows_with_signal
 
 WRONG_SHAPES = """
 import jax.numpy as jnp
@@ -175,3 +177,9 @@ def test_everything_that_half_precision_goes_into_comes_out_in_float32():
         )[0],
     ]  # fmt: skip
     assert {x.dtype for x in found} == {jnp.dtype("float32")}
+
+
+def test_in_tests_a_wrong_shape_inside_the_library_is_an_error():
+    """The shapes that signatures say are checked in every call (conftest.py)."""
+    with pytest.raises(TypeCheckError):
+        rows_with_signal(np.zeros((4, 1)), prompts=2, group_size=2)

@@ -309,22 +309,11 @@ def test_a_doubt_and_label_smoothing_go_wrong_independently():
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_dpo_says_that_it_does_not_use_a_margin(stories, tmp_path, capsys):
-    rows = [{"prompt": f"is it {n}?", "chosen": f"it is {n}", "rejected": "no", "margin": n % 3} for n in range(20)]
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    metrics = dpo.main(
-        dpo.Config(
-            run_dir=str(tmp_path / "run"), model=stories, comparisons=str(path),
-            max_length=64, max_new_tokens=8, steps=1, batch_size=4,
-        )
-    )  # fmt: skip
-    assert "dpo_val_accuracy" in metrics
-    assert "dpo has no margin between answers: the column 'margin' is not used" in capsys.readouterr().out
-
-
-def test_a_loss_without_soft_labels_says_so(stories, tmp_path, capsys):
-    rows = [{"prompt": f"is it {n}?", "chosen": f"yes {n}", "rejected": "no", "probability": 0.7} for n in range(20)]
+def test_a_column_that_a_loss_does_not_use_is_said(stories, tmp_path, capsys):
+    rows = [
+        {"prompt": f"is it {n}?", "chosen": f"yes {n}", "rejected": "no", "probability": 0.7, "margin": n % 3}
+        for n in range(20)
+    ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     warning = "has no soft labels: the column 'probability' only says which answer is better"
@@ -333,7 +322,9 @@ def test_a_loss_without_soft_labels_says_so(stories, tmp_path, capsys):
         batch_size=4, beta=0.5, learning_rate=0.0,
     )  # fmt: skip
     for name, warned in (("dpo", False), ("orpo", True)):
-        LOSSES[name].main(LOSSES[name].Config(run_dir=str(tmp_path / name), **given))
+        metrics = LOSSES[name].main(LOSSES[name].Config(run_dir=str(tmp_path / name), **given))
+        assert f"{name}_val_accuracy" in metrics
         shown = capsys.readouterr().out
         assert (warning in shown) == warned
+        assert f"{name} has no margin between answers: the column 'margin' is not used" in shown
         assert "comparisons: 20 of 20 have a probability; it is 0.60 on average" in shown

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import iterate, ppo, reward_model, sft
+from experiments import dpo, iterate, ppo, reward_model, sft
 from experiments.ablations import (
     constitution,
     ensemble,
@@ -351,8 +351,10 @@ def test_a_peak_is_that_of_what_came_after_it_began():
     assert memory.peak_since(memory.start_peak()) < 45e6
 
 
-def test_constitution(tmp_path):
-    folder = tmp_path / "run"
+def test_constitution(tmp_path, monkeypatch):
+    folder, flags_of = tmp_path / "run", constitution.flags_of
+    short = {"sft": SFT, "dpo": dpo.DPO(steps=2, batch_size=8)}
+    monkeypatch.setattr(constitution, "flags_of", lambda seed: replace(flags_of(seed), **short))
     cfg = constitution.Config(run_dir=str(folder), jobs=0, seeds=1, revisions=(1,), biases=(9.0,), sft=SFT)
     metrics = constitution.main(cfg)
     cells = cells_of(folder)
