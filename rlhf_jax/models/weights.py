@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,12 @@ Shardings = Callable[[str], Sharding | None]
 
 def param_shapes(config: ModelConfig) -> dict[str, Shape]:
     """The shape of every parameter of a Transformer by its name, its layers apart."""
-    # Scanned, one layer is traced for all.
+    return dict(_param_shapes(config))
+
+
+@lru_cache(maxsize=64)
+def _param_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Traced once for each config: a model is read and written many times. Scanned, one layer is traced for all."""
     scanned = replace(config, scan_layers=True)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     tree = jax.eval_shape(Transformer(scanned).init, jax.random.key(0), tokens)["params"]

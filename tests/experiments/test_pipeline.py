@@ -112,7 +112,7 @@ def test_pipeline_in_the_world(small_world, trained, tmp_path):
     np.testing.assert_allclose(metrics["reward_model_demonstrations_score"], 0.0, atol=1e-4)
 
 
-def test_pipeline_on_real_text(shared_data, stories, tmp_path):
+def test_pipeline_on_real_text(shared_data, stories, undrawn, tmp_path):
     metrics = pipeline.main(
         pipeline.Config(
             run_dir=str(tmp_path / "run"),
@@ -122,7 +122,7 @@ def test_pipeline_on_real_text(shared_data, stories, tmp_path):
             on_bad_row="skip",
             max_length=96,
             max_new_tokens=8,
-            limit=400,
+            limit=160,
             sft=sft.SFT(steps=4, batch_size=4, learning_rate=1e-3),
             reward_model=reward_model.RewardModel(epochs=1, prompts_per_step=16, learning_rate=1e-3),
             ppo=ppo.PPO(steps=2, responses=8, epochs=1, minibatches=2),
