@@ -287,8 +287,7 @@ def run_rounds(
 ) -> Iterator[tuple[int, Params, list[Params], dict[str, float]]]:
     """The rounds, one after the other: (number, policy, members of the reward model, metrics).
 
-    Labels are parted anew in each round: some that a reward model has learned are held out later on, so that
-    val_accuracy is a little high from the second round on.
+    No label that a reward model has learned is held out in a later round, but for sets so small that a single one is.
     """
     policy, members = task.base.params, list[Params]()
     sets, size = task.prompts(), task.eval_batch_size

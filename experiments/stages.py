@@ -119,7 +119,8 @@ def open_task(cfg: Any, run: Run, *, first: str | None = None) -> Task:
 def open_own(cfg: Any, task: Task, run: Run, files: Mapping[str, Sequence[Path]]) -> TextTask:
     """Files that this run writes, by their kind, with the user's own of that kind, as a stage on its own reads them.
 
-    They are read when they are asked for. A row that cannot be used is counted.
+    They are read when they are asked for. A row that cannot be used is counted. Which are held out does not change as
+    a run writes more.
     """
     sources = {
         kind: Source(
@@ -131,6 +132,7 @@ def open_own(cfg: Any, task: Task, run: Run, files: Mapping[str, Sequence[Path]]
     return TextTask(
         task.base, run, sources, seed=cfg.seed, max_length=cfg.max_length, max_new_tokens=task.max_new_tokens,
         eval_batch_size=task.eval_batch_size, limit=cfg.limit, heldout=cfg.heldout, on_bad_row="skip", streaming=False,
+        growing=True,
     )  # fmt: skip
 
 

@@ -6,8 +6,7 @@ answers; in three each third is for the last policy's answers to fresh prompts, 
     python experiments/ablations/rounds.py
 It takes about half an hour on 2 CPU cores for 5 seeds. It writes a table and a figure: true utility against √KL in the
 last round. Expect labels of the policy's own answers to help where it has left SFT's.
-In three rounds the first labels are learned three times, and held-out labels are parted anew in each round: agreement
-is a little high there. A mean at 3 or 6 nats is over the seeds whose policy gets there.
+In three rounds the first labels are learned three times. A mean at 3 or 6 nats is over the seeds whose policy gets there.
 """
 
 import sys

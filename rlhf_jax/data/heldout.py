@@ -1,5 +1,7 @@
 """Rows that training does not see: a tenth of them, up to a budget. The rest of a large set stays in training."""
 
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -36,19 +38,39 @@ def split_by_opening(
     A tenth of the openings is held out with all of their rows, as far as those are at most `budget` rows: an opening
     with more than is left of it stays in training. If none is small enough, the one with the fewest rows is held out.
     """
-    sizes: dict[str, int] = {}
-    for opening in openings:
-        sizes[opening] = sizes.get(opening, 0) + 1
-    distinct = sorted(sizes)
-    kept: set[str] = set()
-    left = budget
+    distinct = sorted(set(openings))
     drawn = [distinct[i] for i in rng.permutation(len(distinct))]
-    for opening in drawn[: max(1, len(drawn) // 10)]:
-        if sizes[opening] <= left:
+    return _part(rows, openings, drawn[: max(1, len(drawn) // 10)], drawn, budget)
+
+
+def split_by_hash(rows: Sequence[Row], openings: Sequence[str], *, budget: int) -> tuple[list[Row], list[Row]]:
+    """`split_by_opening` for rows that grow: with more of them, what was trained on is not held out later.
+
+    About a tenth of the openings is held out, those with the least hash. One is held out if there is none in that
+    tenth, and may be trained on later; so may those that a budget has no room for any more.
+    """
+    places = {opening: _place(opening) for opening in openings}
+    ordered = sorted(places, key=lambda opening: places[opening])
+    return _part(rows, openings, [o for o in ordered if places[o] < 0.1] or ordered[:1], ordered, budget)
+
+
+def _place(opening: str) -> float:
+    """A number from 0 to 1 that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(opening.encode()).digest()[:8], "big") / 2**64
+
+
+def _part(
+    rows: Sequence[Row], openings: Sequence[str], candidates: Sequence[str], order: Sequence[str], budget: int
+) -> tuple[list[Row], list[Row]]:
+    """(training, held out): the candidates with all of their rows while the budget lasts, and at least one opening."""
+    sizes = Counter(openings)
+    kept: set[str] = set()
+    for opening in candidates:
+        if sizes[opening] <= budget:
             kept.add(opening)
-            left -= sizes[opening]
-    if not kept and drawn:
-        kept.add(min(drawn, key=sizes.__getitem__))
+            budget -= sizes[opening]
+    if not kept and order:
+        kept.add(min(order, key=sizes.__getitem__))
     parts = [[row for row, o in zip(rows, openings, strict=True) if (o in kept) == side] for side in (False, True)]
     return parts[0], parts[1]
 

@@ -11,7 +11,7 @@ from rlhf_jax.batches import PackedRankings, Prompts, RankedAnswers, Tokens
 from rlhf_jax.data.conversations import Conversation, messages
 from rlhf_jax.data.encode import encode_rows
 from rlhf_jax.data.formats import Prompt, Text
-from rlhf_jax.data.heldout import opening_of, split_by_opening, split_head, split_rows
+from rlhf_jax.data.heldout import opening_of, split_by_hash, split_by_opening, split_head, split_rows
 from rlhf_jax.data.loader import document_batches, mix_once, streamed_batches
 from rlhf_jax.data.pairs import Examples, labelled
 from rlhf_jax.data.preferences import pack_rankings, pad_rankings
@@ -71,12 +71,14 @@ class TextTask:
         heldout: int,
         on_bad_row: OnBadRow,
         streaming: bool,
+        growing: bool = False,
     ) -> None:
         """`max_length` is tokens of prompt and answer together, `max_new_tokens` of a sampled answer.
 
         By default they are 1024, or the model's limit, and 128, or a quarter of that; batches are then only as wide as
-        the longest row needs. At most `heldout` rows, and at most a tenth, are held out of each kind. Raises UserError
-        for lengths that the model does not have.
+        the longest row needs. At most `heldout` rows, and at most a tenth, are held out of each kind. `growing` says
+        that the files get more rows: what was trained on is then not held out later. Raises UserError for lengths that
+        the model does not have.
         """
         if max_length is not None and max_length > base.config.max_length:
             raise UserError(f"--max-length {max_length} is more than the model's {base.config.max_length}")
@@ -94,7 +96,7 @@ class TextTask:
         self.has_demonstrations = "demonstrations" in sources
         self._run, self._sources, self._seed = run, sources, seed
         self._max_length, self._limit, self._budget = max_length, limit, heldout
-        self._streaming = streaming
+        self._streaming, self._growing = streaming, growing
         self._rejects = Rejects(on_bad_row)
         self._said: set[str] = set()
         self._parts: dict[str, Any] = {}
@@ -262,6 +264,8 @@ class TextTask:
     ) -> tuple[list[Any], list[Any]]:
         """(training, held out) of (prompt, row); no conversation begins alike in both."""
         openings = [opening_of(prompt) for prompt, _ in rows]
+        if self._growing:
+            return split_by_hash([row for _, row in rows], openings, budget=self._budget)
         return split_by_opening([row for _, row in rows], openings, budget=self._budget, rng=rng)
 
     def _lay_prompts(self, rows: Sequence[tuple[Prompt, dict[str, Any]]]) -> tuple[Prompts, list[PromptRow]]:

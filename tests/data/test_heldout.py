@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.data.heldout import held_out, opening_of, split_by_opening, split_head, split_rows
+from rlhf_jax.data.heldout import held_out, opening_of, split_by_hash, split_by_opening, split_head, split_rows
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,21 @@ def test_no_opening_is_on_both_sides():
     # Three rows an opening: a budget of 10 is three openings, which were held out before too.
     train, fewer = draw(split_by_opening, rows, openings, budget=10)
     assert len(fewer) == 9 and set(fewer) < set(held) and sorted(train + fewer) == rows
+
+
+def test_what_was_trained_on_is_not_held_out_when_there_are_more_rows():
+    openings = [f"opening {n // 2}" for n in range(4000)]
+    train, held = split_by_hash(range(1000), openings[:1000], budget=10_000)
+    more_train, more_held = split_by_hash(range(4000), openings, budget=10_000)
+    assert set(train) < set(more_train) and set(held) < set(more_held)
+    assert 60 < len(held) < 140 and 320 < len(more_held) < 480 and not set(more_train) & set(more_held)
+    assert not {openings[row] for row in more_train} & {openings[row] for row in more_held}
+    # A budget lets some go to training, and takes none from there.
+    few = split_by_hash(range(4000), openings, budget=40)[1]
+    assert len(few) == 40 and set(few) < set(more_held)
+    # None of these is in the tenth by itself.
+    none = [row for row in more_train if row % 2 == 0][:5]
+    assert len(split_by_hash(none, [openings[row] for row in none], budget=9)[1]) == 1
 
 
 def test_an_opening_that_is_larger_than_the_budget_stays_in_training():
