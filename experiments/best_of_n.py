@@ -6,11 +6,14 @@ told without bias from one pool of n answers each, and in the controlled world t
     python experiments/best_of_n.py
     python experiments/best_of_n.py --model FOLDER --reward-model FOLDER --prompts FILE
     python experiments/best_of_n.py --model FOLDER --reward FILE.py:NAME --prompts FILE
+With --watch FOLDER or FILE.py:NAME another scorer, which chooses nothing, says what the chosen ones are worth: where
+its mean falls while the score rises, the reward is over-optimised.
 It writes best.jsonl to the run's folder: prompt, completion and score of the best answer to each prompt, which
 `sft.py --demonstrations` reads. Without files it runs SFT and the reward model in the controlled world first.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,10 +31,16 @@ from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.best_of_n import Pool, best_of_n_metrics, powers_up_to, prompts_a_pool, sample_pools
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
 from rlhf_jax.data.tokens import take
-from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run
+from rlhf_jax.rewards.reward import Reward
 from rlhf_jax.row_file import write_parts
-from rlhf_jax.tasks.measure import AnswerScorer, PolicySampler, make_reward_scorer, write_examples
+from rlhf_jax.tasks.measure import (
+    AnswerScorer,
+    PolicySampler,
+    make_reward_scorer,
+    make_single_scorer,
+    write_examples,
+)
 from rlhf_jax.tasks.task import Task
 
 
@@ -39,30 +48,38 @@ from rlhf_jax.tasks.task import Task
 class Config(RunFlags, SamplingFlags, ModelFlags, PromptFlags, RewardFlags, BestOfNFlags):
     """The best of n answers to each prompt, by a reward."""
 
-    def __post_init__(self) -> None:
-        """Raises UserError for --watch, which nothing here would use."""
-        super().__post_init__()
-        if self.watch:
-            raise UserError("--watch is for training: best of n has one policy, which --reward scores")
 
-
-def measure(cfg: BestOfNFlags, task: Task, run: Run, sampler: PolicySampler, score: AnswerScorer) -> dict[str, float]:
-    """The best of 1, 2, 4, … n answers to held-out prompts: mean scores and, where it is known, true utility.
+def measure(
+    cfg: BestOfNFlags,
+    task: Task,
+    run: Run,
+    sampler: PolicySampler,
+    score: AnswerScorer,
+    watched: Sequence[Reward] = (),
+) -> dict[str, float]:
+    """The best of 1, 2, 4, … n answers to held-out prompts: mean scores, true utility where it is known, and what
+    the watched scorers think of them.
 
     Logged with n as the step. Writes the first answers, random ones beside the best ones, to examples.jsonl.
     """
+    judges = {f"watch/{reward.name}": make_single_scorer(task, reward) for reward in watched}
+    if task.judge is not None:
+        judges["utility"] = task.judge
     heldout = task.prompts().heldout
     sample = partial(sampler, task.base.params)
-    (pool,) = sample_pools(sample, score, heldout, cfg.n, rows=cfg.n * len(heldout.row), judge=task.judge)
+    (pool,) = sample_pools(sample, score, heldout, cfg.n, rows=cfg.n * len(heldout.row), judges=judges)
     metrics: dict[str, float] = {}
     for n in powers_up_to(cfg.n):
         found = best_of_n_metrics(pool, n)
+        if watched:
+            found["watched"] = float(np.mean([found[f"watch/{reward.name}"] for reward in watched]))
         run.log("best_of_n", n, found)
         metrics |= {f"best_of_{n}_{name}": value for name, value in found.items()}
     sides = {"start": pool.first(), "best_of_n": pool.best()}
-    columns = {"score": [pool.scores.reshape(-1)[rows] for rows in sides.values()]}
-    if pool.values is not None:
-        columns["utility"] = [pool.values.reshape(-1)[rows] for rows in sides.values()]
+    columns = {
+        name: [values.reshape(-1)[rows] for rows in sides.values()]
+        for name, values in {"score": pool.scores, **pool.values}.items()
+    }
     answers = {name: take(pool.answers, rows) for name, rows in sides.items()}
     write_examples(run, task.base, heldout, answers, columns)
     return metrics
@@ -113,8 +130,8 @@ def main(cfg: Config) -> dict[str, float]:
     with run_with_report(cfg, "best_of_n", BEST_OF_N_REPORT) as run:
         task = open_task(cfg, run, first="sft")
         sampler = policy_sampler(cfg, task)
-        with open_rewards(cfg, run, task, failed_score=cfg.no_end_score) as (rewards, _, _):
-            metrics = measure(cfg, task, run, sampler, make_reward_scorer(task, rewards, cfg.no_end_score))
+        with open_rewards(cfg, run, task, failed_score=cfg.no_end_score) as (rewards, _, _, watched):
+            metrics = measure(cfg, task, run, sampler, make_reward_scorer(task, rewards, cfg.no_end_score), watched)
             score = make_reward_scorer(task, rewards, cfg.no_end_score, training=True)
             write_best(cfg, task, run, sampler, score)
         run.summary(metrics)

@@ -494,7 +494,7 @@ def main(cfg: Config) -> dict[str, float]:
     """Trains, compares the policy with the one it started from, exports it, and returns the final metrics."""
     with run_with_report(cfg, "ppo", PPO_REPORT) as run:
         task = open_task(cfg, run, first="sft")
-        with open_rewards(cfg, run, task, failed_score=cfg.no_end_score) as (rewards, critic, watch):
+        with open_rewards(cfg, run, task, failed_score=cfg.no_end_score) as (rewards, critic, watch, _):
             policy, metrics = train(
                 cfg, task.base, task.prompts(), rewards, run, cfg.seed, max_new_tokens=task.max_new_tokens,
                 critic=critic, reference=open_reference(cfg, run, task), judge=task.judge, watch=watch,

@@ -146,7 +146,7 @@ def main(cfg: Config) -> dict[str, float]:
     with run_with_report(cfg, "rejection_sampling", REJECTION_REPORT) as run:
         task = open_task(cfg, run, first="sft")
         sampler = policy_sampler(cfg, task)
-        with open_rewards(cfg, run, task, failed_score=cfg.no_end_score) as (rewards, _, _):
+        with open_rewards(cfg, run, task, failed_score=cfg.no_end_score) as (rewards, *_):
             on_training, on_heldout = (
                 make_reward_scorer(task, rewards, cfg.no_end_score, training=training) for training in (True, False)
             )

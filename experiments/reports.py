@@ -175,6 +175,7 @@ BEST_OF_N_REPORT = Report(
             panels=(
                 Panel("score of the best of n", (Line("score", "score", PROXY),)),
                 UTILITY,
+                Panel("watched scorers", (Line("watched", "their mean", TRUTH),)),
                 Panel("KL from the model, nats a response, at most", (Line("kl_bound", "log n − (n − 1)/n"),)),
             ),
         ),

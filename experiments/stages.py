@@ -320,7 +320,7 @@ def group_stage(cfg: Any, stage: str, who: str, make_algorithm: Callable[[Number
         if cfg.reference is not None and not (algorithm.kl_in_loss or algorithm.kl_in_reward):
             raise UserError(f"--reference is not used: {who} has no KL to a reference here (no beta, or --beta 0)")
         reference = open_reference(cfg, run, task)
-        with open_rewards(cfg, run, task, failed_score=0.0, verifiable=True) as (rewards, _, watch):
+        with open_rewards(cfg, run, task, failed_score=0.0, verifiable=True) as (rewards, _, watch, _):
             policy, metrics = train_without_critic(
                 cfg, algorithm, task, task.base, rewards, run, cfg.seed, stage=stage, reference=reference, watch=watch
             )

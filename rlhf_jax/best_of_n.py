@@ -1,6 +1,6 @@
 """Best of n: of n answers to a prompt the one that a reward likes best."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +20,8 @@ class Pool(NamedTuple):
     prompts: Prompts
     answers: Completions
     scores: Float[np.ndarray, "P N"]
-    values: Float[np.ndarray, "P N"] | None
-    """True utility, where it is known."""
+    values: Mapping[str, Float[np.ndarray, "P N"]]
+    """Other scores of the answers by their names, such as the true utility, that no answer is chosen by."""
 
     def best(self) -> Int[np.ndarray, " P"]:
         """The row of each prompt's best answer; of equal ones the first."""
@@ -39,12 +39,12 @@ def sample_pools(
     n: int,
     *,
     rows: int,
-    judge: Score | None = None,
+    judges: Mapping[str, Score] | None = None,
 ) -> Iterator[Pool]:
     """Pools of `n` answers, for as many prompts at once as make about `rows` answers.
 
-    `sample(prompts, number)` answers each prompt once; pool number k has number k. What is in memory does not grow
-    with the number of prompts.
+    `sample(prompts, number)` answers each prompt once; pool number k has number k. `judges` give the pools' values.
+    What is in memory does not grow with the number of prompts.
     """
     size = prompts_a_pool(n, rows)
     for start in range(0, len(prompts.row), size):
@@ -52,7 +52,7 @@ def sample_pools(
         answers = sample(some, start // size)
         yield Pool(
             take(some, np.arange(0, len(some.row), n)), answers, np.asarray(score(some, answers)).reshape(-1, n),
-            None if judge is None else np.asarray(judge(some, answers)).reshape(-1, n),
+            {name: np.asarray(judge(some, answers)).reshape(-1, n) for name, judge in (judges or {}).items()},
         )  # fmt: skip
 
 
@@ -67,13 +67,12 @@ def powers_up_to(n: int) -> list[int]:
 
 
 def best_of_n_metrics(pool: Pool, n: int) -> dict[str, float]:
-    """Mean score, and utility where it is known, of the best of n answers, from a pool of at least as many.
+    """Mean score, and mean of each of the pool's values, of the best of n answers, from a pool of at least as many.
 
-    `kl_bound` is in nats a response; `score_se` and `utility_se` are standard errors over prompts.
+    `kl_bound` is in nats a response; `score_se` and the like are standard errors over prompts.
     """
     found = {"kl_bound": float(best_of_n_kl(n))}
-    for name, values in (("score", None), ("utility", pool.values)):
-        if name == "score" or values is not None:
-            means = best_of_n_mean(pool.scores, n, values)
-            found |= {name: float(means.mean()), f"{name}_se": float(means.std() / np.sqrt(len(means)))}
+    for name, values in {"score": None, **pool.values}.items():
+        means = best_of_n_mean(pool.scores, n, values)
+        found |= {name: float(means.mean()), f"{name}_se": float(means.std() / np.sqrt(len(means)))}
     return found

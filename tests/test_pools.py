@@ -24,7 +24,7 @@ def score(prompts, answers):
 
 
 def test_each_prompt_has_n_answers_and_the_best_of_them():
-    pools = list(sample_pools(sample, score, PROMPTS, 4, rows=12, judge=lambda p, a: -score(p, a)))
+    pools = list(sample_pools(sample, score, PROMPTS, 4, rows=12, judges={"utility": lambda p, a: -score(p, a)}))
     assert [len(pool.scores) for pool in pools] == [3, 3, 1]
     assert np.concatenate([pool.prompts.row for pool in pools]).tolist() == PROMPTS.row.tolist()
     for number, pool in enumerate(pools):
@@ -34,7 +34,7 @@ def test_each_prompt_has_n_answers_and_the_best_of_them():
         assert_array_equal(score(pool.prompts, type(pool.answers)(*(x[pool.best()] for x in pool.answers))),
                            pool.scores.max(axis=1))  # fmt: skip
         assert_array_equal(pool.answers.tokens[pool.first(), 2] % 4, 0)
-        assert_array_equal(pool.values, -pool.scores)
+        assert_array_equal(pool.values["utility"], -pool.scores)
 
 
 def test_more_answers_than_rows_still_make_a_pool():
@@ -42,7 +42,7 @@ def test_more_answers_than_rows_still_make_a_pool():
 
 
 def test_the_best_of_more_scores_more_and_is_worth_less_where_the_score_is_the_opposite_of_the_truth():
-    (pool,) = sample_pools(sample, score, PROMPTS, 8, rows=56, judge=lambda p, a: -score(p, a))
+    (pool,) = sample_pools(sample, score, PROMPTS, 8, rows=56, judges={"utility": lambda p, a: -score(p, a)})
     found = [best_of_n_metrics(pool, n) for n in powers_up_to(8)]
     assert powers_up_to(8) == [1, 2, 4, 8] and powers_up_to(6) == [1, 2, 4, 6] and powers_up_to(1) == [1]
     scores, truths = ([float(some[name]) for some in found] for name in ("score", "utility"))

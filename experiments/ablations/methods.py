@@ -270,16 +270,19 @@ METHODS: dict[str, Callable[[Config, Begun, int, Run], Policy]] = {
 def sample_pool(cfg: Config, begun: Begun) -> Pool:
     """One pool of SFT's answers to held-out prompts."""
     task, sampler, base = begun.after.task, begun.after.sampler, begun.after.base
+    assert task.judge is not None
     heldout = task.prompts().heldout
     prompts = take(heldout, np.arange(min(cfg.pool_prompts, len(heldout.row))))
     rows = cfg.pool * len(prompts.row)
-    (pool,) = sample_pools(partial(sampler, base.params), begun.scorer, prompts, cfg.pool, rows=rows, judge=task.judge)
+    (pool,) = sample_pools(
+        partial(sampler, base.params), begun.scorer, prompts, cfg.pool, rows=rows, judges={"utility": task.judge}
+    )
     return pool
 
 
 def curves(pool: Pool, most: int) -> dict[str, Any]:
     """The optimum, NaN where it is cut off, and best of 1, 2, 4, …: KL, proxy and true utility."""
-    found = frontier(pool.scores, BETAS, pool.values, least=LEAST)
+    found = frontier(pool.scores, BETAS, pool.values["utility"], least=LEAST)
     missing = [np.nan] * (len(BETAS) - len(found))
     best = [best_of_n_metrics(pool, n) for n in powers_up_to(most)]
     return {
@@ -291,13 +294,13 @@ def curves(pool: Pool, most: int) -> dict[str, Any]:
 
 def best_of_16(pool: Pool, begun: Begun) -> dict[str, float]:
     """The row of best of 16: the best of the first 16 answers against another one, by the true utility."""
-    assert pool.values is not None
+    utilities = pool.values["utility"]
     means, places = best_of_n_metrics(pool, 16), np.arange(len(pool.scores))
-    truths = pool.values[places, pool.scores[:, :16].argmax(axis=1)]
+    truths = utilities[places, pool.scores[:, :16].argmax(axis=1)]
     chosen = take(pool.answers, places * pool.scores.shape[1] + pool.scores[:, :16].argmax(axis=1))
     return {
         "policy_utility": means["utility"], "policy_score": means["score"], "kl": float(best_of_n_kl(16)),
-        "win_rate": win_rate(truths, pool.values[:, 16])[0],
+        "win_rate": win_rate(truths, utilities[:, 16])[0],
         "policy_length": float(chosen.mask.sum(axis=1).mean()), "samples": 0.0, "labels": ranked(begun),
     }  # fmt: skip
 

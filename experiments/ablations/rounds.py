@@ -5,8 +5,8 @@ answers; in three each third is for the last policy's answers to fresh prompts, 
 (`experiments/iterate.py`). PPO starts from SFT in each round, at a β at which the reward model is over-optimised.
     python experiments/ablations/rounds.py
 It takes about half an hour on 2 CPU cores for 5 seeds. It writes a table and a figure: true utility against √KL in the
-last round. Expect labels of the policy's own answers to help where it has left SFT's.
-In three rounds the first labels are learned three times. A mean at 3 or 6 nats is over the seeds whose policy gets there.
+last round. Expect labels of the policy's own answers to help where it has left SFT's. In three rounds the first labels
+are learned three times. A mean at 3 or 6 nats is over the seeds whose policy gets there.
 """
 
 import sys

@@ -33,6 +33,8 @@ class Rewards(NamedTuple):
     """The reward model that a critic may start from; None without one that reads the policy's tokens."""
     watch: Callable[[Params, int], dict[str, Any]] | None
     """watch(policy, number) -> the watched scorers' means over answers to held-out prompts."""
+    watched: list[Reward]
+    """The scorers that only measure."""
 
 
 @contextmanager
@@ -91,7 +93,7 @@ def load_rewards(
         check_rewards(rewards)
         scorers = [of_function(text, 1.0) if is_function(text) else of_folder(text, 1.0)[0] for text in watched]
         critic = next((own for _, own in found if own is not None), None)
-        yield Rewards(rewards, critic, make_watch(task, sampler, scorers) if scorers else None)
+        yield Rewards(rewards, critic, make_watch(task, sampler, scorers) if scorers else None, scorers)
 
 
 def ensemble_scorer(

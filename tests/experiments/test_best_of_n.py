@@ -76,8 +76,20 @@ def test_sft_reads_the_best_answers(done, small_policy, tmp_path):
     assert np.isfinite(metrics["sft_ended"])
 
 
-def test_a_watched_scorer_is_refused(flags):
-    with pytest.raises(UserError, match="--watch is for training"):
-        best_of_n.Config(**flags, watch="x.py:f")
+def test_a_watched_scorer_chooses_nothing_and_says_what_the_chosen_ones_are_worth(flags, done, tmp_path):
+    file = tmp_path / "short.py"
+    file.write_text("def short(prompts, completions, **columns):\n    return [-2.0 * len(c) for c in completions]\n")
+    metrics = best_of_n.main(best_of_n.Config(run_dir=str(tmp_path / "run"), watch=f"{file}:short", **flags))
+    assert {name: metrics[name] for name in done[1]} == done[1]
+    for row in read_metrics(tmp_path / "run")["best_of_n"]:
+        assert row["watched"] == row["watch/short"] == metrics[f"best_of_{row['step']}_watch/short"]
+    examples = [json.loads(line) for line in open(tmp_path / "run" / "examples.jsonl", encoding="utf-8")]
+    for side in ("start", "best_of_n"):
+        assert [row[f"{side}_watch/short"] for row in examples] == [-2.0 * len(row[side]) for row in examples]
+    figures = [(run / "report.html").read_text(encoding="utf-8").count("<svg") for run in (tmp_path / "run", done[0])]
+    assert figures == [4, 3]
+
+
+def test_one_answer_is_nothing_to_choose_from(flags):
     with pytest.raises(UserError, match="n is 1"):
         replace(best_of_n.Config(**flags), n=1)
