@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -27,13 +26,11 @@ import numpy as np
 from experiments.flags import BestOfNFlags, ModelFlags, PromptFlags, RewardFlags, RunFlags, SamplingFlags
 from experiments.reports import BEST_OF_N_REPORT
 from experiments.stages import open_rewards, open_task, policy_sampler
-from rlhf_jax.batches import Completions, Prompts
-from rlhf_jax.best_of_n import Pool, best_of_n_metrics, powers_up_to, prompts_a_pool, sample_pools
+from rlhf_jax.best_of_n import best_of_n_metrics, powers_up_to, sample_pools
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
 from rlhf_jax.data.tokens import take
 from rlhf_jax.log import Run
 from rlhf_jax.rewards.reward import Reward
-from rlhf_jax.row_file import write_parts
 from rlhf_jax.tasks.measure import (
     AnswerScorer,
     PolicySampler,
@@ -41,6 +38,7 @@ from rlhf_jax.tasks.measure import (
     make_single_scorer,
     write_examples,
 )
+from rlhf_jax.tasks.picked import write_picked
 from rlhf_jax.tasks.task import Task
 
 
@@ -85,45 +83,6 @@ def measure(
     return metrics
 
 
-def write_best(cfg: Config, task: Task, run: Run, sampler: PolicySampler, score: AnswerScorer) -> None:
-    """Writes the best answer to each prompt to best.jsonl, as they come; a resumed run goes on after the last ones.
-
-    A prompt whose best answer is empty or does not end has none there. Such prompts are counted.
-    """
-    sets, file, size = task.prompts(), run.dir / "best.jsonl", prompts_a_pool(cfg.n, task.eval_batch_size)
-
-    def make(part: range) -> list[dict[str, Any]]:
-        def sample(prompts: Prompts, _: int) -> Completions:
-            return sampler(task.base.params, prompts, 1000 + part.start // size)
-
-        some = take(sets.train, np.asarray(part))
-        (pool,) = sample_pools(sample, score, some, cfg.n, rows=cfg.n * len(part))
-        return best_rows(task, pool, part.start)
-
-    write_parts(run, "best_of_n", file, len(sets.train.row), size, make)
-    if run.first:
-        with open(file, encoding="utf-8") as found:
-            count = sum(1 for _ in found)
-        run.say(f"best answers: {file} ({count} of {len(sets.train.row)} prompts; the best answer to the others is"
-                " empty or does not end)")  # fmt: skip
-
-
-def best_rows(task: Task, pool: Pool, first: int) -> list[dict[str, Any]]:
-    """A row for each prompt whose best answer ends and is not empty. "row" is the prompt's number, from `first` on."""
-    rows = pool.best()
-    best = take(pool.answers, rows)
-    found = zip(
-        pool.prompts.row.tolist(), task.base.read_answers(best), pool.scores.reshape(-1)[rows].tolist(),
-        task.base.ended(best).tolist(), strict=True,
-    )  # fmt: skip
-    texts = task.prompts().rows
-    return [
-        {"prompt": texts[number].prompt, "completion": text, "score": score, "row": first + place}
-        for place, (number, text, score, ended) in enumerate(found)
-        if ended and text.strip()
-    ]
-
-
 @on_mesh
 def main(cfg: Config) -> dict[str, float]:
     """Samples, measures on held-out prompts, writes the best answers, and returns the metrics."""
@@ -133,7 +92,13 @@ def main(cfg: Config) -> dict[str, float]:
         with open_rewards(cfg, run, task, failed_score=cfg.no_end_score) as (rewards, _, _, watched):
             metrics = measure(cfg, task, run, sampler, make_reward_scorer(task, rewards, cfg.no_end_score), watched)
             score = make_reward_scorer(task, rewards, cfg.no_end_score, training=True)
-            write_best(cfg, task, run, sampler, score)
+            file = run.dir / "best.jsonl"
+            count = write_picked(
+                run, "best_of_n", file, task, lambda prompts, part: sampler(task.base.params, prompts, 1000 + part),
+                score, cfg.n,
+            )  # fmt: skip
+        run.say(f"best answers: {file} ({count} of {len(task.prompts().train.row)} prompts; the best answer to the"
+                " others is empty or does not end)")  # fmt: skip
         run.summary(metrics)
     return metrics
 

@@ -116,7 +116,9 @@ def open_task(cfg: Any, run: Run, *, first: str | None = None) -> Task:
     )  # fmt: skip
 
 
-def open_own(cfg: Any, task: Task, run: Run, files: Mapping[str, Sequence[Path]]) -> TextTask:
+def open_own(
+    cfg: Any, task: Task, run: Run, files: Mapping[str, Sequence[Path]], *, columns: tuple[str, ...] = ()
+) -> TextTask:
     """Files that this run writes, by their kind, with the user's own of that kind, as a stage on its own reads them.
 
     They are read when they are asked for. A row that cannot be used is counted. Which are held out does not change as
@@ -124,7 +126,7 @@ def open_own(cfg: Any, task: Task, run: Run, files: Mapping[str, Sequence[Path]]
     """
     sources = {
         kind: Source(
-            kind, (*map(str, some), *names(getattr(cfg, kind))),
+            kind, (*map(str, some), *names(getattr(cfg, kind, None))), columns=columns,
             clamp=cfg.comparisons_clamp if kind == "comparisons" else None,
         )
         for kind, some in files.items()

@@ -235,8 +235,8 @@ def by_rejection(cfg: Config, begun: Begun, seed: int, run: Run) -> Policy:
     """SFT on the best of 16 answers to each prompt."""
     task, base = begun.after.task, begun.after.base
     flags = rejection_sampling.Config(seed=seed, control=False)
-    scorers = [make_reward_scorer(task, [begun.reward], flags.no_end_score, training=side) for side in (True, False)]
-    found = rejection_sampling.train_round(flags, task, base.params, run, begun.after.sampler, scorers, 1)
+    score = make_reward_scorer(task, [begun.reward], flags.no_end_score, training=True)
+    found = rejection_sampling.train_round(flags, task, base.params, run, begun.after.sampler, score, 1)
     return Policy(found["best"], flags.n * len(task.prompts().train.row) / 1000, ranked(begun))
 
 

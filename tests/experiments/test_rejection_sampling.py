@@ -1,18 +1,23 @@
 """Rejection sampling from the command: what it learns from, its control, rounds, and a run that was cut short."""
 
 import json
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
 from experiments import rejection_sampling
+from experiments.sft import SFT
 from rlhf_jax.errors import UserError
+from rlhf_jax.log import Run
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import load_hf
 from rlhf_jax.rewards.reward import Reward
+from rlhf_jax.row_file import read_rows
 from rlhf_jax.sampling.sampler import numpy_completions
 from rlhf_jax.tasks.measure import make_reward_scorer
+from rlhf_jax.tasks.picked import write_picked
 from rlhf_jax.tasks.simulated import World
 
 SHORT = {"n": 4, "eval_batch_size": 64, "steps": 3, "batch_size": 8, "no_end_score": -100.0}
@@ -64,10 +69,10 @@ def test_a_killed_run_goes_on_to_the_same_policy(done, small_policy, reward, tmp
     assert all(map(np.array_equal, jax.tree.leaves(ours), jax.tree.leaves(theirs)))
 
 
-def test_the_best_answer_of_each_prompt_is_picked_and_a_blind_one_that_ends(small_world_for_all):
+def test_the_best_answer_of_each_prompt_is_picked_and_a_blind_one_that_ends(small_world_for_all, tmp_path):
     world = World(0)
     pad, eos = world.base.pad_id, world.base.tokenizer.eos_token_id
-    words = [word for word in range(len(world.base.tokenizer)) if word not in (pad, eos)][:8]
+    words = [word for word in range(len(world.base.tokenizer)) if word not in (pad, eos)][10:18]
 
     def sampler(_, prompts, number):
         # Of four answers to a prompt the first does not end, the second has one word, the third three, the fourth two.
@@ -81,17 +86,23 @@ def test_the_best_answer_of_each_prompt_is_picked_and_a_blind_one_that_ends(smal
 
     length = Reward("length", 1.0, on_tokens=lambda _, tokens: tokens.mask.sum(axis=1).astype(float))
     score = make_reward_scorer(world, [length], -1.0, training=True)
-    cfg = rejection_sampling.Config(n=4)
-    train = world.prompts().train
-    picked = rejection_sampling.pick(cfg, world, {}, train, sampler, score, 0)
-    assert len(picked.best) == len(picked.blind) == len(train.row)
-    for p, ((prompt, best), (same, blind)) in enumerate(zip(*picked, strict=True)):
-        assert prompt == same == train.tokens[p][train.mask[p]].tolist()
-        assert best == [*words[:3], eos] and blind == [words[0], eos]
+    texts = world.base.tokenizer.convert_ids_to_tokens(words)
+    with Run(tmp_path, SFT(), name="x") as run:
+        file, count = tmp_path / "picked.jsonl", len(world.prompts().train.row)
+        assert write_picked(run, "answers", file, world, partial(sampler, None), score, 4, blind=True) == count
+    for number, row in enumerate(read_rows(file)):
+        prompt = world.prompts().rows[int(world.prompts().train.row[number])].prompt
+        assert row == {
+            "prompt": prompt,
+            "completion": " ".join(texts[:3]),
+            "score": 4.0,
+            "blind": texts[0],
+            "row": number,
+        }
 
 
 def test_a_model_whose_answers_do_not_end_is_refused(small_world_for_all, small_policy, reward, tmp_path, monkeypatch):
-    monkeypatch.setattr(rejection_sampling, "pick", lambda *_: rejection_sampling.Picked([], []))
+    monkeypatch.setattr(rejection_sampling, "write_picked", lambda *_, **__: 0)
     with pytest.raises(UserError, match="no answer ends"):
         rejection_sampling.main(
             rejection_sampling.Config(run_dir=str(tmp_path / "run"), model=small_policy, reward=reward, **SHORT)
