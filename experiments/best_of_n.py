@@ -69,8 +69,8 @@ def measure(
     metrics: dict[str, float] = {}
     for n in powers_up_to(cfg.n):
         found = best_of_n_metrics(pool, n)
-        if watched:
-            found["watched"] = float(np.mean([found[f"watch/{reward.name}"] for reward in watched]))
+        if seen := [found[name] for reward in watched if (name := f"watch/{reward.name}") in found]:
+            found["watched"] = float(np.mean(seen))
         run.log("best_of_n", n, found)
         metrics |= {f"best_of_{n}_{name}": value for name, value in found.items()}
     sides = {"start": pool.first(), "best_of_n": pool.best()}

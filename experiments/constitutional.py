@@ -62,6 +62,7 @@ from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.revision import (
     Reviser,
     as_conversation,
+    asked_in,
     chain_row,
     compared,
     draw_principles,
@@ -198,7 +199,8 @@ def revise_prompts(
             assistant.revise, [as_conversation(prompt) for prompt in asked], answers, assistant.principles, drawn,
             number * max(1, cfg.revisions),
         )  # fmt: skip
-        return [chain_row(*some) for some in zip(chains, asked, part, strict=True)]
+        fields = [sets.rows[row].asked() for row in prompts.row.tolist()]
+        return [chain_row(*some) for some in zip(chains, fields, part, strict=True)]
 
     write_parts(run, "revisions", run.dir / "chains.jsonl", len(sets.train.row), size, make)
 
@@ -216,7 +218,7 @@ def write_revisions(run: Run, chains: Path, revision: int = -1) -> None:
             for row in read_rows(chains):
                 unlearned[row["unlearned"]] += 1
                 if not row["unlearned"]:
-                    found = {"prompt": row["prompt"], "completion": texts_of(row)[revision], "row": row["row"]}
+                    found = asked_in(row) | {"completion": texts_of(row)[revision], "row": row["row"]}
                     lines.write(json.dumps(found, ensure_ascii=False) + "\n")
         return dict(unlearned)
 
@@ -275,7 +277,8 @@ def compare_answers(
         texts = [in_words(as_conversation(asked[n])) for n in going]
         found = assistant.prefer(texts, [first[n].text for n in going], [second[n].text for n in going], questions)
         rows = [compared(asked[n], first[n].text, second[n].text, float(p)) for n, p in zip(going, found, strict=True)]
-        return [row | {"question": question, "row": part[n]}
+        fields = [sets.rows[row].asked() for row in prompts.row.tolist()]
+        return [fields[n] | row | {"question": question, "row": part[n]}
                 for n, row, question in zip(going, rows, questions, strict=True) if row is not None]  # fmt: skip
 
     write_parts(run, "comparisons", file, len(sets.train.row), size, make)

@@ -186,8 +186,8 @@ def answer_prompts(
             kept = [first + other for other in different(said[first : first + cfg.answers])]
             if len(kept) < 2:
                 continue
-            prompt = sets.rows[int(sets.train.row[row])].prompt
-            found.append({"row": row, "prompt": prompt, "responses": [said[other].text for other in kept]})
+            asked = sets.rows[int(sets.train.row[row])].asked()
+            found.append({"row": row, **asked, "responses": [said[other].text for other in kept]})
             values.append(0.0 if scores is None else float(label_value(scores[:, None, kept])[0]))
     best = np.argsort(-np.asarray(values[:wanted]), kind="stable")[: cfg.labels]
     return [found[place] for place in best]
@@ -204,7 +204,7 @@ def label_round(run: Run, asked: Callable[[], list[dict[str, Any]]], label: Labe
         if not rows:
             raise UserError(f"round {number}: no prompt has two different answers that end: raise --max-new-tokens")
         labels = label([row["prompt"] for row in rows], [row["responses"] for row in rows], number) if label else rows
-        kept = [{"row": row["row"], "prompt": row["prompt"], **found}
+        kept = [{name: value for name, value in row.items() if name != "responses"} | found
                 for row, found in zip(rows, labels, strict=True) if found is not None]  # fmt: skip
         from_first(lambda: write_lines(waiting if label is None else file, kept))
         if label is not None:
@@ -287,7 +287,7 @@ def run_rounds(
 ) -> Iterator[tuple[int, Params, list[Params], dict[str, float]]]:
     """The rounds, one after the other: (number, policy, members of the reward model, metrics).
 
-    No label that a reward model has learned is held out in a later round, but for sets so small that a single one is.
+    No label that a reward model has learned is held out in a later round, but where `split_by_hash` finds none.
     """
     policy, members = task.base.params, list[Params]()
     sets, size = task.prompts(), task.eval_batch_size

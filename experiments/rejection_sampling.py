@@ -89,7 +89,7 @@ def train_round(
             "no answer ends, so there is nothing to learn from: raise --max-new-tokens, or train SFT first"
         )
     run.say(f"round {number}: the best of {cfg.n} answers to {count} of {len(task.prompts().train.row)} prompts in"
-            f" {file}; the best one of the others does not end")  # fmt: skip
+            f" {file}; the best one of the others does not end, or has no words")  # fmt: skip
     found: dict[str, Params] = {}
     for side in ("blind", "best") if cfg.control and number == 1 else ("best",):
         columns = ("completion=blind",) if side == "blind" else ()

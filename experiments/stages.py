@@ -121,12 +121,12 @@ def open_own(
 ) -> TextTask:
     """Files that this run writes, by their kind, with the user's own of that kind, as a stage on its own reads them.
 
-    They are read when they are asked for. A row that cannot be used is counted. Which are held out does not change as
-    a run writes more.
+    They are read when they are asked for, the run's own ones whole. A row that cannot be used is counted. As a run
+    writes more, none that was trained on is held out (`split_by_hash`).
     """
     sources = {
         kind: Source(
-            kind, (*map(str, some), *names(getattr(cfg, kind, None))), columns=columns,
+            kind, (*map(str, some), *names(getattr(cfg, kind, None))), columns=columns, own=len(some),
             clamp=cfg.comparisons_clamp if kind == "comparisons" else None,
         )
         for kind, some in files.items()

@@ -69,10 +69,15 @@ def powers_up_to(n: int) -> list[int]:
 def best_of_n_metrics(pool: Pool, n: int) -> dict[str, float]:
     """Mean score, and mean of each of the pool's values, of the best of n answers, from a pool of at least as many.
 
-    `kl_bound` is in nats a response; `score_se` and the like are standard errors over prompts.
+    `kl_bound` is in nats a response; `score_se` and the like are standard errors over prompts. A prompt with an answer
+    that has no value, NaN, is left out of the mean of that value: `<name>_prompts` then counts those that are in it.
     """
     found = {"kl_bound": float(best_of_n_kl(n))}
     for name, values in {"score": None, **pool.values}.items():
         means = best_of_n_mean(pool.scores, n, values)
-        found |= {name: float(means.mean()), f"{name}_se": float(means.std() / np.sqrt(len(means)))}
+        told = means[~np.isnan(means)] if values is not None else means
+        if len(told) < len(means):
+            found[f"{name}_prompts"] = float(len(told))
+        if len(told):
+            found |= {name: float(told.mean()), f"{name}_se": float(told.std() / np.sqrt(len(told)))}
     return found

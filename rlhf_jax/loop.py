@@ -165,7 +165,7 @@ def gather_data_state(batches: Any) -> Any:
 def set_data_state(batches: Any, saved: Any) -> None:
     """Moves batches to the position that `gather_data_state` saw; None leaves them at the beginning.
 
-    Raises UserError when the number of shares has changed.
+    Raises UserError when the number of shares has changed, and for a position in data of another kind.
     """
     if saved is None:
         return
@@ -176,4 +176,10 @@ def set_data_state(batches: Any, saved: Any) -> None:
             f"the run that wrote the checkpoint read the demonstrations in {len(states)} shares; these processes and"
             f" this --mesh read them in {count}: resume with as many processes, and the same --mesh"
         )
-    batches.set_state(states[number])
+    try:
+        batches.set_state(states[number])
+    except (TypeError, KeyError, IndexError, AttributeError):
+        raise UserError(
+            "the checkpoint's position in the data is none in these data: another version of rlhf_jax, or other data,"
+            " wrote it; begin a new run"
+        ) from None

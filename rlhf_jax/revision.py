@@ -178,16 +178,20 @@ def read(model: Pretrained, answers: Completions) -> list[Said]:
     ]
 
 
-def chain_row(chain: Chain, prompt: Any, row: int) -> dict[str, Any]:
-    """A chain as a row of chains.jsonl. `prompt` is a text or a list of messages."""
+def chain_row(chain: Chain, asked: Mapping[str, Any], row: int) -> dict[str, Any]:
+    """A chain as a row of chains.jsonl. `asked` has the prompt, a text or a list of messages, and perhaps tools."""
     steps = [
         {"principle": step.principle.name, "critique": step.critique.text, "revision": step.revision.text}
         for step in chain.steps
     ]
     return {
-        "row": row, "prompt": prompt, "answer": chain.answer.text, "revisions": steps,
-        "unlearned": chain.unlearned,
+        "row": row, **asked, "answer": chain.answer.text, "revisions": steps, "unlearned": chain.unlearned,
     }  # fmt: skip
+
+
+def asked_in(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The prompt of a row of chains.jsonl, and its tools if it has any."""
+    return {name: row[name] for name in ("prompt", "tools", "functions") if name in row}
 
 
 def texts_of(row: Mapping[str, Any]) -> list[str]:

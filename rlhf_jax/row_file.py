@@ -15,9 +15,13 @@ def write_parts(
 ) -> None:
     """Writes what `make` gives for rows 0 … count − 1, `size` of them at a time, a JSON object a line.
 
-    Each object has its row's number as "row". A resumed run makes the last part that the file has once more. Every
-    process calls `make`; the first one writes.
+    Each object has its row's number as "row". A resumed run makes the last part that the file has once more, unless
+    the file is whole: then <file>.whole has its size, and it stays as it is. Every process calls `make`; the first one
+    writes.
     """
+    whole = file.with_name(f"{file.name}.whole")
+    if from_first(lambda: whole.exists() and file.exists() and whole.read_text() == str(file.stat().st_size)):
+        return
     first = from_first(lambda: take_up(file, size))
     parts = [range(start, min(start + size, count)) for start in range(first, count, size)]
     with open(file, "a", encoding="utf-8") if run.first else nullcontext() as lines:
@@ -26,6 +30,7 @@ def write_parts(
             if lines is not None:
                 lines.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
                 lines.flush()
+    from_first(lambda: whole.write_text(str(file.stat().st_size)))
 
 
 def take_up(file: Path, size: int) -> int:

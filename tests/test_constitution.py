@@ -13,12 +13,14 @@ from rlhf_jax.revision import (
     ENDLESS,
     Said,
     Step,
+    asked_in,
     chain_row,
     draw_principles,
     make_reviser,
     revise_answers,
     texts_of,
 )
+from rlhf_jax.tasks.task import PromptRow
 
 ASKED = {
     "prompt": ["\n\nCritiqueRequest: What?\n\nCritique:"], "edit_request": "\n\nRevisionRequest: Again.\n\nRevision:"
@@ -99,7 +101,10 @@ def test_a_chain_has_each_revision_of_the_last_one():
     assert asked == [10, 11, 12]
     assert [step.revision.text for step in whole.steps] == ["sa", "sab", "sabb"] and not whole.unlearned
     assert len(broken.steps) == 1 and broken.unlearned == "no" and missing.steps == () and missing.unlearned == "empty"
-    row = chain_row(whole, "q", 7)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    asked_of = PromptRow("q", {"tools": tools, "functions": None, "answer": 3}).asked()
+    row = chain_row(whole, asked_of, 7)
+    assert asked_in(row) == asked_of == {"prompt": "q", "tools": tools}
     assert texts_of(json.loads(json.dumps(row))) == ["s", "sa", "sab", "sabb"] and row["row"] == 7
     assert [step["critique"] for step in row["revisions"]] == ["s?", "sa?", "sab?"]
 

@@ -209,6 +209,13 @@ def test_data_go_on_in_as_many_shares_only(monkeypatch):
     loop_module.set_data_state(batches, alike)
     assert batches.state == {"next": 3}
 
+    class Other(Batches):
+        def set_state(self, state):
+            self.state = state["parent"]
+
+    with pytest.raises(UserError, match="position in the data is none in these data"):
+        loop_module.set_data_state(Other(), alike)
+
 
 @pytest.mark.parametrize(
     "make, message",

@@ -49,3 +49,16 @@ def test_the_best_of_more_scores_more_and_is_worth_less_where_the_score_is_the_o
     assert scores == sorted(scores) and truths == sorted(truths, reverse=True) and scores[0] < scores[-1]
     assert found[0]["score"] == pool.scores.mean() and found[-1]["score"] == pool.scores.max(axis=1).mean()
     assert [float(some["kl_bound"]) for some in found] == [float(best_of_n_kl(n)) for n in (1, 2, 4, 8)]
+
+
+def test_a_prompt_with_an_answer_that_has_no_value_is_left_out_of_its_mean():
+    def some(prompts, answers):
+        return np.where(answers.tokens[:, 0] == 52, np.nan, -score(prompts, answers))
+
+    judges = {"all": lambda p, a: -score(p, a), "some": some, "none": lambda p, a: np.full(len(p.row), np.nan)}
+    (pool,) = sample_pools(sample, score, PROMPTS, 4, rows=28, judges=judges)
+    found = best_of_n_metrics(pool, 2)
+    told = np.flatnonzero(PROMPTS.row != 52)
+    kept = pool._replace(scores=pool.scores[told], values={"some": pool.values["all"][told]})
+    assert found["some"] == best_of_n_metrics(kept, 2)["some"] and found["some_prompts"] == 6
+    assert "none" not in found and found["none_prompts"] == 0 and "all_prompts" not in found

@@ -5,7 +5,9 @@ frontier is the exact optimum of the reward model's score minus β·KL, from one
 (`rlhf_jax.frontier`); it ends where fewer than 10 of the 512 answers have weight for a tenth of the prompts. Best of n
 is told from the same pool, at its bound of the KL, log n − (n − 1)/n. Constitutional AI has no reward model and no
 comparisons by people: a simulated judge with the same bias. `ppo_three_rounds` and `iterated_dpo` have their labels
-in three rounds, of the last policy's answers (`experiments/iterate.py`). Memory is told on Linux alone.
+in three rounds, of the last policy's answers (`experiments/iterate.py`). Samples are
+answers that a method asks for, without the comparisons that all share. Memory is told on Linux alone: what a process
+holds at the most, less what it held before, compiled programs of earlier methods among it.
     python experiments/ablations/methods.py
 It takes about two hours on 2 CPU cores for 5 seeds. It writes a table and a figure: proxy and true utility against KL.
 """
@@ -65,6 +67,7 @@ from rlhf_jax.log import Run
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.rewards.model import model_reward
 from rlhf_jax.rewards.reward import Reward
+from rlhf_jax.row_file import read_rows
 from rlhf_jax.simulation import Annotators, Revisers
 from rlhf_jax.tasks.measure import AnswerScorer, compare_policies, make_policy_measure, make_reward_scorer
 from rlhf_jax.tasks.simulated import World
@@ -225,8 +228,9 @@ def by_rounds(learner: Literal["ppo", "dpo"], cfg: Config, begun: Begun, seed: i
         reward_model=cfg.reward_model, ppo=cfg.ppo,
     )  # fmt: skip
     label = iterate.world_labels(task, partial(sampler, base.params))
-    *_, (_, policy, _, found) = iterate.run_rounds(flags, task, run, sampler, label, seed)
-    labels = 8 * found["labels"] / 1000
+    *_, (_, policy, _, _) = iterate.run_rounds(flags, task, run, sampler, label, seed)
+    files = sorted(run.dir.glob("round-*/comparisons.jsonl"))
+    labels = sum(len(row["responses"]) for file in files for row in read_rows(file)) / 1000
     learned = (ppo_samples(cfg, run, f"ppo-{number + 1}") for number in range(ROUNDS)) if learner == "ppo" else ()
     return Policy(policy, labels + sum(learned), labels)
 

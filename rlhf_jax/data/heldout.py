@@ -46,12 +46,19 @@ def split_by_opening(
 def split_by_hash(rows: Sequence[Row], openings: Sequence[str], *, budget: int) -> tuple[list[Row], list[Row]]:
     """`split_by_opening` for rows that grow: with more of them, what was trained on is not held out later.
 
-    About a tenth of the openings is held out, those with the least hash. One is held out if there is none in that
-    tenth, and may be trained on later; so may those that a budget has no room for any more.
+    About a tenth of the openings is held out, those with the least hash, up to the first one for which the budget has
+    no room. Those that it has no room for any more are trained on later. Where none can be held out so, the opening
+    with the fewest rows is, and that may be another one when there are more rows.
     """
-    places = {opening: _place(opening) for opening in openings}
-    ordered = sorted(places, key=lambda opening: places[opening])
-    return _part(rows, openings, [o for o in ordered if places[o] < 0.1] or ordered[:1], ordered, budget)
+    sizes, left = Counter(openings), budget
+    places = {opening: _place(opening) for opening in sizes}
+    candidates = []
+    for opening in sorted(sizes, key=lambda opening: places[opening]):
+        left -= sizes[opening]
+        if places[opening] >= 0.1 or left < 0:
+            break
+        candidates.append(opening)
+    return _part(rows, openings, candidates, sorted(sizes, key=lambda opening: places[opening]), budget)
 
 
 def _place(opening: str) -> float:

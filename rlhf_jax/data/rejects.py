@@ -1,6 +1,7 @@
 """Rows that cannot be used: where they stand, why, and whether that stops the run or is counted and written down."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -83,10 +84,11 @@ class Rejects:
         """Counts a row that is used."""
         self.used[place.source] = self.used.get(place.source, 0) + 1
 
-    def write_to(self, path: str | Path) -> None:
+    def write_to(self, path: str | Path, *, sources: Collection[str] | None = None) -> None:
         """Rejected rows go into this jsonl file: those so far at once, later ones as they come.
 
-        What a resumed run wrote there before is kept, and counted once. Without rejected rows there is no file.
+        What a resumed run wrote there before is kept, and counted once; only what is of these `sources`, if they are
+        given. Without rejected rows there is no file.
         """
         self._path = Path(path)
         before = set()
@@ -103,7 +105,7 @@ class Rejects:
                 except (ValueError, KeyError, TypeError):
                     continue
                 before.add(place)
-                if place not in self._seen:
+                if place not in self._seen and (sources is None or place.source in sources):
                     self._seen.add(place)
                     _add(self._rejected, place, entry["reason"])
         _append(self._path, [e for e in self._pending if Place(e["source"], e["line"]) not in before])

@@ -1,6 +1,7 @@
 """Measures policies on held-out prompts: scores, lengths, true utility where it is known, win rates."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -266,5 +267,6 @@ def write_examples(
             example: dict[str, Any] = {"prompt": prompt}
             for i, name in enumerate(samples):
                 example[name] = texts[i][row]
-                example |= {f"{name}_{column}": float(values[i][row]) for column, values in columns.items()}
+                numbers = {f"{name}_{column}": float(values[i][row]) for column, values in columns.items()}
+                example |= {key: number for key, number in numbers.items() if math.isfinite(number)}
             file.write(json.dumps(example, ensure_ascii=False) + "\n")

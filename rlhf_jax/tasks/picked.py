@@ -39,10 +39,10 @@ def write_picked(
 
 
 def picked_rows(task: Task, pool: Pool, first: int, *, blind: bool = False) -> list[dict[str, Any]]:
-    """A row for each prompt whose best answer ends and has words: prompt, completion, score, and its number as "row".
+    """A row for each prompt whose best answer ends and has words: prompt (and tools), completion, score, and "row".
 
-    Numbers count up from `first`. `blind` adds the first answer to the prompt that ends and has words: a random one,
-    for it was drawn without a look at the scores.
+    That is the prompt's number, counted up from `first`. `blind` adds the first answer to the prompt that ends and has
+    words: a random one, for it was drawn without a look at the scores.
     """
     n = pool.scores.shape[1]
 
@@ -56,7 +56,7 @@ def picked_rows(task: Task, pool: Pool, first: int, *, blind: bool = False) -> l
     found = []
     for place, (number, text) in enumerate(zip(pool.prompts.row.tolist(), best, strict=True)):
         if text:
-            row = {"prompt": prompts[number].prompt, "completion": text, "score": float(pool.scores[place].max())}
+            row = prompts[number].asked() | {"completion": text, "score": float(pool.scores[place].max())}
             if blind:
                 row["blind"] = next(filter(None, others[place * n : place * n + n]))
             found.append(row | {"row": first + place})

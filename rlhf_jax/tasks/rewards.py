@@ -92,6 +92,9 @@ def load_rewards(
         rewards += others
         check_rewards(rewards)
         scorers = [of_function(text, 1.0) if is_function(text) else of_folder(text, 1.0)[0] for text in watched]
+        called = [scorer.name for scorer in scorers]
+        if twice := sorted({name for name in called if called.count(name) > 1}):
+            raise UserError(f"--watch: two scorers are called {twice[0]!r}: their metrics could not be told apart")
         critic = next((own for _, own in found if own is not None), None)
         yield Rewards(rewards, critic, make_watch(task, sampler, scorers) if scorers else None, scorers)
 

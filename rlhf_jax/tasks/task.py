@@ -76,6 +76,12 @@ class PromptRow(NamedTuple):
     prompt: str | list[dict[str, Any]]
     columns: dict[str, Any]
 
+    def asked(self) -> dict[str, Any]:
+        """The fields of a row that is to be learned with the prompt: the prompt, and its tools if it has any."""
+        return {"prompt": self.prompt} | {
+            name: self.columns[name] for name in ("tools", "functions") if self.columns.get(name)
+        }
+
 
 @runtime_checkable
 class Task(Protocol):

@@ -50,6 +50,8 @@ class Source(NamedTuple):
     """Text put behind each prompt."""
     clamp: float | None = None
     """The highest probability of a soft label."""
+    own: int = 0
+    """So many of the first names are files of the run's own, which are read whole, whatever the limit."""
 
 
 class TextTask:
@@ -164,12 +166,17 @@ class TextTask:
         validation: list[Document] = []
         for rows in self._read("demonstrations"):
             documents = [ids for _, ids in rows]
-            kept, out = split_rows(documents, budget=self._budget, rng=self._rng(1))
+            if self._growing:
+                openings = [opening_of_row(read) for read, _ in rows]
+                kept, out = split_by_hash(documents, openings, budget=self._budget)
+            else:
+                kept, out = split_rows(documents, budget=self._budget, rng=self._rng(1))
             if not kept:
                 raise UserError(f"{rows[0][0].row.place.source}: too few rows to train on some and hold out others")
             train.append(kept)
             validation += out
         everything = [document for some in train for document in some]
+        self._run.say(f"demonstrations: {len(everything)} to train on, {len(validation)} held out")
         width = self._row_width(max(map(size, everything)))
         packed = pack_sequences(everything, length=width, pad_id=self.base.pad_id)
         found = Demonstrations(packed, self._pad(validation), partial(self._batches, train, width), len(packed.mask))
@@ -291,8 +298,9 @@ class TextTask:
 
     def _read_rows(self, source: Source) -> list[list[tuple[Read, Any]]]:
         found = []
-        for name, form in zip(source.names, self._formats(source), strict=True):
-            rows = read_rows(name, form, self._rejects, columns=source.columns, limit=self._limit)
+        for number, (name, form) in enumerate(zip(source.names, self._formats(source), strict=True)):
+            limit = None if number < source.own else self._limit
+            rows = read_rows(name, form, self._rejects, columns=source.columns, limit=limit)
             encoded = encode_rows(rows, self.base.tokenizer, self._max_length, self._rejects)
             found.append(list(reported(encoded, name, self._run.say, every_seconds=SECONDS)))
             if not found[-1]:
@@ -313,7 +321,8 @@ class TextTask:
     def _announce(self, demonstrations: Tokens | None = None) -> None:
         """Says what was used and left out, also in rejected.jsonl, and shows a sample of the tokens."""
         if self._run.first:
-            self._rejects.write_to(self._run.dir / "rejected.jsonl")
+            read = {name for source in self._sources.values() for name in source.names}
+            self._rejects.write_to(self._run.dir / "rejected.jsonl", sources=read)
         for line in self._rejects.summary():
             if line not in self._said:
                 self._run.say(line)
@@ -355,6 +364,12 @@ def reordered(ids: RankedAnswers, order: Sequence[int]) -> RankedAnswers:
 def as_prompt(read: Read) -> Prompt:
     """The prompt of a row that has answers, too."""
     return Prompt(read.row.prompt, read.row.place, read.row.tools)
+
+
+def opening_of_row(read: Read) -> str:
+    """The first words of a row: of its conversation, or of a text without one."""
+    row = read.row
+    return row.text.partition("\n")[0] if isinstance(row, Text) else opening_of(row.prompt)
 
 
 def with_suffix(prompt: Prompt, suffix: str) -> Prompt:

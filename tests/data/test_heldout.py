@@ -58,6 +58,14 @@ def test_what_was_trained_on_is_not_held_out_when_there_are_more_rows():
     # A budget lets some go to training, and takes none from there.
     few = split_by_hash(range(4000), openings, budget=40)[1]
     assert len(few) == 40 and set(few) < set(more_held)
+    # Openings grow unequally, and the budget has no room for all that are held out: none comes from training.
+    sizes = np.random.default_rng(0).integers(1, 9, (4, 300))
+    before: set[str] = set()
+    for count in range(1, 5):
+        grown = [f"opening {n}" for n, times in enumerate(sizes[:count].sum(axis=0)) for _ in range(times)]
+        left, out = ({grown[row] for row in part} for part in split_by_hash(range(len(grown)), grown, budget=60))
+        assert out and not out & before
+        before |= left
     # None of these is in the tenth by itself.
     none = [row for row in more_train if row % 2 == 0][:5]
     assert len(split_by_hash(none, [openings[row] for row in none], budget=9)[1]) == 1

@@ -71,6 +71,18 @@ def test_a_resumed_run_goes_on_in_the_same_file(tmp_path):
     assert [entry["line"] for entry in whole] == [1, 2, 3]
 
 
+def test_what_other_sources_had_in_the_file_stays_and_is_not_counted(tmp_path):
+    path = tmp_path / "rejected.jsonl"
+    first = Rejects("skip")
+    first.write_to(path)
+    first.reject(Place("f", 1), "odd", {})
+    second = Rejects("skip")
+    second.write_to(path, sources={"g"})
+    second.reject(Place("g", 1), "even", {})
+    assert second.counts() == {"even": 1} and list(second.by_source()) == ["g"]
+    assert [json.loads(line)["source"] for line in path.read_text().splitlines()] == ["f", "g"]
+
+
 def test_a_row_that_is_nested_too_deeply_to_be_written_is_counted_all_the_same(tmp_path):
     nested: list = []
     for _ in range(100_000):

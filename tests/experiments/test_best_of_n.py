@@ -90,6 +90,15 @@ def test_a_watched_scorer_chooses_nothing_and_says_what_the_chosen_ones_are_wort
     assert figures == [4, 3]
 
 
+def test_two_watched_scorers_of_one_name_are_refused(flags, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.py").write_text(REWARD)
+    watch = tuple(f"{tmp_path / name / 'x.py'}:long" for name in ("a", "b"))
+    with pytest.raises(UserError, match="--watch: two scorers are called 'long'"):
+        best_of_n.main(best_of_n.Config(run_dir=str(tmp_path / "run"), watch=watch, **flags))
+
+
 def test_one_answer_is_nothing_to_choose_from(flags):
     with pytest.raises(UserError, match="n is 1"):
         replace(best_of_n.Config(**flags), n=1)

@@ -46,6 +46,8 @@ def test_rounds_learn_from_the_best_and_a_control_from_others(done):
     assert [row["step"] for row in stages["rejection_sampling"]] == [1, 2]
     assert {"start_score", "control_score", "control_kl", "rejection_sampling_score", "win_rate"} <= set(metrics)
     assert metrics["rejection_sampling_score"] == stages["rejection_sampling"][-1]["score"]
+    # The first step begins at the same weights: other answers are learned.
+    assert stages["blind-1"][0]["loss"] != stages["best-1"][0]["loss"]
     assert (folder / "policy" / "config.json").exists()
     examples = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
     assert all({"start", "rejection_sampling"} <= set(row) for row in examples)
@@ -64,21 +66,27 @@ def test_a_killed_run_goes_on_to_the_same_policy(done, small_policy, reward, tmp
     with pytest.raises(KeyboardInterrupt):
         rejection_sampling.main(rejection_sampling.Config(run_dir=str(folder), **cfg))
     monkeypatch.setattr(rejection_sampling.sft, "train", trained)
+    picked = folder / "round-2" / "picked.jsonl"
+    whole = picked.read_bytes()
+    picked.write_bytes(whole[: len(whole) // 2])  # in the middle of a line
     rejection_sampling.main(rejection_sampling.Config(run_dir=str(folder), resume=True, **cfg))
+    assert picked.read_bytes() == whole
     ours, theirs = (load_hf(some / "policy")[1] for some in (folder, done[0]))
     assert all(map(np.array_equal, jax.tree.leaves(ours), jax.tree.leaves(theirs)))
 
 
 def test_the_best_answer_of_each_prompt_is_picked_and_a_blind_one_that_ends(small_world_for_all, tmp_path):
     world = World(0)
+    silent = 3
     pad, eos = world.base.pad_id, world.base.tokenizer.eos_token_id
     words = [word for word in range(len(world.base.tokenizer)) if word not in (pad, eos)][10:18]
 
     def sampler(_, prompts, number):
         # Of four answers to a prompt the first does not end, the second has one word, the third three, the fourth two.
+        # To one prompt none ends.
         tokens = np.full((len(prompts.row), 4), pad)
         for row in range(len(tokens)):
-            count = (4, 1, 3, 2)[row % 4]
+            count = (4, 1, 3, 2)[row % 4] if row // 4 != silent else 4
             tokens[row, :count] = words[:count]
             if count < 4:
                 tokens[row, count] = eos
@@ -89,8 +97,13 @@ def test_the_best_answer_of_each_prompt_is_picked_and_a_blind_one_that_ends(smal
     texts = world.base.tokenizer.convert_ids_to_tokens(words)
     with Run(tmp_path, SFT(), name="x") as run:
         file, count = tmp_path / "picked.jsonl", len(world.prompts().train.row)
-        assert write_picked(run, "answers", file, world, partial(sampler, None), score, 4, blind=True) == count
-    for number, row in enumerate(read_rows(file)):
+        given = [run, "answers", file, world, partial(sampler, None), score, 4]
+        assert write_picked(*given, blind=True) == count - 1
+        whole = file.read_bytes()
+        given[4] = lambda *_: pytest.fail("it is whole, so nobody is asked")
+        assert write_picked(*given, blind=True) == count - 1 and file.read_bytes() == whole
+    numbers = [number for number in range(count) if number != silent]
+    for number, row in zip(numbers, read_rows(file), strict=True):
         prompt = world.prompts().rows[int(world.prompts().train.row[number])].prompt
         assert row == {
             "prompt": prompt,

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from experiments import ppo, reward_model, sft
-from experiments.stages import open_task
+from experiments.stages import open_own, open_task
 from rlhf_jax import checkpoint, loop
 from rlhf_jax.cli import run_main
+from rlhf_jax.data.heldout import split_by_hash
 from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run
 from rlhf_jax.tasks import text
@@ -134,6 +135,24 @@ def test_a_killed_run_goes_on_to_the_very_same_parameters(files, tmp_path, monke
     inspect = checkpoint.inspect
     monkeypatch.setattr(loop.checkpoint, "inspect", lambda *a, **k: inspect(*a, **k)._replace(data_state=beginning))
     assert again() != straight
+
+
+def test_a_runs_own_files_are_read_whole_and_what_was_trained_on_stays_there(files, tmp_path):
+    """--limit is about the user's files."""
+    own, cfg = tmp_path / "own.jsonl", sft.Config(**{name: files[name] for name in SFT_FILES}, limit=5)
+    said = [{"prompt": f"what {n}?", "completion": f"that {n}"} for n in range(200)]
+    train = []
+    with Run(tmp_path / "run", cfg, name="task") as run:
+        task = open_task(cfg, run)
+        for count in (100, 200):
+            lines(own, said[:count])
+            with_own = open_own(cfg, task, run, {"demonstrations": [own]})
+            rows, _ = with_own._read("demonstrations"), with_own.demonstrations()
+            assert [len(some) for some in rows] == [count, 5]
+            openings = [row["prompt"] for row in said[:count]]
+            train.append(set(split_by_hash(openings, openings, budget=512)[0]))
+            assert with_own._demonstrations().validation.mask.shape[0] == count - len(train[-1]) + 1
+    assert train[0] < train[1]
 
 
 def test_a_mixture_of_conversations_and_plain_text(files, tmp_path, capsys):

@@ -317,7 +317,7 @@ def test_methods(tmp_path):
 
 
 def test_methods_in_rounds_share_the_prompts(tmp_path, monkeypatch):
-    """They ask the loop for a third of them in each round, and count its answers and labels, and PPO's own answers."""
+    """They ask the loop for a third of them in each round, and count its labels, and PPO's own answers."""
     asked = []
 
     def rounds_of(flags, task, run, sampler, label, seed):
@@ -326,7 +326,11 @@ def test_methods_in_rounds_share_the_prompts(tmp_path, monkeypatch):
             if flags.learner == "ppo":
                 for step in (1, 2):
                     run.log(f"ppo-{number}", step, {"score": 0.0})
-            yield number, f"policy {number}", [], {"labels": 20.0}
+            folder = run.dir / f"round-{number}"
+            folder.mkdir(exist_ok=True)
+            rows = [json.dumps({"responses": ["a"] * count}) + "\n" for count in (8, 3)]
+            (folder / "comparisons.jsonl").write_text("".join(rows))
+            yield number, f"policy {number}", [], {}
 
     monkeypatch.setattr(iterate, "run_rounds", rounds_of)
     task = simulated.World(0)
@@ -334,9 +338,9 @@ def test_methods_in_rounds_share_the_prompts(tmp_path, monkeypatch):
     monkeypatch.setattr(iterate, "world_labels", lambda world, sampler: None)
     cfg = methods.Config(ppo=PPO)
     with Run(tmp_path, cfg, name="x") as run:
-        for name, samples in (("iterated_dpo", 0.16), ("ppo_three_rounds", 0.16 + 3 * 2 * 8 / 1000)):
+        for name, samples in (("iterated_dpo", 0.033), ("ppo_three_rounds", 0.033 + 3 * 2 * 8 / 1000)):
             policy = methods.METHODS[name](cfg, begun, 7, run)
-            assert policy.params == "policy 3" and policy.labels == 0.16 and policy.samples == pytest.approx(samples)
+            assert policy.params == "policy 3" and policy.labels == 0.033 and policy.samples == pytest.approx(samples)
     assert [flags.learner for flags in asked] == ["dpo", "ppo"]
     assert {(flags.seed, flags.labels, flags.answers, flags.ppo) for flags in asked} == {(7, 64 // 3, 8, PPO)}
 
