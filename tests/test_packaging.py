@@ -95,8 +95,8 @@ for package in (rlhf_jax, experiments):
         importlib.import_module(module.name)
 for name in sys.argv[1:]:
     importlib.import_module(name)
-from rlhf_jax.tasks.simulated import World
-World(0)
+from rlhf_jax.tasks.simulated import Sizes, World
+World(0, sizes=Sizes(demonstrations=8, validation=4, compared=4, heldout_pairs=4, prompts=8, heldout=4))
 """
 
 
