@@ -5,9 +5,9 @@ frontier is the exact optimum of the reward model's score minus β·KL, from one
 (`rlhf_jax.frontier`); it ends where fewer than 10 of the 512 answers have weight for a tenth of the prompts. Best of n
 is told from the same pool, at its bound of the KL, log n − (n − 1)/n. Constitutional AI has no reward model and no
 comparisons by people: a simulated judge with the same bias. `ppo_three_rounds` and `iterated_dpo` have their labels
-in three rounds, of the last policy's answers (`experiments/iterate.py`). Samples are
-answers that a method asks for, without the comparisons that all share. Memory is told on Linux alone: what a process
-holds at the most, less what it held before, compiled programs of earlier methods among it.
+in three rounds, of the last policy's answers (`experiments/iterate.py`). Samples are answers that a method asks for,
+without the comparisons that all share. Memory is told on Linux alone: what a process holds at the most, less what it
+held before, compiled programs of earlier methods among it.
     python experiments/ablations/methods.py
 It takes about two hours on 2 CPU cores for 5 seeds. It writes a table and a figure: proxy and true utility against KL.
 """

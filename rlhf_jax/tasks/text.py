@@ -367,9 +367,8 @@ def as_prompt(read: Read) -> Prompt:
 
 
 def opening_of_row(read: Read) -> str:
-    """The first words of a row: of its conversation, or of a text without one."""
-    row = read.row
-    return row.text.partition("\n")[0] if isinstance(row, Text) else opening_of(row.prompt)
+    """The first words of a row's conversation; of a text without one, the whole text."""
+    return read.row.text if isinstance(read.row, Text) else opening_of(read.row.prompt)
 
 
 def with_suffix(prompt: Prompt, suffix: str) -> Prompt:
