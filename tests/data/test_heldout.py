@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.data.heldout import held_out, opening_of, split_by_hash, split_by_opening, split_head, split_rows
+from rlhf_jax.data.heldout import _place, held_out, opening_of, split_by_hash, split_by_opening, split_head, split_rows
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,11 @@ def test_what_was_trained_on_is_not_held_out_when_there_are_more_rows():
         left, out = ({grown[row] for row in part} for part in split_by_hash(range(len(grown)), grown, budget=60))
         assert out and not out & before
         before |= left
+    # The second of three grows past the budget: the third, which was trained on, does not take its place.
+    small, grows, trained = sorted((f"opening {n}" for n in range(300)), key=_place)[:3]
+    for times, expected in ((8, {small, grows}), (9, {small})):
+        grown = [small] * 2 + [grows] * times + [trained] * 5
+        assert {grown[row] for row in split_by_hash(range(len(grown)), grown, budget=10)[1]} == expected
     # None of these is in the tenth by itself.
     none = [row for row in more_train if row % 2 == 0][:5]
     assert len(split_by_hash(none, [openings[row] for row in none], budget=9)[1]) == 1
