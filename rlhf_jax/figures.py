@@ -149,6 +149,10 @@ def _lines(axes: Axes, rows: Rows, lines: Sequence[Line]) -> None:
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    layout = figure.get_layout_engine()
+    if layout is not None:  # once: savefig would ask for it twice, which is half of a picture's time
+        layout.execute(figure)
+        figure.set_layout_engine(None)
     figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]

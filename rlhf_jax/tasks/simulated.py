@@ -1,6 +1,7 @@
 """The controlled world as a task: demonstrators with a ceiling, annotators who agree 73% of the time, true utility."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -221,18 +222,26 @@ class World:
         )
 
     def _encode(self, problems: list[Problem]) -> Prompts:
-        tokenizer = self.base.tokenizer
-        messages = [[{"role": "user", "content": p.prompt}] for p in problems]
-        texts = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids = self._ids([p.prompt for p in problems], self._opened)
         return pad_prompts(ids, length=PROMPT_LENGTH, pad_id=self.base.pad_id)
+
+    @cached_property
+    def _opened(self) -> str:
+        """A conversation up to its answer, {} for the prompt: rendered once, as all others differ in that alone."""
+        messages = [{"role": "user", "content": "{}"}]
+        return str(self.base.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def _ids(self, texts: Sequence[str], frame: str = "{}") -> list[list[int]]:
+        encoder = self.base.tokenizer.backend_tokenizer
+        rows = encoder.encode_batch_fast([frame.format(text) for text in texts], add_special_tokens=False)
+        return [row.ids for row in rows]
 
     def _demonstrate(self, problems: list[Problem]) -> tuple[list[tuple[list[int], list[int]]], np.ndarray]:
         """(prompt, answer) in ids, and the true utility of each answer."""
         prompts, people = self._encode(problems), Demonstrators()
         texts = [people.write(self._rng, p) for p in problems]
         tokenizer = self.base.tokenizer
-        answers = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        answers = self._ids(texts)
         pairs = [
             (ids[mask].tolist(), [*answer, tokenizer.eos_token_id])
             for ids, mask, answer in zip(prompts.tokens, prompts.mask, answers, strict=True)
