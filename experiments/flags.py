@@ -10,6 +10,7 @@ from typing import Any, Literal
 from rlhf_jax.ensemble import Combination
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.models import BFLOAT16, FLOAT32, MIXED, Precision
+from rlhf_jax.pretrained import Layout
 from rlhf_jax.rewards.server import is_server
 from rlhf_jax.tasks.rewards import Ensemble
 from rlhf_jax.tasks.text import Source
@@ -46,6 +47,10 @@ class RunFlags(Flags):
     """One of many processes: ADDRESS:PORT of the first, how many, number of this one, as in 10.0.0.1:8476,4,0. By
     default from the environment: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; SLURM; Open MPI; TPU."""
 
+    compile_cache: str | None = None
+    """The folder in which compiled programs are kept for later runs, or none. By default JAX_COMPILATION_CACHE_DIR,
+    else rlhf_jax in the user's cache folder."""
+
     def __post_init__(self) -> None:
         at_least(self, seed=0)
         super().__post_init__()
@@ -60,8 +65,18 @@ class ModelFlags(Flags):
     files, everything happens in the controlled world, and what a stage needs is made first."""
     precision: PrecisionName = "float32"
     """mixed: weights float32, arithmetic bfloat16, head float32. bfloat16: all but norms, adapters, logits, losses."""
+    scan_layers: bool | None = None
+    """Compile one layer for all of them: a deep model then compiles as fast as a shallow one. By default for models
+    of more than 8 layers."""
+    remat: bool | None = None
+    """Compute each layer's activations again in the backward pass, which costs time and saves most of the memory. By
+    default where layers are scanned."""
     max_length: int | None = None
     """Tokens of prompt and answer together. By default as long as the data are, at most 1024 and the model's limit."""
+
+    def layout(self) -> Layout:
+        """How the models that a run reads compute."""
+        return Layout(PRECISIONS[self.precision], self.scan_layers, self.remat)
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,11 @@ from experiments.sft import SFT, Trained
 from experiments.stages import open_task, policy_sampler
 from rlhf_jax.batches import Prompts
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
+from rlhf_jax.compiled import count_compilations
 from rlhf_jax.data.tokens import join
 from rlhf_jax.errors import UserError
 from rlhf_jax.export import export_adapters, export_policy, export_reward_model
-from rlhf_jax.log import Run, count_compilations
+from rlhf_jax.log import Run
 from rlhf_jax.models import ScalarModel, Transformer
 from rlhf_jax.rewards.model import model_reward
 from rlhf_jax.scoring import mean_in_batches, response_rewards, score_in_batches, sft_objective

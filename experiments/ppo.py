@@ -56,12 +56,13 @@ from rlhf_jax.actor_critic import Frozen, Setup, State, start_actor_critic
 from rlhf_jax.advantages import gae
 from rlhf_jax.batches import Completions, Experience, Prompts, Tokens
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
+from rlhf_jax.compiled import count_compilations
 from rlhf_jax.data.tokens import join, take
 from rlhf_jax.diagnostics import explained_variance, sampler_gap
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.export import export_policy
 from rlhf_jax.kl import adaptive_beta, kl_k1, kl_k2, kl_k3, kl_shaped_rewards
-from rlhf_jax.log import Run, count_compilations
+from rlhf_jax.log import Run
 from rlhf_jax.loop import shard_microbatches
 from rlhf_jax.losses import ppo_clip_loss, value_clip_loss
 from rlhf_jax.masking import masked_mean, masked_sum, masked_whiten
@@ -449,7 +450,7 @@ def train(
     given, cfg = cfg, with_defaults(cfg, base)
     say_defaults(run, stage, given, cfg, base)
     assert cfg.steps is not None and cfg.responses is not None
-    keep_freed_memory()  # one program an iteration has it back whole
+    keep_freed_memory(base.params)  # one program an iteration has it back whole
     check_rows(cfg.responses, "responses")
     cfg.check_parts(cfg.responses // cfg.minibatches, "responses")
     setup, state, frozen = prepare(

@@ -98,19 +98,18 @@ def open_task(cfg: Any, run: Run, *, first: str | None = None) -> Task:
         model=cfg.model, reference=getattr(cfg, "reference", None),
         **{kind: source.names for kind, source in files.items()},
     )  # fmt: skip
-    precision = PRECISIONS[cfg.precision]
     if not files:
         refuse_in_the_world(cfg)
         folder = cfg.model or (made_first(cfg, run, first) / "policy" if first else None)
-        base = None if folder is None else say_notes(run, load_policy(str(folder), precision))
+        base = None if folder is None else say_notes(run, load_policy(str(folder), cfg.layout()))
         keep_freed_memory()
-        world = World(cfg.seed, base=base, precision=precision)
+        world = World(cfg.seed, base=base, precision=PRECISIONS[cfg.precision])
         world.eval_batch_size = getattr(cfg, "eval_batch_size", None) or world.eval_batch_size
         return world
     if cfg.model is None:
         raise UserError(f"--{next(iter(files))} needs --model: a Hugging Face folder or hub name to start from")
     return TextTask(
-        say_notes(run, load_policy(cfg.model, precision)), run, files, seed=cfg.seed, max_length=cfg.max_length,
+        say_notes(run, load_policy(cfg.model, cfg.layout())), run, files, seed=cfg.seed, max_length=cfg.max_length,
         max_new_tokens=cfg.max_new_tokens, eval_batch_size=cfg.eval_batch_size or 16, limit=cfg.limit,
         heldout=cfg.heldout, on_bad_row=cfg.on_bad_row, streaming=getattr(cfg, "streaming", False),
     )  # fmt: skip
@@ -151,6 +150,9 @@ def refuse_in_the_world(cfg: Any) -> None:
     for name, default in unused.items():
         if getattr(cfg, name, default) != default:
             raise UserError(f"--{name.replace('_', '-')} is about files, and without files nothing would use it")
+    for name in ("scan_layers", "remat"):
+        if cfg.model is None and getattr(cfg, name, None) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is about a model that is read, and there is no --model")
 
 
 def made_first(cfg: Any, run: Run, name: str, **given: Any) -> Path:
@@ -186,7 +188,7 @@ def open_reference(cfg: Any, run: Run, task: Task) -> Params | None:
     """The parameters of --reference; None where it is what training starts from."""
     if cfg.reference is None:
         return None
-    return load_reference(cfg.reference, task.base, PRECISIONS[cfg.precision], say=run.say)
+    return load_reference(cfg.reference, task.base, cfg.layout(), say=run.say)
 
 
 @contextmanager
@@ -215,7 +217,7 @@ def open_rewards(
         models = tuple(str(folder / name) for name in member_names(members))
     with load_rewards(
         task, policy_sampler(cfg, task), models=models, functions=functions, weights=cfg.reward_weights,
-        watched=watched, precision=PRECISIONS[cfg.precision],
+        watched=watched, layout=cfg.layout(),
         limits=Limits(seconds=cfg.reward_time_limit, jobs=cfg.reward_jobs), failed_score=failed_score,
         max_failed_share=cfg.reward_max_failed, others=others, say=run.say, ensemble=cfg.ensemble(),
     ) as rewards:  # fmt: skip
@@ -354,7 +356,7 @@ def train_without_critic(
     """`train_groups` with the numbers of the flags."""
     filled = group_defaults(cfg, base)
     say_defaults(run, stage, cfg, filled, base)
-    keep_freed_memory()
+    keep_freed_memory(base.params)
     numbers = filled.numbers(task.max_new_tokens)
     return train_groups(
         algorithm, numbers, base, task.prompts(), rewards, filled.make_group_loop(run, stage), seed,

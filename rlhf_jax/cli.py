@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import jax
 import tyro
 
+from rlhf_jax.compiled import keep_compiled
 from rlhf_jax.errors import UserError
 from rlhf_jax.folder import read_json
 from rlhf_jax.hosts import fail, leave, many, start
@@ -39,18 +40,21 @@ def run_main(main: Callable[[ConfigT], Any], config: type[ConfigT]) -> None:
 
     With --resume, flags that are not given are those that the run was started with. What the user can put right ends
     in one line and exit code 2, Ctrl-C in exit code 130, SIGTERM in 143, without traceback. Where there is a
-    flag --hosts, the process joins those that it was started with, if any, before `main` (`hosts.start`).
+    flag --hosts, the process joins those that it was started with, if any, before `main` (`hosts.start`); where there
+    is one --compile-cache, compiled programs are kept (`compiled.keep_compiled`).
     """
     try:
         cfg = tyro.cli(config)
         run_dir = getattr(cfg, "run_dir", None)
         if run_dir and getattr(cfg, "resume", False):
             saved = read_json(Path(run_dir) / "config.json")
-            for name in ("hosts", "accept_changes"):  # told anew each time
+            for name in ("hosts", "accept_changes", "compile_cache"):  # told anew each time
                 saved.pop(name, None)
             cfg = tyro.cli(config, default=_with_saved(config(), saved))
         if hasattr(cfg, "hosts"):
             start(cfg.hosts)
+        if hasattr(cfg, "compile_cache"):
+            keep_compiled(cfg.compile_cache)
         main(cfg)
     except KeyboardInterrupt:
         leave(INTERRUPTED)

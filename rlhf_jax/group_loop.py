@@ -13,10 +13,10 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from rlhf_jax.actor_critic import own_part
 from rlhf_jax.batches import Completions, Ended, Prompts, Tokens
+from rlhf_jax.compiled import count_compilations
 from rlhf_jax.data.order import EpochOrder
 from rlhf_jax.data.tokens import bucket, take
 from rlhf_jax.groups import Algorithm, Frozen, Numbers, learn, rollout, score
-from rlhf_jax.log import count_compilations
 from rlhf_jax.loop import Loop
 from rlhf_jax.models import Transformer
 from rlhf_jax.pretrained import Pretrained

@@ -14,7 +14,6 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -25,6 +24,7 @@ from rich.text import Text
 
 import rlhf_jax
 from rlhf_jax import checkpoint, clock, provenance
+from rlhf_jax.compiled import long_compilations_said
 from rlhf_jax.errors import UserError
 from rlhf_jax.folder import changed_flags, flat, open_folder, read_json, remove_folder, write_json
 from rlhf_jax.hosts import first, from_first
@@ -63,6 +63,7 @@ class Run:
         self.resumed = resume
         self.first = first()
         self._signals = Signals()
+        self._compiling = long_compilations_said(self.say)
         self._screen = Screen(self._signals, quiet=not self.first)
         self._refuse(changes)
         self._writer = checkpoint.Writer(self.dir)
@@ -89,6 +90,7 @@ class Run:
         self._signals.open()
         clock.keep(self._date)
         self.say(f"run: {self.dir}")
+        self._compiling.__enter__()
         return self
 
     def __exit__(
@@ -97,6 +99,7 @@ class Run:
         ends: dict[Any, str] = {None: "finished", KeyboardInterrupt: "interrupted", Preempted: "preempted"}
         status = ends.get(kind, "failed")
         self._signals.closing()
+        self._compiling.__exit__(None, None, None)
         clock.release()
         self._screen.stop()
         failures: list[Exception] = []
@@ -284,22 +287,6 @@ class Run:
     def _write(self, name: str, value: Any) -> None:
         if self.first:
             write_json(self.dir / name, value)
-
-
-@contextmanager
-def count_compilations() -> Iterator[Callable[[], int]]:
-    """Yields a function: how many programs JAX has compiled (or read from its cache) so far."""
-    count = 0
-
-    def listener(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        nonlocal count
-        count += event == "/jax/core/compile/backend_compile_duration"
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        yield lambda: count
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
 
 
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

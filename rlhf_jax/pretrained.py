@@ -1,6 +1,7 @@
 """A model with its tokenizer, read from a Hugging Face folder. A stage starts from it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +22,23 @@ from rlhf_jax.types import Params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+SCANNED_ABOVE = 8
+"""A model of more layers than these has one layer compiled for all of them, and computes activations again."""
+
+
+class Layout(NamedTuple):
+    """How a model that is read computes."""
+
+    precision: Precision = FLOAT32
+    scan_layers: bool | None = None
+    """One compiled layer for all; None for models of more than `SCANNED_ABOVE` layers."""
+    remat: bool | None = None
+    """Activations of a layer are computed again in the backward pass; None where layers are scanned."""
+
+
+LAYOUT = Layout()
 
 
 class Pretrained(NamedTuple):
@@ -65,14 +83,14 @@ class Pretrained(NamedTuple):
         return np.asarray(ended(completions, self.eos_id))
 
 
-def load_policy(path_or_name: str, precision: Precision = FLOAT32) -> Pretrained:
+def load_policy(path_or_name: str, layout: Layout = LAYOUT) -> Pretrained:
     """Reads a language model. Raises UserError for a folder or a name that cannot be read."""
-    return _load(path_or_name, load_hf, precision)
+    return _load(path_or_name, load_hf, layout)
 
 
-def load_reward_model(path_or_name: str, precision: Precision = FLOAT32) -> Pretrained:
+def load_reward_model(path_or_name: str, layout: Layout = LAYOUT) -> Pretrained:
     """Reads a …ForSequenceClassification with one label. Raises UserError for a name that cannot be read."""
-    return _load(path_or_name, load_hf_reward_model, precision)
+    return _load(path_or_name, load_hf_reward_model, layout)
 
 
 def load_tokenizer(path_or_name: str) -> "PreTrainedTokenizerBase":
@@ -116,11 +134,14 @@ def hf_shardings(path_or_name: str | Path) -> Callable[[str], NamedSharding] | N
     mesh = current_mesh()
     if mesh is None:
         return None
-    shapes = param_shapes(load_hf_config(path_or_name))
+    config = load_hf_config(path_or_name)
+    shapes = param_shapes(config)
+    for name in [name for name in shapes if name.startswith("layer_0/")]:  # where layers are scanned
+        shapes[name.replace("layer_0/", "layers/")] = (config.n_layers, *shapes[name])
     return lambda name: parameter_sharding(mesh, name, shapes.get(name.removeprefix("trunk/"), ()))
 
 
-def _load(path_or_name: str, read: Callable[..., tuple[ModelConfig, Any]], precision: Precision) -> Pretrained:
+def _load(path_or_name: str, read: Callable[..., tuple[ModelConfig, Any]], layout: Layout) -> Pretrained:
     """All that is cheap to check is checked before the first tensor is read."""
     try:
         folder = checkpoint_folder(path_or_name)
@@ -131,7 +152,9 @@ def _load(path_or_name: str, read: Callable[..., tuple[ModelConfig, Any]], preci
             notes.append(f"{folder}: tokens that are no text, and that the model lacks, are left out: {left_out}")
         check_vocabulary(tokenizer, config.vocab_size, folder)
         check_template(tokenizer.chat_template, folder)
-        config, params = read(folder, shardings=hf_shardings(folder), precision=precision)
+        scan = config.n_layers > SCANNED_ABOVE if layout.scan_layers is None else layout.scan_layers
+        config, params = read(folder, shardings=hf_shardings(folder), precision=layout.precision, scan_layers=scan)
+        config = replace(config, remat=scan if layout.remat is None else layout.remat)
     except (ValueError, OSError) as error:
         raise UserError(first_line(error)) from None
     return Pretrained(config, params, tokenizer, path_or_name, ends, tuple(notes))

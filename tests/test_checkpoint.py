@@ -15,8 +15,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import checkpoint
+from rlhf_jax.compiled import count_compilations
 from rlhf_jax.errors import UserError
-from rlhf_jax.log import _given_up, count_compilations
+from rlhf_jax.log import _given_up
 
 
 class State(NamedTuple):

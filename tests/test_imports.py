@@ -15,7 +15,7 @@ LEVELS = (
     {"types", "arrays", "masking", "axes"},
     {"logprobs", "kl", "advantages"},
     {"losses"},
-    {"hosts", "sharding", "clock"},
+    {"hosts", "sharding", "clock", "compiled"},
     {"batches", "models", "sampling", "scoring", "rewards", "data", "diagnostics", "pretrained"},
     {
         "actor_critic",

@@ -12,9 +12,10 @@ import pytest
 
 import rlhf_jax
 from rlhf_jax import checkpoint, clock, provenance
+from rlhf_jax.compiled import count_compilations
 from rlhf_jax.data.templates import run_template
 from rlhf_jax.errors import UserError
-from rlhf_jax.log import Run, count_compilations
+from rlhf_jax.log import Run
 
 
 @dataclass(frozen=True)

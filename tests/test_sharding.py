@@ -195,12 +195,13 @@ def test_a_checkpoint_is_restored_onto_another_mesh(tmp_path, mesh):
     chex.assert_trees_all_equal(jax.device_get(restored.params), jax.device_get(saved.params))
 
 
-def test_each_device_reads_its_slices_of_a_model(tmp_path):
-    config = replace(MODEL, scan_layers=False)
+@pytest.mark.parametrize("scan", [False, True])
+def test_each_device_reads_its_slices_of_a_model(tmp_path, scan):
+    config = replace(MODEL, scan_layers=scan)
     params = jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     save_hf(tmp_path, config, params)
     with jax.set_mesh(make_mesh("fsdp=4,tensor=2")):
-        _, read = load_hf(tmp_path, shardings=hf_shardings(tmp_path))
+        _, read = load_hf(tmp_path, shardings=hf_shardings(tmp_path), scan_layers=scan)
     assert {cut(leaf) for _, leaf in parameters_of(read)} == {8}
     chex.assert_trees_all_equal(jax.device_get(read), jax.device_get(params))
     assert hf_shardings(tmp_path) is None

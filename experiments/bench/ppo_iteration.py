@@ -25,7 +25,7 @@ from experiments import ppo
 from experiments.bench.programs import score_and_shape
 from experiments.ppo import PPO
 from rlhf_jax.cli import run_main
-from rlhf_jax.log import count_compilations
+from rlhf_jax.compiled import count_compilations
 from rlhf_jax.models import Transformer, from_language_model
 from rlhf_jax.rewards.model import model_reward
 from rlhf_jax.tasks.simulated import World

@@ -36,8 +36,11 @@ def load_hf(
     *,
     shardings: Callable[[str], Sharding] | Any = None,
     precision: Precision = FLOAT32,
+    scan_layers: bool = False,
 ) -> tuple[ModelConfig, Any]:
     """Reads a language model, as (config, params of a Transformer), both in that precision.
+
+    With `scan_layers` the parameters of all layers are read into one array each, such as "layers/query/kernel".
 
     A folder never touches the network; anything else is taken for a hub name. Weights may be fp32, bf16 or fp16, in
     one file or in shards with an index.
@@ -53,7 +56,7 @@ def load_hf(
     hf, family, config = _read_config(folder, precision)
     if kinds := [kind for kind in _classes(hf) if kind.endswith("ForSequenceClassification")]:
         raise ValueError(f"{folder} holds a {kinds[0]}: load_hf_reward_model reads it")
-    config = _as_stored(folder, family, config)
+    config = replace(_as_stored(folder, family, config), scan_layers=scan_layers)
     return config, nested(_load(folder, family, config, {}, _by_name(shardings)))
 
 
@@ -77,6 +80,7 @@ def load_hf_reward_model(
     *,
     shardings: Callable[[str], Sharding] | Any = None,
     precision: Precision = FLOAT32,
+    scan_layers: bool = False,
 ) -> tuple[ModelConfig, Any]:
     """Reads a …ForSequenceClassification with one label, as (config, params of a ScalarModel).
 
@@ -86,6 +90,7 @@ def load_hf_reward_model(
     """
     folder = checkpoint_folder(path_or_name)
     hf, family, config = _read_config(folder, precision)
+    config = replace(config, scan_layers=scan_layers)
     kinds = _classes(hf)
     if kinds and not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         raise ValueError(f"{folder} holds a {kinds[0]}, and a reward model is a …ForSequenceClassification")
@@ -141,7 +146,8 @@ def _load(
         in_float32 = name.startswith("head/") or name.rpartition("/")[2] in NORMS_AND_BIASES
         return np.float32 if in_float32 else config.precision.parameters
 
-    return read_params(tensors, shapes, config.n_heads, sharding_of, dtype_of)
+    layers = config.n_layers if config.scan_layers else 0
+    return read_params(tensors, shapes, config.n_heads, sharding_of, dtype_of, layers=layers)
 
 
 def without_head(config: ModelConfig) -> ModelConfig:

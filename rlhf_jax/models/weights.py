@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,49 +134,82 @@ class Stored(NamedTuple):
 BLOCK = 2**22  # Bytes of a file that are mapped at once.
 
 
+class _Part(NamedTuple):
+    """Where in a file a parameter lies: the numbers along its axes that the tensor's own axes have."""
+
+    stored: Stored
+    turned: bool
+    axes: list[np.ndarray]
+
+
 def read_params(
     tensors: list[tuple[Stored, Cut]],
     shapes: dict[str, Shape],
     heads: int,
     sharding_of: Shardings,
     dtype_of: Callable[[str], Any],
+    *,
+    layers: int = 0,
 ) -> dict[str, jax.Array]:
-    """Parameters by name, each placed as it is read: the host holds one beside those that live on it."""
-    params = {}
+    """Parameters by name, each placed as it is read: the host holds one beside those that live on it.
+
+    With `layers`, those of so many layers are read into one array, whose name begins with "layers/".
+    """
+    found = {}
     for stored, cut in tensors:
         for part, name in enumerate(cut.parts):
             axes = [np.arange(size) for size in shapes[name][:-1]] + [_places(cut, part, shapes, heads)]
-            params[name] = _place(partial(_read, stored, cut.turned), axes, sharding_of(name), dtype_of(name))
+            found[name] = _Part(stored, cut.turned, axes)
+    params = {}
+    for name, one in found.items():
+        rest = name.partition("/")[2]
+        if not layers or not name.startswith("layer_"):
+            params[name] = _place([one], one.axes, sharding_of(name), dtype_of(name))
+        elif name == f"layer_0/{rest}":
+            each = [found[f"layer_{number}/{rest}"] for number in range(layers)]
+            axes, name = [np.arange(layers), *one.axes], f"layers/{rest}"
+            params[name] = _place(each, axes, sharding_of(name), dtype_of(name))
     return params
 
 
-def _place(
-    read: Callable[[list[np.ndarray]], np.ndarray], axes: list[np.ndarray], sharding: Sharding | None, dtype: Any
-) -> jax.Array:
+def _place(parts: list[_Part], axes: list[np.ndarray], sharding: Sharding | None, dtype: Any) -> jax.Array:
+    """One parameter, or that of several layers along a first axis."""
+
+    def read(axes: list[np.ndarray]) -> np.ndarray:
+        out = _aligned(tuple(len(axis) for axis in axes), np.dtype(dtype))
+        if len(axes) == len(parts[0].axes):
+            _read(parts[0], axes, out)
+        else:
+            for place, layer in zip(out, axes[0], strict=True):
+                _read(parts[layer], axes[1:], place)
+        return out
+
     if sharding is None:
-        return jax.device_put(read(axes).astype(dtype, copy=False))
+        return jax.device_put(read(axes))
     slices: dict[tuple, np.ndarray] = {}  # Replicas ask for the same one.
 
     def slice_of(index: Any) -> np.ndarray:
         key = tuple((part.start, part.stop) for part in index)
         if key not in slices:
-            slices[key] = read([axis[part] for axis, part in zip(axes, index, strict=True)]).astype(dtype, copy=False)
+            slices[key] = read([axis[part] for axis, part in zip(axes, index, strict=True)])
         return slices[key]
 
     return jax.make_array_from_callback(tuple(len(axis) for axis in axes), sharding, slice_of)
 
 
-def _read(stored: Stored, turned: bool, axes: list[np.ndarray]) -> np.ndarray:
-    """The block where those numbers along our axes cross, float32; the file is mapped block by block."""
-    shape = tuple(len(axis) for axis in axes)
-    size = 4 * math.prod(shape)
-    # At a multiple of 64 bytes, where the CPU backend takes it over without a copy.
+def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """An empty array at a multiple of 64 bytes, where the CPU backend takes it over without a copy."""
+    size = dtype.itemsize * math.prod(shape)
     room = np.empty(size + 64, np.uint8)
     start = -room.ctypes.data % 64
-    out = room[start : start + size].view(np.float32).reshape(shape)
+    return room[start : start + size].view(dtype).reshape(shape)
 
-    rows, *others = axes[::-1] if turned else axes
-    target = out.T if turned else out
+
+def _read(part: _Part, axes: list[np.ndarray], out: np.ndarray) -> None:
+    """Fills `out` with the block where those numbers along our axes cross; the file is mapped block by block."""
+    stored = part.stored
+    rows, *others = axes[::-1] if part.turned else axes
+    target = out.T if part.turned else out
     row_bytes = np.dtype(DTYPES[stored.dtype]).itemsize * math.prod(stored.shape[1:])
     step = max(1, BLOCK // row_bytes)
     for begin in range(0, len(rows), step):
@@ -185,7 +218,6 @@ def _read(stored: Stored, turned: bool, axes: list[np.ndarray]) -> np.ndarray:
         place, dtype = stored.offset + low * row_bytes, DTYPES[stored.dtype]
         block = np.memmap(stored.path, dtype, "r", place, (high - low, *stored.shape[1:]))
         target[begin : begin + step] = block[(_index(wanted - low), *map(_index, others))]
-    return out
 
 
 def same_values(first: Stored, second: Stored) -> bool:

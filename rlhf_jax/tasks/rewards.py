@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from rlhf_jax.ensemble import Combination, ensemble_reward
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import ModelConfig, Precision
-from rlhf_jax.pretrained import Pretrained, load_policy, load_reward_model
+from rlhf_jax.models import ModelConfig
+from rlhf_jax.pretrained import Layout, Pretrained, load_policy, load_reward_model
 from rlhf_jax.rewards.model import check_reads, model_reward, same_tokenizer, text_model_reward
 from rlhf_jax.rewards.python import Limits, is_function, parse, python_reward
 from rlhf_jax.rewards.reward import Reward, check_rewards
@@ -46,7 +46,7 @@ def load_rewards(
     functions: Sequence[str],
     weights: Sequence[float],
     watched: Sequence[str],
-    precision: Precision,
+    layout: Layout,
     limits: Limits,
     failed_score: float,
     max_failed_share: float,
@@ -64,7 +64,7 @@ def load_rewards(
     told = iter(weights or [1.0] * (len(models) + len(functions)))
 
     def opened(folder: str) -> Pretrained:
-        model = load_reward_model(folder, precision)
+        model = load_reward_model(folder, layout)
         for note in model.notes:
             say(note)
         return model
@@ -145,12 +145,12 @@ def model_scorer(
     return model_reward(model.config, model.params, name=name, weight=weight), (model.config, model.params)
 
 
-def load_reference(path_or_name: str, base: Pretrained, precision: Precision, *, say: Callable[[str], None]) -> Params:
+def load_reference(path_or_name: str, base: Pretrained, layout: Layout, *, say: Callable[[str], None]) -> Params:
     """The parameters of a reference policy. `say` is told what of its folder is not used.
 
     Raises UserError for one of another shape or tokenizer than `base`.
     """
-    reference = load_policy(path_or_name, precision)
+    reference = load_policy(path_or_name, layout)
     for note in reference.notes:
         say(note)
     if reference.config != base.config or not same_tokenizer(reference.tokenizer, base.tokenizer):

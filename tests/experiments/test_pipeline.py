@@ -199,6 +199,7 @@ def test_adapters_that_cannot_be_are_a_users_mistake(small_world, tmp_path, chan
         (["--sft.steps", "-1"], "steps is -1"),
         (["--heldout", "0"], "heldout is 0"),
         (["--limit", "10"], "--limit is about files"),
+        (["--scan-layers", "True"], "--scan-layers is about a model that is read"),
         (["--demonstrations", "a.jsonl"], "--demonstrations needs --model"),
         (["--sft.max-grad-norm", "0"], "max-grad-norm is 0.0; it must be more than 0"),
         (["--sft.lora-rank", "2", "--sft.lora-dropout", "1"], "lora-dropout is 1.0; it must be below 1"),

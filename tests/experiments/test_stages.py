@@ -19,7 +19,8 @@ from rlhf_jax.pretrained import load_policy, load_reward_model
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
-SHORT = dict(max_length=64, max_new_tokens=8)
+SHORT = dict(max_length=64, max_new_tokens=8, scan_layers=True)
+"""Layers scanned, as those of a deep model are: a small one has few, and test_pipeline.py has those one by one."""
 
 
 def lines(path, rows):

@@ -47,6 +47,9 @@ def test_scanned_layers_equal_loop_layers(name, tmp_path):
     scanned = jax.jit(Transformer(replace(config, scan_layers=True)).apply)({"params": stacked}, *arguments)
     looped = jax.jit(Transformer(config).apply)({"params": params}, *arguments)
     assert_allclose(scanned[MASK], looped[MASK], atol=1e-5)
+    read_config, read = load_hf(tmp_path, scan_layers=True)
+    assert read_config == replace(config, scan_layers=True)
+    jax.tree.map(assert_array_equal, read, stacked)
 
 
 SIZES = {

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax.batches import Completions
+from rlhf_jax.compiled import count_compilations
 from rlhf_jax.data.tokens import pad_prompts
 from rlhf_jax.errors import UserError
-from rlhf_jax.log import count_compilations
 from rlhf_jax.models import Transformer
 from rlhf_jax.pretrained import load_policy
 from rlhf_jax.sampling import sampler
