@@ -79,7 +79,7 @@ from rlhf_jax.rewards.reward import (
 )
 from rlhf_jax.rewards.watch import answer_statistics
 from rlhf_jax.sampling import ended, generate
-from rlhf_jax.scoring import Joined, response_logprobs, sft_objective, token_scores, token_values
+from rlhf_jax.scoring import Joined, in_parts, response_logprobs, sft_objective, token_scores, token_values
 from rlhf_jax.sharding import check_rows, shard_batch, to_host
 from rlhf_jax.tasks.measure import as_texts, compare_policies, make_reward_scorer
 from rlhf_jax.tasks.task import Judge, PromptRow, PromptSets
@@ -146,6 +146,11 @@ class PPOFlags(Flags):
 class PPO(Adapters, Training, PPOFlags):
     """The flags of the stage."""
 
+    @property
+    def parts(self) -> int:
+        """Microbatches of an iteration's answers: as many as are learned from, or scored, one after the other."""
+        return self.minibatches * self.accumulate
+
     schedule: Literal["cosine", "linear", "constant"] = "constant"
     warmup: float = 0.0
     weight_decay: float = 0.0
@@ -210,7 +215,7 @@ def score(
     `host_scores` are those of the rewards that are no models of ours, by name.
     """
     models = {name: frozen.over_trunk(own) for name, own in frozen.rewards.items()}
-    each = score_tokens(setup.rewards, models, tokens) | dict(host_scores)
+    each = in_parts(partial(score_tokens, setup.rewards, models), tokens, cfg.parts) | dict(host_scores)
     total = weighted_sum(each, weights_of(setup.rewards))
     whole = ended(completions, setup.eos_id)
     scores = jnp.where(whole, total, cfg.no_end_score)
@@ -228,10 +233,14 @@ def shape(
     mask = tokens.mask
     # Re-scored at training shapes, so that the first ratio is 1.
     policy, reference = frozen.over_trunk(state.policy.params), frozen.over_trunk(frozen.reference)
-    known = Joined(mask.shape[1] - setup.max_new_tokens)
-    old_logprobs, entropy = token_scores(setup.policy, policy, tokens, temperature=cfg.temperature, joined=known)
-    ref_logprobs = response_logprobs(setup.policy, reference, tokens, temperature=cfg.temperature, joined=known)
-    values = token_values(setup.critic, frozen.critic(state.critic.params), tokens)
+    known: dict[str, Any] = {"temperature": cfg.temperature, "joined": Joined(mask.shape[1] - setup.max_new_tokens)}
+
+    def scores_of(tokens: Tokens) -> tuple[Array, ...]:
+        values = token_values(setup.critic, frozen.critic(state.critic.params), tokens)
+        ref_logprobs = response_logprobs(setup.policy, reference, tokens, **known)
+        return *token_scores(setup.policy, policy, tokens, **known), ref_logprobs, values
+
+    old_logprobs, entropy, ref_logprobs, values = in_parts(scores_of, tokens, cfg.parts)
     rewards = kl_shaped_rewards(scores, old_logprobs, ref_logprobs, mask, beta=state.beta)
     advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, lam=cfg.lam)
     experience = Experience(

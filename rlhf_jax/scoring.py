@@ -21,12 +21,20 @@ from rlhf_jax.losses import chunked_sft_loss
 from rlhf_jax.models import ScalarModel, Transformer, head_kernel, init_cache, last_token_rewards, repeated_cache
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.sampling.sampler import like_lengths
-from rlhf_jax.sharding import shard_batch, to_host
+from rlhf_jax.sharding import current_mesh, shard_batch, to_host
 from rlhf_jax.types import Metrics, Params
 
 Arrays = TypeVar("Arrays")
 
-HEAD_CHUNK = 64  # Columns of time whose logits exist at once.
+HEAD_COLUMNS, HEAD_TOKENS = 64, 512
+"""Columns of time whose logits exist at once, at most; and tokens of a device, where its rows are many."""
+
+
+def head_chunk(rows: int) -> int:
+    """Columns of time whose logits exist at once for so many rows: 100 MB of them for 49 thousand words."""
+    mesh = current_mesh()
+    devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return max(1, min(HEAD_COLUMNS, HEAD_TOKENS * devices // rows))
 
 
 def hidden_states(model: Transformer, params: Params, tokens: Tokens) -> Float[Array, "B T D"]:
@@ -85,7 +93,7 @@ def response_logprobs(
     """
     hidden, targets, mask, lay = _predictors(model, params, tokens, joined)
     return lay(chunked_logprobs(
-        hidden, head_kernel(params), targets, chunk_size=HEAD_CHUNK,
+        hidden, head_kernel(params), targets, chunk_size=head_chunk(len(hidden)),
         mask=mask, softcap=model.config.final_softcap, temperature=temperature,
     ))  # fmt: skip
 
@@ -104,7 +112,7 @@ def token_scores(
     """
     hidden, targets, mask, lay = _predictors(model, params, tokens, joined)
     logprobs, entropy = chunked_logprobs_and_entropy(
-        hidden, head_kernel(params), targets, chunk_size=HEAD_CHUNK,
+        hidden, head_kernel(params), targets, chunk_size=head_chunk(len(hidden)),
         mask=mask, softcap=model.config.final_softcap, temperature=temperature,
     )  # fmt: skip
     return lay(logprobs), lay(entropy)
@@ -120,7 +128,7 @@ def in_parts(function: Callable[[Tokens], Arrays], tokens: Tokens, number: int) 
     if len(tokens.inputs) % number:
         raise ValueError(f"{len(tokens.inputs)} rows do not divide into {number} parts")
     parts = jax.tree.map(lambda x: x.reshape(number, -1, *x.shape[1:]), tokens)
-    found = jax.lax.map(function, shard_batch(parts, axis=1))
+    found = jax.lax.map(lambda part: shard_batch(function(part)), shard_batch(parts, axis=1))
     return shard_batch(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found))
 
 
@@ -128,7 +136,7 @@ def sft_objective(model: Transformer, params: Params, tokens: Tokens) -> tuple[F
     """`sft_loss` of the responses, its gradient computed along with the logits."""
     return chunked_sft_loss(
         hidden_states(model, params, tokens), head_kernel(params), tokens.targets, tokens.mask,
-        chunk_size=HEAD_CHUNK, softcap=model.config.final_softcap,
+        chunk_size=head_chunk(len(tokens.mask)), softcap=model.config.final_softcap,
     )  # fmt: skip
 
 

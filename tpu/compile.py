@@ -32,7 +32,7 @@ from rlhf_jax.batches import Rankings, Tokens
 from rlhf_jax.cli import run_main
 from rlhf_jax.data.pairs import AnswerBatch
 from rlhf_jax.errors import UserError
-from rlhf_jax.scoring import HEAD_CHUNK
+from rlhf_jax.scoring import HEAD_COLUMNS
 from rlhf_jax.sharding import batch_shardings, make_mesh, shardings
 
 # Programs for devices that this machine does not have cannot be read back from the cache.
@@ -107,7 +107,7 @@ def main(cfg: Config, *, quiet: bool = False) -> dict[str, float]:
 
     def turns(loop: str) -> int:
         """The most turns of a loop whose end depends on data: the sampler's, or the head's over chunks of columns."""
-        return cfg.response if "generate" in loop else -(-cfg.response // HEAD_CHUNK)
+        return cfg.response if "generate" in loop else -(-cfg.response // HEAD_COLUMNS)
 
     traffic = hlo.sent(compiled.as_text(), otherwise=turns)
     chips = mesh.size
