@@ -86,8 +86,8 @@ class SamplingFlags(Flags):
     max_new_tokens: int | None = None
     """The longest answer that is sampled, in tokens. By default 128, and at most a quarter of max-length."""
     eval_batch_size: int | None = None
-    """Rows that are sampled or scored at once where nothing is trained. By default 1024 in the controlled world, 16
-    with a pretrained model."""
+    """Rows that are sampled or scored at once where nothing is trained. By default 1024 in the controlled world, else
+    as many as take 256 MB a device, or an eighth of the model's memory, in one layer; at most 256."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "eval_batch_size"):

@@ -110,7 +110,7 @@ def open_task(cfg: Any, run: Run, *, first: str | None = None) -> Task:
         raise UserError(f"--{next(iter(files))} needs --model: a Hugging Face folder or hub name to start from")
     return TextTask(
         say_notes(run, load_policy(cfg.model, cfg.layout())), run, files, seed=cfg.seed, max_length=cfg.max_length,
-        max_new_tokens=cfg.max_new_tokens, eval_batch_size=cfg.eval_batch_size or 16, limit=cfg.limit,
+        max_new_tokens=cfg.max_new_tokens, eval_batch_size=cfg.eval_batch_size, limit=cfg.limit,
         heldout=cfg.heldout, on_bad_row=cfg.on_bad_row, streaming=getattr(cfg, "streaming", False),
     )  # fmt: skip
 

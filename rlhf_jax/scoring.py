@@ -18,7 +18,15 @@ from rlhf_jax.data.preferences import packed_rewards
 from rlhf_jax.data.tokens import Document, Ids, pad_sequences, size, take
 from rlhf_jax.logprobs import chunked_logprobs, chunked_logprobs_and_entropy, sequence_logprobs, soft_cap
 from rlhf_jax.losses import chunked_sft_loss
-from rlhf_jax.models import ScalarModel, Transformer, head_kernel, init_cache, last_token_rewards, repeated_cache
+from rlhf_jax.models import (
+    ModelConfig,
+    ScalarModel,
+    Transformer,
+    head_kernel,
+    init_cache,
+    last_token_rewards,
+    repeated_cache,
+)
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.sampling.sampler import like_lengths
 from rlhf_jax.sharding import current_mesh, shard_batch, to_host
@@ -35,6 +43,22 @@ def head_chunk(rows: int) -> int:
     mesh = current_mesh()
     devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     return max(1, min(HEAD_COLUMNS, HEAD_TOKENS * devices // rows))
+
+
+LAYER_BYTES, MOST_ROWS = 2**28, 256
+
+
+def rows_at_once(config: ModelConfig, length: int, weights: int) -> int:
+    """Rows of so many tokens to read or to sample at once where nothing is trained, for a model of `weights` numbers.
+
+    What one layer makes of them takes 256 MB a device, or an eighth of the weights' bytes if that is more. There are at
+    most 256, and one for each device along "data" and "fsdp" at least.
+    """
+    mesh = current_mesh()
+    devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    room = max(LAYER_BYTES * devices, jnp.dtype(config.precision.parameters).itemsize * weights // 8)
+    token = 4 * (4 * config.d_model + 2 * config.d_ff + config.n_heads * length)
+    return devices * max(1, min(MOST_ROWS, room // (token * length)) // devices)
 
 
 def hidden_states(model: Transformer, params: Params, tokens: Tokens) -> Float[Array, "B T D"]:

@@ -5,6 +5,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import numpy as np
 
 from rlhf_jax.batches import PackedRankings, Prompts, RankedAnswers, Tokens
@@ -22,6 +23,7 @@ from rlhf_jax.data.tokens import Document, bucket, pack_sequences, pad_prompts, 
 from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run
 from rlhf_jax.pretrained import Pretrained
+from rlhf_jax.scoring import rows_at_once
 from rlhf_jax.sharding import host_share
 from rlhf_jax.tasks.task import Comparisons, Demonstrations, PromptRow, PromptSets, Sampler
 
@@ -68,7 +70,7 @@ class TextTask:
         seed: int,
         max_length: int | None,
         max_new_tokens: int | None,
-        eval_batch_size: int,
+        eval_batch_size: int | None,
         limit: int | None,
         heldout: int,
         on_bad_row: OnBadRow,
@@ -78,9 +80,9 @@ class TextTask:
         """`max_length` is tokens of prompt and answer together, `max_new_tokens` of a sampled answer.
 
         By default they are 1024, or the model's limit, and 128, or a quarter of that; batches are then only as wide as
-        the longest row needs. At most `heldout` rows, and at most a tenth, are held out of each kind. `growing` says
-        that the files get more rows: what was trained on is then not held out later. Raises UserError for lengths that
-        the model does not have.
+        the longest row needs. `eval_batch_size` is by default that of `rows_at_once`. At most `heldout` rows, and at
+        most a tenth, are held out of each kind. `growing` says that the files get more rows: what was trained on is
+        then not held out later. Raises UserError for lengths that the model does not have.
         """
         if max_length is not None and max_length > base.config.max_length:
             raise UserError(f"--max-length {max_length} is more than the model's {base.config.max_length}")
@@ -93,7 +95,9 @@ class TextTask:
             )
         for source in sources.values():
             parse_columns(source.columns)
-        self.base, self.max_new_tokens, self.eval_batch_size = base, max_new_tokens, eval_batch_size
+        self.base, self.max_new_tokens = base, max_new_tokens
+        weights = sum(leaf.size for leaf in jax.tree.leaves(base.params))
+        self.eval_batch_size = eval_batch_size or rows_at_once(base.config, max_length, weights)
         self.facts: dict[str, float] = {}
         self.has_demonstrations = "demonstrations" in sources
         self._run, self._sources, self._seed = run, sources, seed
