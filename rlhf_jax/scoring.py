@@ -51,8 +51,8 @@ LAYER_BYTES, MOST_ROWS = 2**28, 256
 def rows_at_once(config: ModelConfig, length: int, weights: int) -> int:
     """Rows of so many tokens to read or to sample at once where nothing is trained, for a model of `weights` numbers.
 
-    What one layer makes of them takes 256 MB a device, or an eighth of the weights' bytes if that is more. There are at
-    most 256, and one for each device along "data" and "fsdp" at least.
+    What one layer makes of them takes 256 MB a device, or an eighth of the weights' bytes if that is more. There are
+    at most 256, and one for each device along "data" and "fsdp" at least.
     """
     mesh = current_mesh()
     devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]

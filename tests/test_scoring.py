@@ -58,8 +58,8 @@ def test_rows_at_once_are_fewer_of_a_larger_model_and_of_longer_rows():
 
     def config(d_model, n_heads, d_ff):
         return ModelConfig(
-            vocab_size=49152, d_model=d_model, n_layers=30, n_heads=n_heads, n_kv_heads=n_heads, head_dim=64, d_ff=d_ff,
-            rope_theta=1e5, norm_eps=1e-5, tie_embeddings=True, max_length=8192,
+            vocab_size=49152, d_model=d_model, n_layers=30, n_heads=n_heads, n_kv_heads=n_heads, head_dim=64,
+            d_ff=d_ff, rope_theta=1e5, norm_eps=1e-5, tie_embeddings=True, max_length=8192,
         )  # fmt: skip
 
     small, large, tiny = config(576, 9, 1536), config(4096, 32, 14336), config(64, 4, 128)
