@@ -95,7 +95,7 @@ class EvaluationFlags(Flags):
     beta: float = 0.1
     """β of the implicit reward; only calibration depends on it."""
     batch_size: int = 32
-    """Rows that are sampled or scored at once."""
+    """The most rows that are sampled or scored at once; fewer are scored where they are long."""
 
     def __post_init__(self) -> None:
         at_least(self, world=0, max_length=16, max_new_tokens=1, temperature=0, beta=0, batch_size=1)

@@ -5,6 +5,7 @@ Every sequence ends in at least one padding column, so its last token is always 
 input at (last True of `mask`) + 1, which is where a reward model reads.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,8 +28,8 @@ class Tokens(NamedTuple):
 class RankedAnswers(NamedTuple):
     """A prompt and its answers as token ids, each answer with its EOS: what a comparison is until a batch is made."""
 
-    prompt: list[int]
-    responses: list[list[int]]
+    prompt: Sequence[int]
+    responses: Sequence[Sequence[int]]
     ranks: tuple[int, ...]
     """One for each response; 0 is best, equal ranks form no pair."""
     margin: float = 0.0
@@ -40,8 +41,8 @@ class RankedAnswers(NamedTuple):
 class LabelledAnswer(NamedTuple):
     """Token ids of a prompt and of one answer, which was found good or not (KTO)."""
 
-    prompt: list[int]
-    response: list[int]
+    prompt: Sequence[int]
+    response: Sequence[int]
     good: bool
 
 

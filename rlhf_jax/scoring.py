@@ -205,13 +205,14 @@ def score_documents(
     params: Params,
     documents: Sequence[Document],
     *,
-    batch_size: int,
+    batch_size: int | Callable[[int], int],
     longest: int,
     pad_id: int,
 ) -> np.ndarray:
     """A number for each of N documents of ids, [N], by a compiled function(params, tokens) -> [B].
 
-    At most `batch_size` documents are scored at once. Documents of like length share a batch.
+    At most `batch_size` documents are scored at once, or as many as it says of a width. Documents of like length share
+    a batch.
     Raises ValueError when a document has more than `longest` tokens.
     """
     found = np.zeros(len(documents), np.float64)
@@ -235,15 +236,27 @@ _compiled_logprobs = jax.jit(answer_logprobs, static_argnums=0)
 _compiled_rewards = jax.jit(response_rewards, static_argnums=0)
 
 
+def _scored(
+    score: Callable[[Params, Tokens], Array], model: Pretrained, documents: Sequence[Document], most: int
+) -> np.ndarray:
+    """`score_documents`, at most so many at once; fewer where they are long."""
+    config, weights = model.config, sum(leaf.size for leaf in jax.tree.leaves(model.params))
+
+    def at_once(width: int) -> int:
+        return min(most, rows_at_once(config, width, weights))
+
+    return score_documents(
+        score, model.params, documents, batch_size=at_once, longest=config.max_length, pad_id=model.pad_id
+    )
+
+
 def document_logprobs(model: Pretrained, documents: Sequence[Document], *, batch_size: int) -> np.ndarray:
     """log π(y|x) of each of N documents (x, y) of ids under a language model, [N].
 
     Raises ValueError when a document has more tokens than the model reads.
     """
     score = partial(_compiled_logprobs, Transformer(model.config))
-    return score_documents(
-        score, model.params, documents, batch_size=batch_size, longest=model.config.max_length, pad_id=model.pad_id
-    )
+    return _scored(score, model, documents, batch_size)
 
 
 def token_choices(model: Pretrained, prompts: Sequence[Ids], pair: tuple[int, int], *, batch_size: int) -> np.ndarray:
@@ -253,9 +266,7 @@ def token_choices(model: Pretrained, prompts: Sequence[Ids], pair: tuple[int, in
     """
     score = partial(_compiled_choices, Transformer(model.config), jnp.array(pair))
     documents = [(prompt, pair[:1]) for prompt in prompts]
-    return score_documents(
-        score, model.params, documents, batch_size=batch_size, longest=model.config.max_length, pad_id=model.pad_id
-    )
+    return _scored(score, model, documents, batch_size)
 
 
 def document_rewards(model: Pretrained, documents: Sequence[Document], *, batch_size: int) -> np.ndarray:
@@ -264,9 +275,7 @@ def document_rewards(model: Pretrained, documents: Sequence[Document], *, batch_
     Raises ValueError when a document has more tokens than the model reads.
     """
     score = partial(_compiled_rewards, ScalarModel(model.config))
-    return score_documents(
-        score, model.params, documents, batch_size=batch_size, longest=model.config.max_length, pad_id=model.pad_id
-    )
+    return _scored(score, model, documents, batch_size)
 
 
 def text_logprobs(

@@ -5,6 +5,9 @@ A Llama of 15.2M parameters (vocabulary 32000, width 288, 6 layers, tied) in flo
 instead, at width 256 and 2 layers. Prints a JSON line a row: median seconds a step (an iteration, a call), tokens a
 second, and, counted from the start of the row's own process, peak memory and seconds to the end of the first step.
 About ten minutes on 2 CPU cores; `--rows sft ppo` for some of them. `beside.py` puts a row beside another program.
+
+    python experiments/bench/rows.py --shape smollm2-135m --rows sft sft_lora reward_model dpo generate generate_32
+The same work with smaller batches for SmolLM2's shape of 135M parameters, as the experiments train it.
 """
 
 import json
@@ -18,14 +21,30 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-TRAINING = ("sft", "reward_model", "dpo", "vocabulary")
+TRAINING = ("sft", "sft_lora", "reward_model", "dpo", "vocabulary")
 """Layers scanned and rematerialised: as fast on a CPU, where memory costs time, and half the memory."""
-ROWS = (*TRAINING, "generate", "ppo", "grpo", "grpo_long")
+ROWS = (*TRAINING, "generate", "generate_32", "ppo", "grpo", "grpo_long")
+
+
+class Sizes(NamedTuple):
+    """The sizes of a shape's rows."""
+
+    rows: int
+    """Of SFT, 256 tokens each."""
+    pairs: int
+    """Of the reward model and of DPO, 256 tokens an answer."""
+    sampled: int
+    """Answers of `generate` to prompts of 64 tokens."""
+    new: int
+    """Tokens of each."""
+
+
+SIZES = {"stories-15m": Sizes(8, 8, 32, 128), "smollm2-135m": Sizes(2, 2, 8, 64)}
 
 
 @dataclass(frozen=True)
@@ -33,7 +52,9 @@ class Config:
     """Times rows, each in a process of its own."""
 
     rows: tuple[str, ...] = ROWS
-    """Some of sft, reward_model, dpo, vocabulary, generate, ppo, grpo, grpo_long."""
+    """Some of sft, sft_lora, reward_model, dpo, vocabulary, generate, generate_32, ppo, grpo, grpo_long."""
+    shape: Literal["stories-15m", "smollm2-135m"] = "stories-15m"
+    """The model's."""
     steps: int = 15
     """Steps that count, after 3 that do not (PPO, GRPO: a third as many, after 1)."""
 
@@ -55,7 +76,7 @@ class Work(NamedTuple):
     few: bool = False
 
 
-def build(row: str) -> Work:
+def build(row: str, shape: str) -> Work:
     """The work of a row, nothing of it run yet."""
     import jax
     import jax.numpy as jnp
@@ -64,7 +85,7 @@ def build(row: str) -> Work:
     from experiments.bench.shapes import model_config
     from rlhf_jax.batches import Prompts, Tokens
     from rlhf_jax.losses import bradley_terry_loss, dpo_loss
-    from rlhf_jax.models import FLOAT32, ScalarModel, Transformer, from_language_model
+    from rlhf_jax.models import FLOAT32, ScalarModel, Transformer, from_language_model, init_lora, with_lora
     from rlhf_jax.optimizers import adamw
     from rlhf_jax.sampling import generate
     from rlhf_jax.scoring import answer_logprobs, response_rewards, sft_objective
@@ -74,7 +95,9 @@ def build(row: str) -> Work:
     remat: Any = row in TRAINING
     if row == "reward_model":  # without logits there is room for the products with weights
         remat = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    config = replace(model_config("stories-15m", FLOAT32), scan_layers=row in TRAINING, remat=remat)
+    sizes, deep = SIZES[shape], shape != "stories-15m"
+    config = model_config(shape, FLOAT32)
+    config = replace(config, scan_layers=deep or row in TRAINING, remat=remat or deep)
     if large:
         config = replace(
             config, vocab_size=151936, d_model=256, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=64
@@ -107,42 +130,54 @@ def build(row: str) -> Work:
         )
 
     if row in ("sft", "vocabulary"):
-        shape = (4, 512) if large else (8, 256)
-        return training(model, params, partial(sft_objective, model), lambda i: tokens(ids(i, *shape), 64))
+        size = (4, 512) if large else (sizes.rows, 256)
+        return training(model, params, partial(sft_objective, model), lambda i: tokens(ids(i, *size), 64))
+
+    if row == "sft_lora":
+        own = init_lora(key, params, rank=16, alpha=32.0, targets="(query|key|value|output|gate|up|down)/kernel")
+
+        def adapter_loss(own: Any, batch: Tokens) -> Any:
+            return sft_objective(model, with_lora(params, own), batch)
+
+        return training(model, own, adapter_loss, lambda i: tokens(ids(i, sizes.rows, 256), 64))
+
+    pairs = sizes.pairs
 
     if row == "reward_model":
 
         def pair_loss(params: Any, batch: Tokens) -> Any:
             rewards = response_rewards(scalar, params, batch)
-            return bradley_terry_loss(rewards[:8], rewards[8:])
+            return bradley_terry_loss(rewards[:pairs], rewards[pairs:])
 
         start = from_language_model(params, key, config)
-        return training(scalar, start, pair_loss, lambda i: tokens(ids(i, 16, 256), 64))
+        return training(scalar, start, pair_loss, lambda i: tokens(ids(i, 2 * pairs, 256), 64))
 
     if row == "dpo":
         reference = params
 
         def preference_loss(params: Any, batch: Tokens) -> Any:
             ours, theirs = (answer_logprobs(model, some, batch) for some in (params, reference))
-            return dpo_loss(ours[:8], ours[8:], theirs[:8], theirs[8:], beta=0.1)
+            return dpo_loss(ours[:pairs], ours[pairs:], theirs[:pairs], theirs[pairs:], beta=0.1)
 
-        def pairs(i: int) -> Tokens:
-            return tokens(np.concatenate([np.tile(ids(i, 8, 64), (2, 1)), ids(1000 + i, 16, 192)], axis=1), 64)
+        def compared(i: int) -> Tokens:
+            asked, answers = np.tile(ids(i, pairs, 64), (2, 1)), ids(1000 + i, 2 * pairs, 192)
+            return tokens(np.concatenate([asked, answers], axis=1), 64)
 
-        return training(model, params, preference_loss, pairs)
+        return training(model, params, preference_loss, compared)
 
     every: Any = np.ones((32, 64), bool)
-    if row == "generate":
+    if row.startswith("generate"):
+        answers = sizes.sampled if row == "generate" else 32
 
         def sample(state: Any, i: int) -> Any:
             completions = generate(
-                model, params, ids(i, 32, 64), every, jax.random.key(i),
-                max_new_tokens=128, temperature=1.0, eos_id=None, pad_id=0,
+                model, params, ids(i, answers, 64), every[:answers], jax.random.key(i),
+                max_new_tokens=sizes.new, temperature=1.0, eos_id=None, pad_id=0,
             )  # fmt: skip
             assert completions.mask.all()
             return state
 
-        return Work(None, sample, 32 * 128)
+        return Work(None, sample, answers * sizes.new)
 
     # Here, since they bring what reads text, and its memory, along.
     if row.startswith("grpo"):
@@ -151,7 +186,7 @@ def build(row: str) -> Work:
     from experiments.bench.programs import ppo_setup
     from rlhf_jax.actor_critic import Frozen, init_state
 
-    keep_freed_memory()  # as experiments/ppo.py does
+    keep_freed_memory(params)  # as experiments/ppo.py does
 
     cfg = ppo.PPO(responses=32, epochs=4, minibatches=4, beta=0.05, learning_rate=1e-4)
     setup = ppo_setup(config, max_new_tokens=64, eos_id=-1, pad_id=0)
@@ -186,7 +221,7 @@ def groups(config: Any, params: Any, ids: Callable[[int, int, int], Any], *, lon
     from rlhf_jax.sampling.queue import generate_queued
     from rlhf_jax.train import keep_freed_memory, make_state
 
-    keep_freed_memory()  # as the experiment does
+    keep_freed_memory(params)  # as the experiment does
     cfg = GRPO(steps=1000, groups=8, group_size=8, beta=0.04, learning_rate=1e-4, lora_rank=0, accumulate=4)
     numbers, model = cfg.numbers(64), Transformer(config)
 
@@ -216,9 +251,9 @@ def groups(config: Any, params: Any, ids: Callable[[int, int, int], Any], *, lon
     return Work(make_state(model, params, cfg.make_group_optimizer()), iterate, 64 * 64, few=True)
 
 
-def measure(row: str, steps: int) -> dict[str, Any]:
+def measure(row: str, shape: str, steps: int) -> dict[str, Any]:
     """Does the work of a row in this process."""
-    work = build(row)
+    work = build(row, shape)
     state, seconds, cold = work.state, [], 0.0
     work = work._replace(state=None)  # it is donated
     dropped, counted = (1, max(1, steps // 3)) if work.few else (3, steps)
@@ -248,12 +283,12 @@ def process_age() -> float:
 def main(cfg: Config) -> dict[str, float]:
     """Prints a line a row; returns tokens a second of each."""
     if len(cfg.rows) == 1:
-        lines = [measure(cfg.rows[0], cfg.steps)]
+        lines = [measure(cfg.rows[0], cfg.shape, cfg.steps)]
         print(json.dumps(lines[0]), flush=True)
     else:
         lines = []
         for row in cfg.rows:
-            command = [sys.executable, __file__, "--rows", row, "--steps", str(cfg.steps)]
+            command = [sys.executable, __file__, "--rows", row, "--shape", cfg.shape, "--steps", str(cfg.steps)]
             line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             print(line, end="", flush=True)
             lines.append(json.loads(line))

@@ -61,9 +61,13 @@ MODELS: dict[str, dict[str, Any]] = {
         LLAMA3, 288, 6, 6, 768, num_key_value_heads=6, head_dim=48, vocab_size=32000, rope_theta=10000.0,
         max_position_embeddings=1024, tie_word_embeddings=True,
     ),
+    "smollm2-135m": _of(
+        LLAMA3, 576, 30, 9, 1536, num_key_value_heads=3, head_dim=64, vocab_size=49152, rope_theta=100000.0,
+        tie_word_embeddings=True,
+    ),
 }  # fmt: skip
 """The fields of each model's config.json. Papers, arXiv: Llama 3 2407.21783, Qwen2.5 2412.15115, Qwen3 2505.09388,
-Gemma 3 2503.19786. The last has the shape of stories15M, https://huggingface.co/karpathy/tinyllamas."""
+Gemma 3 2503.19786, SmolLM2 2502.02737. stories-15m has the shape of https://huggingface.co/karpathy/tinyllamas."""
 
 
 class Chip(NamedTuple):

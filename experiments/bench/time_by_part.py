@@ -83,7 +83,7 @@ def main(cfg: Config) -> dict[str, float]:
         import jax
 
         jax.config.update("jax_enable_compilation_cache", False)  # what is read from it is not written out
-        work = rows.build(cfg.row)
+        work = rows.build(cfg.row, "stories-15m")
         state, work = work.state, work._replace(state=None)
         for i in range(3):
             state = work.step(state, i)

@@ -64,16 +64,21 @@ def answer_spans(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
     text, spans = template_spans(template, conversation, special, tools=tools)
     stop, endless = stop_sign(template, _hashable(special)), []
     signs = tuple(name for name in tokenizer.all_special_tokens if name)
-    following = re.compile(r"\s*(?:" + "|".join(map(re.escape, sorted(signs, key=len, reverse=True))) + ")")
     for number, (start, end) in spans.items():
         if number == len(conversation) - 1 or text[start:end].endswith((*signs, *([stop] if stop else []))):
             continue
-        found = following.match(text, end) if signs else None
+        found = _following(signs).match(text, end) if signs else None
         if found is None:
             endless.append(number)
         else:
             spans[number] = start, found.end()
     return Spans(text, spans, tuple(endless))
+
+
+@lru_cache(maxsize=64)
+def _following(signs: tuple[str, ...]) -> re.Pattern[str]:
+    """One of the signs, behind white space."""
+    return re.compile(r"\s*(?:" + "|".join(map(re.escape, sorted(signs, key=len, reverse=True))) + ")")
 
 
 def template_spans(

@@ -11,6 +11,7 @@ import pytest
 
 from experiments.bench import accelerator, beside, programs, rows, shapes, time_by_part
 from rlhf_jax.errors import UserError
+from rlhf_jax.models import FLOAT32, Transformer
 
 
 def test_the_last_line_of_a_program_is_read():
@@ -39,7 +40,7 @@ def test_a_program_that_says_nothing_of_use_is_named(command, message):
 
 
 def test_an_unknown_row_is_refused():
-    with pytest.raises(UserError, match="no row 'sftt'; there are sft, reward_model"):
+    with pytest.raises(UserError, match="no row 'sftt'; there are sft, sft_lora"):
         rows.Config(rows=("sft", "sftt"))
 
 
@@ -52,9 +53,16 @@ def test_both_programs_are_run_in_turn_and_the_best_of_each_counts(monkeypatch):
 
 @pytest.mark.parametrize("row", ["sft", "reward_model", "dpo"])
 def test_a_row_is_of_the_size_that_it_says(row):
-    work = rows.build(row)
+    work = rows.build(row, "stories-15m")
     assert work.tokens == {"sft": 8 * 256}.get(row, 16 * 256)
     assert sum(leaf.size for leaf in jax.tree.leaves(work.state.params)) == 15_191_712 + 289 * (row == "reward_model")
+
+
+def test_the_135m_shape_is_smollm2s():
+    """Its published parameters, and its vocabulary's share of them."""
+    config = shapes.model_config("smollm2-135m", FLOAT32)
+    params = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    assert shapes.count(params) == 134_515_008 and shapes.count(params["embedding"]) == 49_152 * 576
 
 
 def test_an_operation_is_placed_where_the_program_says_that_it_comes_from():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_jax.rewards import math_reward, strict_math_reward
+from rlhf_jax.rewards import math, math_reward, strict_math_reward
 from rlhf_jax.rewards.math import Correct, grade, last_boxed, symbolically_equal, verify
 from rlhf_jax.rewards.quantity import last_number, quantity
 
@@ -199,7 +199,8 @@ def test_texts_and_messages_are_scored_with_trls_signature():
         math_reward(["a"], ["2"], answer=[])
 
 
-def test_a_formula_without_end_is_wrong_in_time_off_the_main_thread():
+def test_a_formula_without_end_is_wrong_in_time_off_the_main_thread(monkeypatch):
+    monkeypatch.setattr(math, "SECONDS", 1.0)
     assert symbolically_equal([("1+x", "x+1"), ("x", "y")], jobs=1) == [True, False]
     found = {}
 

@@ -213,7 +213,7 @@ def test_rankings_and_prompts_of_their_own(files, tmp_path):
     packed = comparisons.lay(some)
     for p, ranking in enumerate(some):
         for k, response in enumerate(ranking.responses):
-            assert packed.tokens.targets[packed.owner == p * 3 + k].tolist() == response
+            assert packed.tokens.targets[packed.owner == p * 3 + k].tolist() == response.tolist()
     metrics = reward_model.main(cfg)
     assert 0 <= metrics["reward_model_val_accuracy"] <= 1
 
