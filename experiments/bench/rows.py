@@ -31,6 +31,9 @@ TRAINING = ("sft", "sft_lora", "reward_model", "dpo", "vocabulary")
 ROWS = (*TRAINING, "generate", "generate_32", "ppo", "grpo", "grpo_long")
 
 
+Shape = Literal["stories-15m", "smollm2-135m"]
+
+
 class Sizes(NamedTuple):
     """The sizes of a shape's rows."""
 
@@ -53,7 +56,7 @@ class Config:
 
     rows: tuple[str, ...] = ROWS
     """Some of sft, sft_lora, reward_model, dpo, vocabulary, generate, generate_32, ppo, grpo, grpo_long."""
-    shape: Literal["stories-15m", "smollm2-135m"] = "stories-15m"
+    shape: Shape = "stories-15m"
     """The model's."""
     steps: int = 15
     """Steps that count, after 3 that do not (PPO, GRPO: a third as many, after 1)."""
@@ -117,11 +120,11 @@ def build(row: str, shape: str) -> Work:
         segment_ids: Any = np.ones((rows, length), np.int32)
         return Tokens(inputs, np.roll(inputs, -1, 1), mask, positions, segment_ids)
 
-    def training(model: Any, params: Any, loss: Callable, batch: Callable[[int], Tokens]) -> Work:
+    def training(model: Any, params: Any, loss: Callable, batch: Callable[[int], Tokens], *fixed: Any) -> Work:
         step = make_train_step(loss)
 
         def call(state: Any, i: int) -> Any:
-            state, metrics = step(state, batch(i))
+            state, metrics = step(state, batch(i), *fixed)
             float(metrics["loss"])
             return state
 
@@ -136,10 +139,10 @@ def build(row: str, shape: str) -> Work:
     if row == "sft_lora":
         own = init_lora(key, params, rank=16, alpha=32.0, targets="(query|key|value|output|gate|up|down)/kernel")
 
-        def adapter_loss(own: Any, batch: Tokens) -> Any:
-            return sft_objective(model, with_lora(params, own), batch)
+        def adapter_loss(own: Any, batch: Tokens, frozen: Any) -> Any:
+            return sft_objective(model, with_lora(frozen, own), batch)
 
-        return training(model, own, adapter_loss, lambda i: tokens(ids(i, sizes.rows, 256), 64))
+        return training(model, own, adapter_loss, lambda i: tokens(ids(i, sizes.rows, 256), 64), params)
 
     pairs = sizes.pairs
 
@@ -153,9 +156,8 @@ def build(row: str, shape: str) -> Work:
         return training(scalar, start, pair_loss, lambda i: tokens(ids(i, 2 * pairs, 256), 64))
 
     if row == "dpo":
-        reference = params
 
-        def preference_loss(params: Any, batch: Tokens) -> Any:
+        def preference_loss(params: Any, batch: Tokens, reference: Any) -> Any:
             ours, theirs = (answer_logprobs(model, some, batch) for some in (params, reference))
             return dpo_loss(ours[:pairs], ours[pairs:], theirs[:pairs], theirs[pairs:], beta=0.1)
 
@@ -163,7 +165,7 @@ def build(row: str, shape: str) -> Work:
             asked, answers = np.tile(ids(i, pairs, 64), (2, 1)), ids(1000 + i, 2 * pairs, 192)
             return tokens(np.concatenate([asked, answers], axis=1), 64)
 
-        return training(model, params, preference_loss, compared)
+        return training(model, params, preference_loss, compared, params)
 
     every: Any = np.ones((32, 64), bool)
     if row.startswith("generate"):

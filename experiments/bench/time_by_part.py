@@ -42,6 +42,8 @@ class Config:
 
     row: str
     """One of those of rows.py."""
+    shape: rows.Shape = "stories-15m"
+    """The model's."""
     steps: int = 3
     """Steps that count, after 3 that do not."""
 
@@ -83,7 +85,7 @@ def main(cfg: Config) -> dict[str, float]:
         import jax
 
         jax.config.update("jax_enable_compilation_cache", False)  # what is read from it is not written out
-        work = rows.build(cfg.row, "stories-15m")
+        work = rows.build(cfg.row, cfg.shape)
         state, work = work.state, work._replace(state=None)
         for i in range(3):
             state = work.step(state, i)
