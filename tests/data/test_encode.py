@@ -3,7 +3,9 @@
 import gzip
 import json
 import re
+from array import array
 
+import jax
 import pytest
 from transformers import AutoTokenizer
 
@@ -39,6 +41,24 @@ def tokenizer(request, shared_data):
 @pytest.fixture
 def minimind(shared_data):
     return AutoTokenizer.from_pretrained(shared_data / "tokenizer" / "minimind")
+
+
+def test_read_rows_have_the_ids_of_a_row_in_four_bytes_each(minimind):
+    """Of every kind of row, nested as they were."""
+    kinds = [
+        Demonstration(user("How?"), said("So."), PLACE),
+        pair(user("How?"), "So.", "No."),
+        Unpaired(user("How?"), said("So."), True, PLACE),
+        Prompt(user("How?"), PLACE),
+        Text("How?", PLACE),
+    ]
+    found = [ids for _, ids in encode_rows([Read(n, row, {}) for n, row in enumerate(kinds)], minimind, 64, Rejects())]
+    arrays = [leaf for leaf in jax.tree.leaves(found) if isinstance(leaf, array)]
+    assert len(arrays) == 2 + 3 + 2 + 1 + 2 and {leaf.itemsize for leaf in arrays} == {4}
+    for ids, row in zip(found, kinds, strict=True):
+        expected, _ = encode(row, minimind, 64)
+        as_lists = jax.tree.map(lambda leaf: leaf.tolist() if isinstance(leaf, array) else leaf, ids)
+        assert as_lists == expected and type(ids) is type(expected if not isinstance(row, Prompt) else array("i"))
 
 
 def test_ids_of_a_demonstration(tokenizer):
