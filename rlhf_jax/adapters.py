@@ -41,6 +41,11 @@ def split_trainable(
         return {}, params
     head = {"head": params["head"]} if "trunk" in params else {}
     frozen = {name: value for name, value in params.items() if name not in head}
+    if "layer_" in targets and "layers" in frozen.get("trunk", frozen):
+        raise UserError(
+            f"lora-targets {targets!r} tells layers apart, and this model's are scanned, as layers/query/kernel: give"
+            " --scan-layers False"
+        )
     try:
         adapter = create(
             lambda: init_lora(key, frozen, rank=rank, alpha=alpha, targets=targets, rank_stabilized=rank_stabilized)

@@ -364,7 +364,9 @@ def _stored(leaf: Any) -> Any:
 def _fit(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for name in sorted(stored.keys() ^ wanted.keys()):
         who = "has no" if name in wanted else "has an unexpected"
-        raise UserError(f"checkpoint {path} {who} {name}: it was written by another model or optimiser")
+        apart = any("layer_0." in field for field in stored) != any("layer_0." in field for field in wanted)
+        hint = "; of the same model, with --scan-layers otherwise than now" if apart else ""
+        raise UserError(f"checkpoint {path} {who} {name}: it was written by another model or optimiser{hint}")
     for name, leaf in wanted.items():
         leaf = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
         if isinstance(leaf, bool | int | float) and stored[name].shape == ():

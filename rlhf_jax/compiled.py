@@ -10,26 +10,32 @@ from pathlib import Path
 import jax
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts import many
 
 TRACED, LOWERED, COMPILED = (
     f"/jax/core/compile/{name}_duration" for name in ("jaxpr_trace", "jaxpr_to_mlir_module", "backend_compile")
 )
 LONG = 5.0
 """Seconds from which on a compilation is said when it is done; it is announced where its tracing takes a tenth."""
-LARGEST = 4 * 2**30
-"""Bytes of programs that are kept; those that were used least recently go."""
+SHORT, TOLD = 0.5, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+"""Seconds: what compiles faster is not kept, unless JAX was told otherwise by that variable."""
+
+
+told: list[Callable[[str], None]] = []
+"""Who is told of long compilations; the last one is."""
 
 
 def keep_compiled(folder: str | None) -> None:
-    """Has JAX keep compiled programs in a folder, so that a later run with equal shapes compiles nothing.
+    """Has JAX keep compiled programs in a folder, so that a later run with equal shapes does not wait for them.
 
-    None is the folder that JAX was told (JAX_COMPILATION_CACHE_DIR), else rlhf_jax/ in the user's cache folder;
-    "none" keeps nothing. Raises UserError for a folder that cannot be written.
+    None is the folder that JAX was told (JAX_COMPILATION_CACHE_DIR), else rlhf_jax/ in the user's cache folder. Of
+    many hosts, whose folders JAX does not keep alike, only one that was told is used. "none" keeps nothing. Raises
+    UserError for a folder that cannot be written.
     """
     if folder == "none":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if folder is None and jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+    if folder is None and (many() or jax.config.jax_compilation_cache_dir):  # type: ignore[attr-defined]
         return
     path = default_folder() if folder is None else Path(folder).expanduser()
     try:
@@ -42,8 +48,8 @@ def keep_compiled(folder: str | None) -> None:
             return  # a home that is read-only: nothing is kept, as before
         raise UserError(f"--compile-cache: {path} is no folder that can be written")
     jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_compilation_cache_max_size", LARGEST)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if TOLD not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORT)
 
 
 def default_folder() -> Path:
@@ -60,10 +66,16 @@ def default_folder() -> Path:
 
 @contextmanager
 def long_compilations_said(say: Callable[[str], None]) -> Iterator[None]:
-    """Has `say` told of each program that takes long to compile, while the `with` lasts."""
+    """Has `say` told of each program that takes long to compile, while the `with` lasts.
+
+    Inside of another `with` of this kind only the inner one's `say` is told.
+    """
     traced: dict[str, float] = {}
+    told.append(say)
 
     def listener(event: str, duration_secs: float, **of: str | int) -> None:
+        if told[-1] is not say:
+            return
         name = str(of.get("fun_name", "")).removeprefix("jit(").removesuffix(")")
         if event == TRACED:
             traced[name] = duration_secs
@@ -80,6 +92,7 @@ def long_compilations_said(say: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     finally:
+        told.remove(say)
         jax.monitoring.unregister_event_duration_listener(listener)
 
 

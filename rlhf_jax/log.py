@@ -14,6 +14,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -99,12 +100,13 @@ class Run:
         ends: dict[Any, str] = {None: "finished", KeyboardInterrupt: "interrupted", Preempted: "preempted"}
         status = ends.get(kind, "failed")
         self._signals.closing()
-        self._compiling.__exit__(None, None, None)
         clock.release()
         self._screen.stop()
         failures: list[Exception] = []
-        events = [] if self._events is None else [self._events.close]
-        for close in (self._writer.close, self._metrics.close, *events):
+        closing: list[Callable[[], Any]] = [self._writer.close, self._metrics.close]
+        closing += [] if self._events is None else [self._events.close]
+        closing.append(partial(self._compiling.__exit__, None, None, None))
+        for close in closing:
             try:
                 close()
             except Exception as failure:  # a full disk, or what the writing of the last checkpoint met

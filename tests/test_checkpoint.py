@@ -248,6 +248,9 @@ def test_a_state_that_does_not_fit_is_refused_by_name(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             checkpoint.restore(tmp_path, "sft", like=like)
+    checkpoint.save(tmp_path, "apart", 1, {"layer_0": {"w": jnp.zeros(3)}})
+    with pytest.raises(UserError, match=r"unexpected layer_0\.w.*--scan-layers otherwise than now"):
+        checkpoint.restore(tmp_path, "apart", like={"layers": {"w": jnp.zeros((1, 3))}})
     with pytest.raises(UserError, match="no whole checkpoint of ppo"):
         checkpoint.restore(tmp_path, "ppo", like={})
     with pytest.raises(UserError, match="no such checkpoint"):

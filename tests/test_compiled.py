@@ -26,7 +26,7 @@ def run(tmp_path, *arguments, **environment):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True,
         env={"PATH": "/usr/bin", "PYTHONPATH": str(compiled.__file__).rpartition("/rlhf_jax/")[0],
-             "XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"} | environment,
+             "XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu", compiled.TOLD: "0"} | environment,
     )  # fmt: skip
     folder, hits, misses = done.stdout.split()
     return folder, int(hits), int(misses)
@@ -64,3 +64,7 @@ def test_what_takes_long_is_said_before_and_after(monkeypatch):
     assert lines[0] == "compiling waited …" and lines[1].startswith("compiled waited in 0 s")
     jax.jit(lambda x: x - 4)(1.0)
     assert len(lines) == 2
+    inner: list[str] = []
+    with compiled.long_compilations_said(lines.append), compiled.long_compilations_said(inner.append):
+        jax.jit(lambda x: x - 5)(1.0)
+    assert len(lines) == 2 and inner

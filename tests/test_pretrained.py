@@ -15,6 +15,8 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
+from rlhf_jax import pretrained
+from rlhf_jax.adapters import split_trainable
 from rlhf_jax.batches import Completions
 from rlhf_jax.data.encode import encode
 from rlhf_jax.data.formats import Prompt
@@ -376,3 +378,16 @@ def test_the_default_of_named_templates_is_read(stories):
     change(stories / "tokenizer_config.json", chat_template=templates)
     tokenizer = load_tokenizer(str(stories))
     assert tokenizer.decode(encode_prompt("Who?", tokenizer)).strip() == "default: Who?"
+
+
+def test_a_deep_model_has_its_layers_scanned_and_targets_cannot_tell_them_apart(stories, monkeypatch):
+    assert not load_policy(str(stories)).config.scan_layers
+    monkeypatch.setattr(pretrained, "SCANNED_ABOVE", 1)
+    deep = load_policy(str(stories))
+    assert deep.config.scan_layers and deep.config.remat and "layers" in deep.params
+    told = load_policy(str(stories), pretrained.Layout(scan_layers=False, remat=True))
+    assert not told.config.scan_layers and told.config.remat and "layer_1" in told.params
+    numbers = dict(rank=2, alpha=4.0, rank_stabilized=False, frozen_dtype=None)
+    with pytest.raises(UserError, match=r"layer_1/query.* tells layers apart.*--scan-layers False"):
+        split_trainable(deep.params, jax.random.key(0), targets="layer_1/query", **numbers)
+    split_trainable(told.params, jax.random.key(0), targets="layer_1/query", **numbers)

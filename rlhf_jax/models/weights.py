@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -186,15 +187,25 @@ def _place(parts: list[_Part], axes: list[np.ndarray], sharding: Sharding | None
 
     if sharding is None:
         return jax.device_put(read(axes))
-    slices: dict[tuple, np.ndarray] = {}  # Replicas ask for the same one.
+    shape = tuple(len(axis) for axis in axes)
+    slices: dict[tuple, np.ndarray] = {}  # Replicas ask for the same one, and the last of them takes it.
+    asked = Counter(map(_key, sharding.addressable_devices_indices_map(shape).values()))
 
     def slice_of(index: Any) -> np.ndarray:
-        key = tuple((part.start, part.stop) for part in index)
-        if key not in slices:
-            slices[key] = read([axis[part] for axis, part in zip(axes, index, strict=True)])
-        return slices[key]
+        key = _key(index)
+        found = slices.pop(key, None)
+        if found is None:
+            found = read([axis[part] for axis, part in zip(axes, index, strict=True)])
+        asked[key] -= 1
+        if asked[key] > 0:
+            slices[key] = found
+        return found
 
-    return jax.make_array_from_callback(tuple(len(axis) for axis in axes), sharding, slice_of)
+    return jax.make_array_from_callback(shape, sharding, slice_of)
+
+
+def _key(index: Any) -> tuple[tuple[int | None, int | None], ...]:
+    return tuple((part.start, part.stop) for part in index)
 
 
 def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:

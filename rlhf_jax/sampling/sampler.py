@@ -92,15 +92,15 @@ def like_lengths(
 ) -> Iterator[tuple[np.ndarray, int, int]]:
     """(rows, how many of them are real, width): rows of like length together, at most so many of a width.
 
-    Widths are powers of two, at most `longest`, and so are the numbers of rows, filled up by rows said again: there
-    are few shapes, and few programs are compiled.
+    Widths are powers of two, at most `longest`, and so are the numbers of rows, at most those, filled up by rows said
+    again: there are few shapes, and few programs are compiled.
     """
     widths = np.array([min(longest, max(SHORTEST, 1 << (int(length) - 1).bit_length())) for length in lengths], int)
     for width in sorted(set(widths.tolist())):
         rows, size = np.flatnonzero(widths == width), most(width) if callable(most) else most
         for start in range(0, len(rows), size):
             some = rows[start : start + size]
-            full = size if len(rows) > size else 1 << (len(some) - 1).bit_length()
+            full = size if len(rows) > size else min(size, 1 << (len(some) - 1).bit_length())
             yield np.resize(some, full), len(some), width
 
 
