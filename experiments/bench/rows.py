@@ -38,9 +38,9 @@ class Sizes(NamedTuple):
     """The sizes of a shape's rows."""
 
     rows: int
-    """Of SFT, 256 tokens each."""
+    """A batch of SFT has so many, 256 tokens each."""
     pairs: int
-    """Of the reward model and of DPO, 256 tokens an answer."""
+    """The reward model and DPO have so many, 256 tokens an answer."""
     sampled: int
     """Answers of `generate` to prompts of 64 tokens."""
     new: int

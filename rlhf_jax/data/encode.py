@@ -105,7 +105,7 @@ def encode_rows(
 
 
 def compact(ids: Any) -> Any:
-    """What `encode_row` returns, with arrays of four bytes a token for its lists, which take eight and more."""
+    """The ids of `encode_row`, with arrays of four bytes a token for its lists, which take eight and more."""
     if isinstance(ids, RankedAnswers):
         return ids._replace(prompt=array("i", ids.prompt), responses=[array("i", some) for some in ids.responses])
     if isinstance(ids, LabelledAnswer):
