@@ -1,0 +1,88 @@
+"""Runs of experiments as command lines, each in a process of its own, in one folder; what is finished is left alone.
+
+A study of a real model is made of runs that anybody can make by hand. Its file names them; a second call with the
+same folder goes on where the first one stopped.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.folder import read_json
+
+EXPERIMENTS = Path(__file__).parents[1]
+
+
+class Command(NamedTuple):
+    """A run: its name, which is its folder's, the experiment's file and its flags."""
+
+    name: str
+    experiment: str
+    flags: tuple[str, ...]
+
+    def line(self, folder: Path) -> str:
+        """The command as one would type it."""
+        words = ("python", f"experiments/{self.experiment}", *self.flags, "--run-dir", str(folder / self.name))
+        return shlex.join(words)
+
+
+def finished(folder: Path, name: str) -> dict[str, Any] | None:
+    """The summary of a run that has ended, else None."""
+    status = folder / name / "status.json"
+    if not status.exists() or read_json(status).get("status") != "finished":
+        return None
+    return read_json(folder / name / "summary.json")
+
+
+def run_missing(folder: Path, commands: Sequence[Command]) -> list[str]:
+    """Runs what is not finished, in this order, each with its output in <name>.log. Returns the names that failed.
+
+    A run that was begun goes on. One that fails leaves the others to be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for place, command in enumerate(commands, 1):
+        if finished(folder, command.name) is not None:
+            continue
+        begun = (folder / command.name / "config.json").exists()
+        words = [sys.executable, str(EXPERIMENTS / command.experiment), *command.flags]
+        words += ["--run-dir", str(folder / command.name), *(["--resume"] if begun else [])]
+        print(f"{place} of {len(commands)}: {command.line(folder)}", flush=True)
+        began = time.monotonic()
+        with open(folder / f"{command.name}.log", "a", encoding="utf-8") as log:
+            code = subprocess.run(words, stdout=log, stderr=log, check=False).returncode
+        print(f"  exit code {code}, {(time.monotonic() - began) / 60:.1f} min", flush=True)
+        if code:
+            failed.append(command.name)
+    return failed
+
+
+def minutes(folder: Path, name: str) -> float:
+    """Minutes of all sessions of a run."""
+    sessions = read_json(folder / name / "run.json")["sessions"]
+    stamps = [[time.mktime(time.strptime(one[end], "%Y-%m-%dT%H:%M:%SZ")) for end in ("start", "end")]
+              for one in sessions if one.get("end")]  # fmt: skip
+    return sum(end - start for start, end in stamps) / 60
+
+
+def lines_of(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a run's own jsonl file. Raises UserError where it is not there."""
+    if not file.exists():
+        raise UserError(f"{file} is not there; was the run stopped?")
+    with open(file, encoding="utf-8") as rows:
+        yield from map(json.loads, rows)
+
+
+def made_with(folder: Path, names: Sequence[str]) -> str:
+    """Commits, versions and devices of the runs, as a page ends with them."""
+    sessions = [session for name in names for session in read_json(folder / name / "run.json")["sessions"]]
+    commits = sorted({str(one.get("commit"))[:7] for one in sessions})
+    first = sessions[0]
+    packages = ", ".join(f"{name} {first['packages'][name]}" for name in ("jax", "transformers"))
+    return f"Commit {', '.join(commits)}; {packages}; {first['devices']}; {first['end'] or first['start']}."

@@ -1,0 +1,245 @@
+"""Human comparisons and a real model: reward models, DPO, SimPO and PPO, each judged by others.
+
+The rows of --comparisons (instruction, perhaps input, chosen, rejected) are cut: two fifths (A), two fifths (B), and
+prompts for PPO (P) and for the win rates (H). Reward models learn from A with three seeds; one more
+learns from B, with another seed, and judges. DPO and SimPO learn A; PPO follows the first reward model.
+Each policy is set beside the model that it came from: on H by the other reward model and by the model itself as a
+judge in both orders, and by IFEval and the perplexity of other texts, which nothing here trains.
+    python experiments/ablations/real_preferences.py --model FOLDER --comparisons FILE \\
+        --preferences FILE FILE --ifeval FILE --text FILE --run-dir runs/real
+Every run is a command of this project in a process of its own. What is finished is left alone, so the same call again
+goes on. It writes page.md. With SmolLM2-135M and 1,100 pairs it takes about two hours on 2 CPU cores.
+"""
+
+import collections
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from experiments.ablations.commands import Command, finished, lines_of, made_with, minutes, run_missing
+from experiments.flags import Flags
+from rlhf_jax.cli import run_main
+from rlhf_jax.data.suites import read_rows
+from rlhf_jax.errors import UserError, at_least
+
+JUDGE, CHOOSER = "reward-model-b", "reward-model-0"
+POLICIES = ("dpo", "simpo", "ppo")
+CUTS = {"a": 0.4, "b": 0.8, "prompts": 0.92, "heldout": 1.0}
+"""The parts of the comparisons, each up to that share of the rows."""
+
+
+@dataclass(frozen=True)
+class Config(Flags):
+    """A study of a real model on real comparisons."""
+
+    model: str = ""
+    """A Hugging Face folder."""
+    comparisons: str = ""
+    """jsonl[.gz] of instruction, perhaps input, chosen, rejected."""
+    preferences: tuple[str, ...] = ()
+    """Other comparisons on which the reward models are tested."""
+    ifeval: str = ""
+    text: str = ""
+    """IFEval's prompts, and texts for perplexity: what may be forgotten."""
+    run_dir: str = ""
+    """The folder of all runs."""
+    limit: int = 120
+    """The most rows of each file of an evaluation."""
+    seeds: int = 3
+    """Reward models on A."""
+    steps: int = 30
+    """Iterations of PPO."""
+
+    def __post_init__(self) -> None:
+        at_least(self, limit=2, seeds=1, steps=1)
+        for name in ("model", "comparisons", "run_dir"):
+            if not getattr(self, name):
+                raise UserError(f"--{name.replace('_', '-')} is missing")
+        super().__post_init__()
+
+
+def cut(cfg: Config, folder: Path) -> None:
+    """Writes the parts of the comparisons into the folder. Parts that are there stay."""
+    rows = [row for _, row in read_rows(cfg.comparisons, None)]
+    below = 0
+    for name, share in CUTS.items():
+        end = round(share * len(rows))
+        text = "".join(
+            json.dumps({key: row[key] for key in keys_of(name) if key in row}, ensure_ascii=False) + "\n"
+            for row in rows[below:end]
+        )
+        below, file = end, folder / f"{name}.jsonl"
+        if file.exists() and file.read_text(encoding="utf-8") != text:
+            raise UserError(f"{file} was cut from other comparisons: take another --run-dir")
+        file.write_text(text, encoding="utf-8")
+
+
+def keys_of(part: str) -> tuple[str, ...]:
+    """The columns of a part: prompts have no answers."""
+    return ("instruction", "input") + (("chosen", "rejected") if part in "ab" else ())
+
+
+def commands(cfg: Config, folder: Path) -> list[Command]:
+    """All runs, in the order in which they are made."""
+    a, b, prompts, heldout = (str(folder / f"{name}.jsonl") for name in CUTS)
+    start = ("--model", cfg.model, "--on-bad-row", "skip", "--max-length", "192")
+    chooser, judge = (str(folder / name / "reward_model") for name in (CHOOSER, JUDGE))
+
+    def reward_model(name: str, file: str, seed: int) -> Command:
+        flags = ("--comparisons", file, "--seed", str(seed), "--prompts-per-step", "8", "--evaluations", "3")
+        return Command(name, "reward_model.py", start + flags)
+
+    def preference(name: str) -> Command:
+        return Command(name, f"{name}.py", (*start, "--comparisons", a, "--batch-size", "4", "--evaluations", "2"))
+
+    tests = ["--limit", str(cfg.limit), "--max-new-tokens", "96", "--max-length", "512"]
+    tests += (["--ifeval", cfg.ifeval] if cfg.ifeval else []) + (["--text", cfg.text] if cfg.text else [])
+
+    def beside_start(name: str) -> Command:
+        against = ("--against", cfg.model, "--prompts", heldout, "--reward-model", judge, "--judge", cfg.model)
+        return Command(f"{name}-test", "evaluate.py", ("--model", str(folder / name / "policy"), *against, *tests))
+
+    reward_models = [reward_model(f"reward-model-{seed}", a, seed) for seed in range(cfg.seeds)]
+    made = [reward_models[0], reward_model(JUDGE, b, 100), preference("dpo"), beside_start("dpo")]
+    made += [preference("simpo"), beside_start("simpo")]
+    short = ("--max-length", "128", "--max-new-tokens", "64")
+    scored = ("--reward-model", chooser, "--watch", judge, *start[:-2], *short)
+    following = ("--steps", str(cfg.steps), "--epochs", "1")
+    made += [Command("ppo", "ppo.py", (*scored, "--prompts", prompts, *following)), beside_start("ppo")]
+    if cfg.ifeval or cfg.text:
+        made += [Command("start-test", "evaluate.py", ("--model", cfg.model, *tests))]
+    made += reward_models[1:]
+    for name in [one.name for one in reward_models] + [JUDGE] if cfg.preferences else []:
+        flags = ("--reward-model", str(folder / name / "reward_model"), "--preferences", *cfg.preferences)
+        made += [Command(f"{name}-test", "evaluate.py", (*flags, "--limit", str(cfg.limit), "--max-length", "512"))]
+    return made
+
+
+# The page.
+
+
+def rate(found: dict[str, Any], name: str, digits: int = 0) -> str:
+    """A share with its interval, in per cent; "not run" where it is not there."""
+    if name not in found:
+        return "not run"
+    ends = (100 * found[f"{name}_low"], 100 * found[f"{name}_high"])
+    return f"{100 * found[name]:.{digits}f}% ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
+
+
+def reward_model_rows(cfg: Config, folder: Path) -> list[list[str]]:
+    """A row for each reward model: its own held-out pairs, then the other files."""
+    rows = []
+    for name in [f"reward-model-{seed}" for seed in range(cfg.seeds)] + [JUDGE]:
+        own, tested = finished(folder, name) or {}, finished(folder, f"{name}-test") or {}
+        row = [name, rate(own, "reward_model_val_accuracy")]
+        row += [f"{own['reward_model_calibration_error']:.2f} ({own['reward_model_calibration_floor']:.2f})"
+                if own else "not run"]  # fmt: skip
+        rows.append(row + [rate(tested, f"{Path(file).name.split('.')[0]}_accuracy") for file in cfg.preferences])
+    tested = finished(folder, f"{CHOOSER}-test") or {}
+    own = finished(folder, CHOOSER) or {}
+    longer = [f"{100 * own['reward_model_length_baseline']:.0f}%" if own else "not run", ""]
+    names = [Path(file).name.split(".")[0] for file in cfg.preferences]
+    rows.append(["pick the longer", *longer, *(rate(tested, f"{name}_length_baseline") for name in names)])
+    return rows
+
+
+def policy_rows(folder: Path) -> list[list[str]]:
+    """A row for each policy beside the model that it came from."""
+    rows = []
+    for name in ("start", *POLICIES):
+        found = finished(folder, f"{name}-test") or {}
+        words, distinct = spoken(folder / f"{name}-test") if found else ("not run", "not run")
+        rows.append([
+            name, *(["", "", ""] if name == "start" else [
+                rate(found, "win_rate_reward_model"), rate(found, "win_rate_judge"), rate(found, "judge_consistent"),
+            ]), words, distinct, rate(found, "ifeval_prompt_strict"),
+            f"{found['perplexity']:.1f}" if "perplexity" in found else "not run",
+        ])  # fmt: skip
+    return rows
+
+
+def spoken(folder: Path) -> tuple[str, str]:
+    """Words an answer, and the share of answers that differ from all others, over what was asked in a test."""
+    texts = [row["answer"] for row in lines_of(folder / "answers.jsonl")]
+    counts = collections.Counter(texts)
+    return f"{sum(len(text.split()) for text in texts) / len(texts):.0f}", f"{len(counts) / len(texts):.0%}"
+
+
+def curve(folder: Path, name: str, columns: dict[str, str], form: Callable[[float], str]) -> list[list[str]]:
+    """Rows of a run's metrics.jsonl, at most eight, evenly spread."""
+    rows = [row for row in lines_of(folder / name / "metrics.jsonl") if all(key in row for key in columns)]
+    places = sorted({round(i * (len(rows) - 1) / 7) for i in range(8)}) if rows else []
+    return [[str(rows[i]["step"]), *(form(rows[i][key]) for key in columns)] for i in places]
+
+
+def side_by_side(folder: Path, count: int = 4) -> str:
+    """The first answers of each policy to the same prompts, beside those of the model that it came from."""
+    parts = []
+    for name in POLICIES:
+        if finished(folder, f"{name}-test") is None:
+            continue
+        rows = [row for row in lines_of(folder / f"{name}-test" / "answers.jsonl") if row["suite"] == "prompts"]
+        cells = [[one_line(row[key]) for key in ("prompt", "against", "answer")] for row in rows[:count]]
+        parts.append(table(["prompt", "start", name], cells))
+    return "\n\n".join(parts)
+
+
+def one_line(text: str, most: int = 160) -> str:
+    """A text as a cell of a table."""
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text if len(text) <= most else text[:most] + " …"
+
+
+def page(cfg: Config, folder: Path, made: Sequence[Command]) -> str:
+    """Tables of what is finished."""
+    done = [one.name for one in made if finished(folder, one.name) is not None]
+    tested = [Path(file).name.split(".")[0] for file in cfg.preferences]
+    parts = ["## Reward models", table(
+        ["", "own held-out pairs", "calibration error (by chance alone)", *tested], reward_model_rows(cfg, folder)
+    )]  # fmt: skip
+    parts += ["## Policies", table(
+        ["", "wins by the other reward model", "wins by the judge", "judge agrees with itself", "words an answer",
+         "answers that differ", "IFEval, strict", "perplexity of other texts"], policy_rows(folder)
+    )]  # fmt: skip
+    if "ppo" in done:
+        columns = {"kl_k1": "KL", "score": "reward", "length": "tokens", "ended": "end", "entropy": "entropy"}
+        rows = curve(folder, "ppo", columns, lambda x: f"{x:.2f}")
+        parts += ["## PPO", table(["iteration", "KL to the start, nats", "reward", "tokens", "answers that end",
+                                   "entropy"], rows)]  # fmt: skip
+    parts += ["## Answers side by side", side_by_side(folder), "## Commands"]
+    parts += ["\n".join(f"    {one.line(folder)}" for one in made)]
+    parts += [table(["run", "minutes"], [[name, f"{minutes(folder, name):.1f}"] for name in done])]
+    left = [one.name for one in made if one.name not in done]
+    parts += [made_with(folder, done) if done else "", f"Not run: {', '.join(left)}." if left else ""]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def main(cfg: Config) -> dict[str, float]:
+    """Makes the runs that are missing, then page.md. Exit code 1 where one failed."""
+    folder = Path(cfg.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    cut(cfg, folder)
+    made = commands(cfg, folder)
+    try:
+        failed = run_missing(folder, made)
+    finally:
+        (folder / "page.md").write_text(page(cfg, folder, made), encoding="utf-8")
+        print(f"{folder / 'page.md'} is written")
+    if failed:
+        raise SystemExit(f"error: {', '.join(failed)} failed: see {folder}/NAME.log; the same call tries again")
+    return {}
+
+
+if __name__ == "__main__":
+    run_main(main, Config)
