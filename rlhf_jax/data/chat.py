@@ -26,6 +26,8 @@ class Spans(NamedTuple):
     spans: dict[int, Span]
     endless: tuple[int, ...] = ()
     """Answers that no sign ends: what follows them says so, and is not learned."""
+    shown: bool = False
+    """Whether every message is of words alone and stands as it is where the template writes that message."""
 
 
 def render(
@@ -61,7 +63,8 @@ def answer_spans(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
         return Spans(text, plain, tuple(number for number in answers if number < len(conversation) - 1))
     tools = list(tools) if tools else None
     template, special = tokenizer.get_chat_template(tools=tools), tokenizer.special_tokens_map
-    text, spans = template_spans(template, conversation, special, tools=tools)
+    text, places = _written(template, conversation, special, tools)
+    spans = _spans(text, places, template, conversation, special, tools)
     stop, endless = stop_sign(template, _hashable(special)), []
     signs = tuple(name for name in tokenizer.all_special_tokens if name)
     for number, (start, end) in spans.items():
@@ -72,7 +75,21 @@ def answer_spans(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
             endless.append(number)
         else:
             spans[number] = start, found.end()
-    return Spans(text, spans, tuple(endless))
+    stand = (
+        span is not None and is_plain(turn) and _long_words(turn) and turn["content"].strip() in text[slice(*span)]
+        for turn, span in zip(conversation, places, strict=True)
+    )  # fmt: skip
+    return Spans(text, spans, tuple(endless), all(stand))
+
+
+def is_plain(turn: dict[str, Any]) -> bool:
+    """Whether a message is words alone, without thoughts."""
+    return turn.keys() == {"role", "content"} and "</think>" not in turn["content"]
+
+
+def _long_words(turn: dict[str, Any]) -> bool:
+    """Whether they are too many to be there by chance, as a role's name is."""
+    return len(turn["content"].strip()) > 12
 
 
 @lru_cache(maxsize=64)
@@ -89,6 +106,18 @@ def template_spans(
     Raises BadRow when the template refuses the conversation, or does not show an answer.
     """
     text, turns = _written(template, conversation, special_tokens, tools)
+    return text, _spans(text, turns, template, conversation, special_tokens, tools)
+
+
+def _spans(
+    text: str,
+    turns: Sequence[Span | None],
+    template: str,
+    conversation: Conversation,
+    special_tokens: dict[str, Any],
+    tools: Tools,
+) -> dict[int, Span]:
+    """The characters of each answer, of the text and those of all messages. Raises BadRow."""
     spans: dict[int, Span] = {}
     for number, turn in enumerate(conversation):
         if turn["role"] != "assistant":
@@ -102,7 +131,7 @@ def template_spans(
         if any(name not in text[start:end] for name in _names(turn)):
             raise BadRow(f"the chat template does not show the tool calls of message {number + 1}")
         spans[number] = start, end
-    return text, spans
+    return spans
 
 
 @lru_cache(maxsize=64)

@@ -7,7 +7,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 from rlhf_jax.batches import LabelledAnswer, RankedAnswers
-from rlhf_jax.data.chat import answer_spans, render
+from rlhf_jax.data.chat import answer_spans, is_plain, render
 from rlhf_jax.data.conversations import Conversation, turn_starts, without_oldest
 from rlhf_jax.data.formats import EQUAL, Comparison, Demonstration, Prompt, Text, Unpaired
 from rlhf_jax.data.pieces import Shields, literal_ids, shield, stretches
@@ -16,7 +16,7 @@ from rlhf_jax.data.rendered import end_signs, header, is_own, refuse_rendered, w
 from rlhf_jax.data.rows import Read
 from rlhf_jax.data.shown import left_out
 from rlhf_jax.data.templates import Tools
-from rlhf_jax.data.tokenizer import PreTrainedTokenizerBase
+from rlhf_jax.data.tokenizer import PreTrainedTokenizerBase, Steady
 from rlhf_jax.errors import UserError
 
 ENDED = "an answer ends in the sign of its end, which is learned once"
@@ -41,6 +41,8 @@ class _Encoded(NamedTuple):
     given: int
     answer: int
     endless: bool = False
+    shown: bool = False
+    """Whether all of its messages are known to stand in the text."""
 
     @property
     def size(self) -> int:
@@ -82,7 +84,8 @@ def encode_row(row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
     notes = [ENDED] * any(ended for _, ended in bare) + [SPELLED] * bool(shields) + [ENDLESS] * found.endless
     notes += [TURNED] * (isinstance(row, Comparison) and row.turned)
     # An answer that is words alone was found in the text.
-    for answer in [answer for n, answer in enumerate(answers) if n == 0 or not _is_plain(answer)] or [()]:
+    looked_for = [answer for n, answer in enumerate(answers) if n == 0 or not all(map(is_plain, answer))] or [()]
+    for answer in [] if found.shown and not dropped else looked_for:
         notes += left_out((*prompt, *answer), row.tools, partial(_show, tokenizer), _template(tokenizer, row.tools))
     return Encoding(_result(row, found.ids), dropped, tuple(dict.fromkeys(notes)))
 
@@ -91,10 +94,11 @@ def encode_rows(
     rows: Iterable[Read], tokenizer: PreTrainedTokenizerBase, max_length: int, rejects: Rejects
 ) -> Iterator[tuple[Read, Any]]:
     """(row, ids) of every row that can be used; `rejects` hears of the others, and of rows not used as they stand."""
+    steady: Any = Steady(tokenizer)
     for read in rows:
         place = read.row.place
         try:
-            ids, dropped, notes = encode_row(read.row, tokenizer, max_length)
+            ids, dropped, notes = encode_row(read.row, steady, max_length)
         except BadRow as error:
             rejects.reject(place, str(error), read.fields, detail=error.detail)
             continue
@@ -157,10 +161,6 @@ def _bare(answer: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[Con
     return tuple(turn for turn, _ in turns), any(ended for _, ended in turns)
 
 
-def _is_plain(answer: Conversation) -> bool:
-    return all(turn.keys() == {"role", "content"} and "</think>" not in turn["content"] for turn in answer)
-
-
 def _show(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict[str, Any]], tools: Tools) -> str:
     asks = conversation[-1]["role"] != "assistant"
     return render(conversation, tokenizer, tools=tools, add_generation_prompt=asks)
@@ -221,7 +221,7 @@ def _demonstration(
     document = _begun(found.text, cuts, tokenizer, shields)
     document[-1] = _ended(document[-1], tokenizer)
     endless = any(number in found.endless for number in wanted[:-1])
-    return _Encoded(tuple(document), sum(map(len, document[:-1])), len(document[-1]), endless)
+    return _Encoded(tuple(document), sum(map(len, document[:-1])), len(document[-1]), endless, found.shown)
 
 
 def _answers(
@@ -232,12 +232,13 @@ def _answers(
     prompt: Conversation,
 ) -> _Encoded:
     """One prompt's ids for all of its answers: where they render it differently there is no comparison."""
-    found = []
+    found, shown = [], True
     for answer in answers:
         if len(answer) != 1:
             raise BadRow("an answer of more than one message")
-        text, spans, _ = answer_spans((*prompt, *answer), tokenizer, tools=tools)
-        found.append((text, *spans[len(prompt)]))
+        whole = answer_spans((*prompt, *answer), tokenizer, tools=tools)
+        found.append((whole.text, *whole.spans[len(prompt)]))
+        shown = shown and whole.shown
     # A template may give one answer more than another (an empty thought): what all are given is the prompt.
     cut = min(start for _, start, _ in found)
     text = found[0][0][:cut]
@@ -250,7 +251,7 @@ def _answers(
     for text, _, end in found:
         _, response = stretches(text[at:], [cut - at, end - at], tokenizer, shields)
         responses.append(_ended(response, tokenizer))
-    return _Encoded((given, responses), len(given), max(map(len, responses)))
+    return _Encoded((given, responses), len(given), max(map(len, responses)), shown=shown)
 
 
 def _encode_text(row: Text, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoding:

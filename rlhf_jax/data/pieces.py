@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_jax.data.conversations import Conversation
-from rlhf_jax.data.tokenizer import PreTrainedTokenizerBase
+from rlhf_jax.data.tokenizer import PreTrainedTokenizerBase, backend
 
 SHIELD, END = "\ufdd3", "\ufdd1"
 Shields = dict[str, str]
@@ -27,6 +27,10 @@ def stretches(
     They are the ids of the whole text, parted; where one token would reach over a cut, both sides are tokenised apart.
     `first` is False for text that other text stands before.
     """
+    if first and not any(hidden in text for hidden in shields):
+        clean = _parted(text, cuts, tokenizer)
+        if clean is not None:
+            return clean
     pieces = _pieces(text[: cuts[-1]], tokenizer, shields, first=first)
     parts: list[list[int]] = []
     at = number = 0
@@ -44,6 +48,29 @@ def stretches(
     return parts
 
 
+def _parted(text: str, cuts: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[list[int]] | None:
+    """The stretches where each cut falls between two tokens, by the tokenizer's own index; None where that is not so.
+
+    It says the same as the pieces, in a third of the time.
+    """
+    encoder = backend(tokenizer)
+    if encoder is None:
+        return None
+    whole = encoder.encode(text[: cuts[-1]], add_special_tokens=False)
+    ids, parts, at = whole.ids, [], 0
+    for cut in cuts[:-1]:
+        past = len(ids) if cut >= cuts[-1] else whole.char_to_token(cut)
+        if past is None or (past < len(ids) and whole.token_to_chars(past)[0] < cut):
+            return None
+        while past > at and whole.token_to_chars(past - 1)[0] >= cut:  # several tokens of one character
+            past -= 1
+        if past > at and whole.token_to_chars(past - 1)[1] > cut:
+            return None
+        parts.append(ids[at:past])
+        at = past
+    return [*parts, ids[at:]]
+
+
 def literal_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, first: bool = True) -> list[int]:
     """Ids of text in which the name of a special token, such as "</s>", is only text."""
     return _encoded(text, tokenizer, first=first, split_special_tokens=True)["input_ids"]
@@ -56,9 +83,14 @@ def shield(
 
     A "<|im_end|>" that a user wrote must not end the user's turn.
     """
-    names = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+    names = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
+    turns = [turn for conversation in conversations for turn in conversation]
+    if all(
+        turn.keys() == {"role", "content"} and not any(name in turn["content"] for name in names) for turn in turns
+    ):
+        return list(conversations), {}
     whole = json.dumps(conversations, ensure_ascii=False, default=str)
-    present = [name for name in names if name and json.dumps(name, ensure_ascii=False)[1:-1] in whole]
+    present = [name for name in names if json.dumps(name, ensure_ascii=False)[1:-1] in whole]
     if not present:
         return list(conversations), {}
     nonce = hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -22,12 +22,16 @@ OWN = re.compile(r"[^\w\s]\w+[^\w\s]")
 
 def header(text: str, tokenizer: PreTrainedTokenizerBase, *, anywhere: bool = False) -> str | None:
     """The sign of a turn with which a text begins, also behind a BOS, or which is anywhere in it; None without one."""
-    signs = "|".join([*map(re.escape, _own_headers(tokenizer)), *HEADERS])
-    if anywhere:
-        found = re.search(rf"(?P<sign>{signs})", text)
-    else:
-        found = re.match(rf"\s*(?:<[^<>\s]{{1,40}}>\s*)?(?P<sign>{signs})", text)
+    begins, holds = _signs(_own_headers(tokenizer))
+    found = holds.search(text) if anywhere else begins.match(text)
     return found["sign"] if found else None
+
+
+@lru_cache(maxsize=64)
+def _signs(own: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """A text that begins with a sign, and a sign anywhere."""
+    signs = "|".join([*map(re.escape, own), *HEADERS])
+    return re.compile(rf"\s*(?:<[^<>\s]{{1,40}}>\s*)?(?P<sign>{signs})"), re.compile(rf"(?P<sign>{signs})")
 
 
 def is_own(sign: str, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -5,9 +5,9 @@ characters belong to which message, whatever the template does with them: nothin
 goes wrong with templates that drop past reasoning or end in an EOS. {% generation %} changes nothing.
 """
 
-import hashlib
 import json
 import re
+import secrets
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -23,8 +23,10 @@ Tools = Sequence[dict[str, Any]] | None
 Span = tuple[int, int]
 
 OPEN, CLOSE, SHUT = "\ufdd0", "\ufdd1", "\ufdd2"
-"""Code points that are no characters; with a hash of the messages between them they occur in no text."""
-MARK = re.compile(f"([{OPEN}{SHUT}])([0-9a-f]{{16}})\\.(\\d+){CLOSE}")
+"""Code points that are no characters."""
+NONCE = secrets.token_hex(8)
+"""Drawn for this process: with it between the code points a mark occurs in no text."""
+MARK = re.compile(f"([{OPEN}{SHUT}]){NONCE}\\.(\\d+){CLOSE}")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -42,8 +44,7 @@ def run_template(
     they came, and where it fails with objects, they are JSON text. Raises BadRow when the template fails.
     """
     chat = _as_transformers(conversation)
-    text, _ = _run(template, chat, special_tokens, tools, add_generation_prompt, marked=False)
-    return text
+    return _run(template, chat, special_tokens, tools, add_generation_prompt, marked=False)
 
 
 def run_marked(
@@ -59,8 +60,8 @@ def run_marked(
     A message that no loop wrote has None. Raises BadRow when the template fails.
     """
     chat = _as_transformers(conversation)
-    marked, nonce = _run(template, chat, special_tokens, tools, add_generation_prompt, marked=True)
-    return _unmarked(marked, nonce, len(chat))
+    marked = _run(template, chat, special_tokens, tools, add_generation_prompt, marked=True)
+    return _unmarked(marked, len(chat))
 
 
 def _as_transformers(conversation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -83,15 +84,14 @@ def _run(
     add_generation_prompt: bool,
     *,
     marked: bool,
-) -> tuple[str, str]:
+) -> str:
     calls = any(turn.get("tool_calls") for turn in chat)
     asks = re.search(r"arguments\s+is\s+(not\s+)?(string|mapping)", template)
     forms = [chat if asks else with_arguments(chat, as_text=False), with_arguments(chat, as_text=True)]
     first: Exception | None = None
     for form in forms if calls else [chat]:
         form = [dict(turn) for turn in form]
-        nonce = hashlib.sha256(json.dumps([form, tools], default=str).encode()).hexdigest()[:16] if marked else ""
-        mark = partial(_mark, nonce, {id(turn): number for number, turn in enumerate(form)})
+        mark = partial(_mark, {id(turn): number for number, turn in enumerate(form)})
         try:
             written = _compiled(template, marked).render(
                 messages=form,
@@ -104,25 +104,23 @@ def _run(
         except Exception as error:  # a template is a program, and may fail in any way
             first = first or error
         else:
-            return written, nonce
+            return written
     raise BadRow(f"refused by the chat template: {first}") from None
 
 
-def _mark(nonce: str, numbers: dict[int, int], turn: Any, sign: str) -> str:
-    return f"{sign}{nonce}.{numbers[id(turn)]}{CLOSE}" if id(turn) in numbers else ""
+def _mark(numbers: dict[int, int], turn: Any, sign: str) -> str:
+    return f"{sign}{NONCE}.{numbers[id(turn)]}{CLOSE}" if id(turn) in numbers else ""
 
 
-def _unmarked(marked: str, nonce: str, count: int) -> tuple[str, tuple[Span | None, ...], int]:
+def _unmarked(marked: str, count: int) -> tuple[str, tuple[Span | None, ...], int]:
     """The text without its marks; a message shown in several loops is where it last became visible text."""
     turns: list[Span | None] = [None] * count
     began: dict[int, int] = {}
     text, tail, at = "", 0, 0
     for found in MARK.finditer(marked):
-        if found[2] != nonce:
-            continue
         text += marked[at : found.start()]
         at = found.end()
-        number = int(found[3])
+        number = int(found[2])
         if found[1] == OPEN:
             began[number] = len(text)
         elif text[began[number] :].strip():

@@ -7,4 +7,51 @@ if TYPE_CHECKING:
 else:
     PreTrainedTokenizerBase = Any
 
-__all__ = ["PreTrainedTokenizerBase"]
+__all__ = ["PreTrainedTokenizerBase", "Steady", "backend"]
+
+
+class Steady:
+    """A tokenizer for reading many rows, in which it does not change: what it says of itself is asked for once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._inner = tokenizer.inner() if isinstance(tokenizer, Steady) else tokenizer
+
+    def inner(self) -> PreTrainedTokenizerBase:
+        """The tokenizer itself."""
+        return self._inner
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute or a method of the tokenizer, as it was when it was first asked for."""
+        self.__dict__[name] = found = getattr(self._inner, name)
+        return found
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """What the tokenizer makes of a text."""
+        return self._inner(*args, **options)
+
+
+def backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The tokenizer of the library tokenizers that a fast one calls, set as it calls it for text as it stands.
+
+    None where there is none, or where the class has a way of its own to call it.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    inner = tokenizer.inner() if isinstance(tokenizer, Steady) else tokenizer
+    if not isinstance(inner, PreTrainedTokenizerFast):
+        return None
+    own = any(getattr(type(inner), name) is not getattr(PreTrainedTokenizerFast, name) for name in CALLED)
+    if own or inner.split_special_tokens:
+        return None
+    found = inner.backend_tokenizer
+    if found.encode_special_tokens:
+        found.encode_special_tokens = False
+    if found.truncation is not None:
+        found.no_truncation()
+    if found.padding is not None:
+        found.no_padding()
+    return found
+
+
+CALLED = ("__call__", "_encode_plus")
+"""The methods through which a text goes."""

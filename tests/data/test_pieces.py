@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from rlhf_jax.data import pieces
 from rlhf_jax.data.encode import encode
 from rlhf_jax.data.formats import Comparison, Demonstration, Prompt
 from rlhf_jax.data.pieces import stretches
@@ -120,3 +121,28 @@ def greedy():
 def test_where_a_token_would_reach_over_a_cut_both_sides_are_apart(text, cuts, expected):
     tokenizer = greedy()
     assert [tokenizer.convert_ids_to_tokens(part) for part in stretches(text, cuts, tokenizer, {})] == expected
+
+
+words = st.sampled_from(["a", "b ", " c", "\n", "\t", "Ä", "é", "😀", "1.", "<|im_end|>", "</s>", "  "])
+anything = st.lists(words, max_size=20).map("".join)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
+@given(text=anything, shares=st.lists(st.floats(0, 1), min_size=1, max_size=4))
+def test_the_quick_way_cuts_as_the_pieces_do(tokenizer, text, shares):
+    """By the tokenizer's index of characters, and by the characters of every token: the same stretches."""
+    cuts = sorted(round(share * len(text)) for share in shares)
+    quick = stretches(text, cuts, tokenizer, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "backend", lambda _: None)
+        assert quick == stretches(text, cuts, tokenizer, {})
+
+
+def test_the_quick_way_is_not_for_tokenizers_with_a_call_of_their_own(tokenizer):
+    class Own(type(tokenizer)):
+        def __call__(self, *args, **options):
+            return super().__call__(*args, **options)
+
+    assert pieces.backend(tokenizer) is not None
+    assert pieces.backend(Own(tokenizer_object=tokenizer.backend_tokenizer)) is None
