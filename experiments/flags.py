@@ -106,11 +106,18 @@ class DataFlags(Flags):
     """At most so many rows, and at most a tenth of them, are held out of each kind of data."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """Stop at a row that cannot be used, or skip, count and write it to rejected.jsonl in the run's folder."""
+    rows_cache: str | None = None
+    """The folder that keeps encoded rows for the next run, or none; by default rlhf_jax/rows in the user's cache
+    folder. What takes less than two seconds is not kept, and what is not read for a month goes."""
+    num_proc: int | None = None
+    """Processes that encode rows where there are thousands; by default one for each core, at most 8."""
 
     def __post_init__(self) -> None:
         at_least(self, heldout=1)
         if self.limit is not None:
             at_least(self, limit=2)
+        if self.num_proc is not None:
+            at_least(self, num_proc=1)
         super().__post_init__()
 
     def sources(self) -> dict[str, Source]:

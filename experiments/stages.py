@@ -112,6 +112,7 @@ def open_task(cfg: Any, run: Run, *, first: str | None = None) -> Task:
         say_notes(run, load_policy(cfg.model, cfg.layout())), run, files, seed=cfg.seed, max_length=cfg.max_length,
         max_new_tokens=cfg.max_new_tokens, eval_batch_size=cfg.eval_batch_size, limit=cfg.limit,
         heldout=cfg.heldout, on_bad_row=cfg.on_bad_row, streaming=getattr(cfg, "streaming", False),
+        rows_cache=cfg.rows_cache, num_proc=cfg.num_proc,
     )  # fmt: skip
 
 
@@ -133,7 +134,7 @@ def open_own(
     return TextTask(
         task.base, run, sources, seed=cfg.seed, max_length=cfg.max_length, max_new_tokens=task.max_new_tokens,
         eval_batch_size=task.eval_batch_size, limit=cfg.limit, heldout=cfg.heldout, on_bad_row="skip", streaming=False,
-        growing=True,
+        growing=True, rows_cache=cfg.rows_cache, num_proc=cfg.num_proc,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from rlhf_jax.errors import UserError
 UNLEARNED = {
     "run_dir", "resume", "hosts", "mesh", "accept_changes", "track", "jobs", "save_every", "keep", "max_skipped",
     "compile_cache", "scan_layers", "remat", "judge_key", "judge_cache", "judge_at_once", "judge_max_requests",
-    "judge_time_limit", "judge_max_failed",
+    "judge_time_limit", "judge_max_failed", "rows_cache", "num_proc",
 }  # fmt: skip
 """Flags that change nothing of what is learned: a resumed run may have others, at any depth."""
 OWN = ("*.json", "*.jsonl", "*.html", "tensorboard", "wandb")

@@ -3,7 +3,7 @@
 Each answer's log-probability under the reference is computed once, before training.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -79,7 +79,7 @@ def make_step(loss: PreferenceLoss, config: ModelConfig, accumulate: int) -> Cal
 
 def make_batches(
     examples: Examples,
-    ref_score: Callable[[list[Answer]], np.ndarray],
+    ref_score: Callable[[Sequence[Answer]], np.ndarray],
     config: ModelConfig,
     *,
     groups_a_step: int,
@@ -158,7 +158,7 @@ def train_preferences(
     score = score_in_batches(partial(answer_logprobs, model), eval_batch_size)
     compiled = jax.jit(partial(answer_logprobs, model))
 
-    def ref_score(answers: list[Answer]) -> np.ndarray:
+    def ref_score(answers: Sequence[Answer]) -> np.ndarray:
         return score_documents(
             compiled, reference, answers, batch_size=eval_batch_size, longest=base.config.max_length,
             pad_id=base.pad_id,

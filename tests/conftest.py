@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, shapes checked in every call, this checkout's files, the folder of shared data."""
 
+import atexit
 import ctypes
 import gc
 import json
@@ -7,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import jax
@@ -49,6 +51,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # A shell starts what it runs in the background with Ctrl-C ignored, and so would be all that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Tests leave nothing in the user's cache folder.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="rlhf-jax-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # The processes that a test starts import this checkout's files as the test does, whichever is installed.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -57,6 +57,7 @@ class Config(Flags):
     """Iterations of PPO."""
 
     def __post_init__(self) -> None:
+        """Raises UserError for a number out of range, and for what is missing."""
         at_least(self, limit=2, seeds=1, steps=1)
         for name in ("model", "comparisons", "run_dir"):
             if not getattr(self, name):
@@ -65,7 +66,10 @@ class Config(Flags):
 
 
 def cut(cfg: Config, folder: Path) -> None:
-    """Writes the parts of the comparisons into the folder. Parts that are there stay."""
+    """Writes the parts of the comparisons into the folder.
+
+    Raises UserError where parts of other comparisons are there.
+    """
     rows = [row for _, row in read_rows(cfg.comparisons, None)]
     below = 0
     for name, share in CUTS.items():
@@ -226,7 +230,7 @@ def page(cfg: Config, folder: Path, made: Sequence[Command]) -> str:
 
 
 def main(cfg: Config) -> dict[str, float]:
-    """Makes the runs that are missing, then page.md. Exit code 1 where one failed."""
+    """Makes the runs that are missing, then page.md. Raises SystemExit where one failed."""
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     cut(cfg, folder)

@@ -95,17 +95,38 @@ def encode_rows(
 ) -> Iterator[tuple[Read, Any]]:
     """(row, ids) of every row that can be used; `rejects` hears of the others, and of rows not used as they stand."""
     steady: Any = Steady(tokenizer)
-    for read in rows:
+    return settled(((read, outcome(read.row, steady, max_length)) for read in rows), rejects)
+
+
+class Outcome(NamedTuple):
+    """Everything that came of encoding a row: its ids and notes for the run, or why it cannot be used."""
+
+    ids: Any = None
+    notes: tuple[str, ...] = ()
+    reason: str | None = None
+    detail: str = ""
+
+
+def outcome(row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Outcome:
+    """Encodes a row, whatever comes of it. Raises UserError when the tokenizer has no EOS."""
+    try:
+        ids, dropped, notes = encode_row(row, tokenizer, max_length)
+    except BadRow as error:
+        return Outcome(reason=str(error), detail=error.detail)
+    return Outcome(compact(ids), (*([shortened(max_length)] if dropped else []), *notes))
+
+
+def settled(found: Iterable[tuple[Read, Outcome]], rejects: Rejects) -> Iterator[tuple[Read, Any]]:
+    """(row, ids) of the rows that can be used; `rejects` hears of what is to be said of them and of the others."""
+    for read, (ids, notes, reason, detail) in found:
         place = read.row.place
-        try:
-            ids, dropped, notes = encode_row(read.row, steady, max_length)
-        except BadRow as error:
-            rejects.reject(place, str(error), read.fields, detail=error.detail)
+        if reason is not None:
+            rejects.reject(place, reason, read.fields, detail=detail)
             continue
-        for note in (*([shortened(max_length)] if dropped else []), *notes, *([read.note] if read.note else [])):
+        for note in (*notes, *([read.note] if read.note else [])):
             rejects.note(place, note)
         rejects.use(place)
-        yield read, compact(ids)
+        yield read, ids
 
 
 def compact(ids: Any) -> Any:

@@ -3,11 +3,13 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from rlhf_jax.data.conversations import Conversation
+from rlhf_jax.data.formats import Text
+from rlhf_jax.data.lazy import picked
 
 Row = TypeVar("Row")
 
@@ -17,14 +19,14 @@ def held_out(rows: int, budget: int) -> int:
     return max(1, min(rows // 10, budget))
 
 
-def split_rows(rows: Sequence[Row], *, budget: int, rng: np.random.Generator) -> tuple[list[Row], list[Row]]:
+def split_rows(rows: Sequence[Row], *, budget: int, rng: np.random.Generator) -> tuple[Sequence[Row], Sequence[Row]]:
     """(training, held out), both shuffled. Of a single row nothing is left to train on."""
-    shuffled = [rows[i] for i in rng.permutation(len(rows))]
+    shuffled = rng.permutation(len(rows))
     cut = held_out(len(rows), budget)
-    return shuffled[cut:], shuffled[:cut]
+    return picked(rows, shuffled[cut:].tolist()), picked(rows, shuffled[:cut].tolist())
 
 
-def split_head(rows: Sequence[Row], *, budget: int) -> tuple[list[Row], list[Row]]:
+def split_head(rows: Sequence[Row], *, budget: int) -> tuple[Sequence[Row], Sequence[Row]]:
     """(training, held out) of the first rows of a stream, in their order: every tenth is held out, up to `budget`."""
     held = set(range(0, len(rows), 10)[: max(1, budget)])
     return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
@@ -32,7 +34,7 @@ def split_head(rows: Sequence[Row], *, budget: int) -> tuple[list[Row], list[Row
 
 def split_by_opening(
     rows: Sequence[Row], openings: Sequence[str], *, budget: int, rng: np.random.Generator
-) -> tuple[list[Row], list[Row]]:
+) -> tuple[Sequence[Row], Sequence[Row]]:
     """(training, held out), both in their order; no opening is in both.
 
     A tenth of the openings is held out with all of their rows, as far as those are at most `budget` rows: an opening
@@ -43,7 +45,7 @@ def split_by_opening(
     return _part(rows, openings, drawn[: max(1, len(drawn) // 10)], drawn, budget)
 
 
-def split_by_hash(rows: Sequence[Row], openings: Sequence[str], *, budget: int) -> tuple[list[Row], list[Row]]:
+def split_by_hash(rows: Sequence[Row], openings: Sequence[str], *, budget: int) -> tuple[Sequence[Row], Sequence[Row]]:
     """`split_by_opening` for rows that grow: with more of them, what was trained on is not held out later.
 
     About a tenth of the openings is held out, those with the least hash, up to the first one for which the budget has
@@ -68,7 +70,7 @@ def _place(opening: str) -> float:
 
 def _part(
     rows: Sequence[Row], openings: Sequence[str], candidates: Sequence[str], order: Sequence[str], budget: int
-) -> tuple[list[Row], list[Row]]:
+) -> tuple[Sequence[Row], Sequence[Row]]:
     """(training, held out): the candidates with all of their rows while the budget lasts, and at least one opening."""
     sizes = Counter(openings)
     kept: set[str] = set()
@@ -78,10 +80,20 @@ def _part(
             budget -= sizes[opening]
     if not kept and order:
         kept.add(min(order, key=sizes.__getitem__))
-    parts = [[row for row, o in zip(rows, openings, strict=True) if (o in kept) == side] for side in (False, True)]
-    return parts[0], parts[1]
+    held = np.fromiter((opening in kept for opening in openings), bool, len(rows))
+    train, out = (picked(rows, np.flatnonzero(side).tolist()) for side in (~held, held))
+    return train, out
 
 
 def opening_of(prompt: Conversation) -> str:
     """The first words of a conversation that are not the system's."""
     return next(turn["content"] for turn in prompt if turn["role"] != "system")
+
+
+def opening_of_row(row: Any) -> str:
+    """16 hexadecimal digits for the opening of a row, one of the forms of `formats`; of a text, for all of it.
+
+    A hash, for a million openings would fill the memory.
+    """
+    opening = row.text if isinstance(row, Text) else opening_of(row.prompt)
+    return hashlib.sha256(opening.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.batches import LabelledAnswer, PackedAnswers, RankedAnswers, Tokens
+from rlhf_jax.data.lazy import Lazy
 from rlhf_jax.data.preferences import Answer, doubts, pack_answers, rank_table
 from rlhf_jax.data.tokens import bucket, pad_sequences, size
 from rlhf_jax.errors import UserError
@@ -22,7 +23,7 @@ Pairs = Literal["best_worst", "all"]
 class Examples(NamedTuple):
     """Answers, each once, and the groups that are drawn: pairs (W = 2, chosen one first) or single ones (W = 1)."""
 
-    answers: list[Answer]
+    answers: Sequence[Answer]
     groups: Int[np.ndarray, "M W"]
     """Numbers of answers."""
     good: Bool[np.ndarray, "M W"]
@@ -52,10 +53,14 @@ def paired(rankings: Sequence[RankedAnswers], pairs: Pairs) -> Examples:
     found = find(ranks, mask)
     used, groups = np.unique(found, return_inverse=True)
     places = [divmod(int(number), ranks.shape[1]) for number in used]
-    answers = [(rankings[p].prompt, rankings[p].responses[k]) for p, k in places]
+
+    def answer(number: int) -> Answer:
+        ranking, k = rankings[places[number][0]], places[number][1]
+        return ranking.prompt, ranking.responses[k]
+
     groups = groups.reshape(-1, 2)
     doubt = doubts(rankings)[found[:, 0] // ranks.shape[1]]
-    return Examples(answers, groups, np.broadcast_to([True, False], groups.shape), doubt)
+    return Examples(Lazy(len(places), answer), groups, np.broadcast_to([True, False], groups.shape), doubt)
 
 
 def singly(examples: Examples) -> Examples:

@@ -84,6 +84,20 @@ class Rejects:
         """Counts a row that is used."""
         self.used[place.source] = self.used.get(place.source, 0) + 1
 
+    def changes(self) -> dict[str, Any]:
+        """The counts of rows that are used, and of those among them that were changed, as JSON values for `add`."""
+        noted = [[source, reason, count.rows, count.lines] for (source, reason), count in self._noted.items()]
+        return {"used": self.used, "noted": noted}
+
+    def add(self, changes: dict[str, Any]) -> None:
+        """Counts what another one's `changes` tell."""
+        for source, rows in changes["used"].items():
+            self.used[source] = self.used.get(source, 0) + rows
+        for source, reason, rows, lines in changes["noted"]:
+            before = self._noted.get((source, reason), _Count(0, ()))
+            shown = (*before.lines, *lines)[:SHOWN]
+            self._noted[source, reason] = _Count(before.rows + rows, shown)
+
     def write_to(self, path: str | Path, *, sources: Collection[str] | None = None) -> None:
         """Rejected rows go into this jsonl file: those so far at once, later ones as they come.
 

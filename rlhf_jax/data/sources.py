@@ -53,6 +53,14 @@ def read_source(source: str, *, start: int = 0, streaming: bool = False) -> Iter
         yield from islice(rows, start, None)
 
 
+def local_files(source: str) -> list[Path] | None:
+    """The files that a source's rows are read from; None for one on the Hub. Raises UserError for a wrong one."""
+    path, split = _parse(source)
+    if path is None or not path.is_dir():
+        return None if path is None else [path]
+    return sorted(file for file in path.rglob("*") if file.is_file()) if _saved(path) else _files(path, split)
+
+
 def _parse(source: str) -> tuple[Path | None, str | None]:
     """The path of a local source, None for one on the Hub, and the split."""
     if not source.strip() or "\0" in source:

@@ -26,7 +26,7 @@ class Steady:
         return found
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        """What the tokenizer makes of a text."""
+        """Calls the tokenizer."""
         return self._inner(*args, **options)
 
 

@@ -2,24 +2,27 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
 from rlhf_jax.batches import PackedRankings, Prompts, RankedAnswers, Tokens
-from rlhf_jax.data.conversations import Conversation, messages
+from rlhf_jax.data.conversations import messages
 from rlhf_jax.data.encode import encode_rows
+from rlhf_jax.data.encoders import default_processes, encode_many
 from rlhf_jax.data.formats import Prompt, Text
-from rlhf_jax.data.heldout import opening_of, split_by_hash, split_by_opening, split_head, split_rows
+from rlhf_jax.data.heldout import split_by_hash, split_by_opening, split_head, split_rows
+from rlhf_jax.data.lazy import Lazy, joined, picked
 from rlhf_jax.data.loader import document_batches, mix_once, streamed_batches
 from rlhf_jax.data.pairs import Examples, labelled
 from rlhf_jax.data.preferences import pack_rankings, pad_rankings
 from rlhf_jax.data.rejects import OnBadRow, Rejects
 from rlhf_jax.data.rows import Read, find_format, parse_columns, read_rows, reported
 from rlhf_jax.data.sample import sample
-from rlhf_jax.data.tokens import Document, bucket, pack_sequences, pad_prompts, pad_sequences, size
+from rlhf_jax.data.store import Stored, open_cache, stored
+from rlhf_jax.data.tokens import Document, bucket, first_fit, lay, pack_sequences, pad_prompts, pad_sequences, size
 from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run
 from rlhf_jax.pretrained import Pretrained
@@ -30,6 +33,8 @@ from rlhf_jax.tasks.task import Comparisons, Demonstrations, PromptRow, PromptSe
 if TYPE_CHECKING:
     import grain
 
+HEAD_TOKENS = 2**22
+"""Tokens of packed demonstrations that are made into arrays at once, for PPO-ptx."""
 STREAM_HEAD = 2560
 """Documents at the beginning of a streamed source of which some are held out."""
 LONGEST, NEW_TOKENS = 1024, 128
@@ -76,6 +81,8 @@ class TextTask:
         on_bad_row: OnBadRow,
         streaming: bool,
         growing: bool = False,
+        rows_cache: str | None = None,
+        num_proc: int | None = None,
     ) -> None:
         """`max_length` is tokens of prompt and answer together, `max_new_tokens` of a sampled answer.
 
@@ -103,6 +110,7 @@ class TextTask:
         self._run, self._sources, self._seed = run, sources, seed
         self._max_length, self._limit, self._budget = max_length, limit, heldout
         self._streaming, self._growing = streaming, growing
+        self._cache, self._processes = open_cache(rows_cache), num_proc or default_processes()
         self._rejects = Rejects(on_bad_row)
         self._said: set[str] = set()
         self._parts: dict[str, Any] = {}
@@ -118,11 +126,12 @@ class TextTask:
 
     def comparisons(self, sampler: Sampler) -> Comparisons:
         """The comparisons of `--comparisons`; the sampler is not asked. Raises UserError without any."""
-        train, heldout = ([ids for _, ids in part] for part in self._compared())
+        train, heldout = (part.ids for part in self._compared())
         ends = [(int(np.argmin(r.ranks)), int(np.argmax(r.ranks))) for r in heldout]
         pairs = [reordered(r, sorted(pair)) for r, pair in zip(heldout, ends, strict=True)]
-        answers, pad_id = max(len(r.ranks) for r in train), self.base.pad_id
-        longest = max(len(r.prompt) + len(response) for r in [*train, *heldout] for response in r.responses)
+        pad_id = self.base.pad_id
+        shapes = ((len(r.ranks), len(r.prompt) + max(map(len, r.responses))) for r in joined([train, heldout]))
+        answers, longest = np.max(np.fromiter(shapes, np.dtype((int, 2))), axis=0).tolist()
         length = self._row_width(longest)
 
         def lay(rankings: Sequence[RankedAnswers]) -> PackedRankings:
@@ -133,7 +142,7 @@ class TextTask:
 
     def unpaired(self) -> Examples:
         """Answers found good or not, of `--unpaired`."""
-        rows = [ids for some in self._read("unpaired") for _, ids in some]
+        rows = joined([some.ids for some in self._read("unpaired")])
         self._announce()
         return labelled(rows)
 
@@ -145,50 +154,48 @@ class TextTask:
         return self._once("prompts", self._prompts)
 
     def _prompts(self) -> PromptSets:
-        parts: Sequence[list[Any]]
-        if "prompts" in self._sources:
-            suffix = self._sources["prompts"].suffix
-            rows = [(with_suffix(read.row, suffix), read.fields) for some in self._read("prompts") for read, _ in some]
-            parts = self._split([(row.prompt, (row, fields)) for row, fields in rows], self._rng(3))
-        elif "comparisons" in self._sources:
-            parts = [[(as_prompt(read), read.fields) for read, _ in part] for part in self._compared()]
+        if "comparisons" in self._sources and "prompts" not in self._sources:
+            parts = self._compared()
         else:
-            kind = next(kind for kind in ("unpaired", "demonstrations") if kind in self._sources)
-            read = [read for some in self._read(kind) for read, _ in some if not isinstance(read.row, Text)]
-            rows = [(as_prompt(one), one.fields) for one in read]
-            parts = self._split([(row.prompt, (row, fields)) for row, fields in rows], self._rng(3))
-        if not all(parts):
+            kind = next(kind for kind in ("prompts", "unpaired", "demonstrations") if kind in self._sources)
+            found = together(self._read(kind))
+            if kind == "demonstrations":  # texts have no prompt
+                chats = [number for number, read in enumerate(found.reads) if not isinstance(read.row, Text)]
+                found = of_numbers(found, chats)
+            parts = self._split(found, self._rng(3))
+        if not all(part.ids for part in parts):
             raise UserError(f"{self._name('prompts')}: too few prompts to train on some and hold out others")
-        (train, train_rows), (heldout, heldout_rows) = (self._lay_prompts(part) for part in parts)
+        (train, train_rows), (heldout, heldout_rows) = map(self._lay_prompts, parts)
         self._announce()
         self._run.say(f"prompts: {len(train_rows)} to train on, {len(heldout_rows)} held out")
         return PromptSets(train, heldout, None, train_rows, heldout_rows)
 
     def _demonstrations(self) -> Demonstrations:
-        """All of them in memory; grain shuffles, mixes and packs them."""
-        train: list[list[Document]] = []
+        """All of them by their place on the disk; grain shuffles, mixes and packs them."""
+        train: list[Sequence[Document]] = []
         validation: list[Document] = []
-        for rows in self._read("demonstrations"):
-            documents = [ids for _, ids in rows]
+        for rows, name in zip(self._read("demonstrations"), self._sources["demonstrations"].names, strict=True):
             if self._growing:
-                openings = [opening_of_row(read) for read, _ in rows]
-                kept, out = split_by_hash(documents, openings, budget=self._budget)
+                kept, out = split_by_hash(rows.ids, rows.openings, budget=self._budget)
             else:
-                kept, out = split_rows(documents, budget=self._budget, rng=self._rng(1))
+                kept, out = split_rows(rows.ids, budget=self._budget, rng=self._rng(1))
             if not kept:
-                raise UserError(f"{rows[0][0].row.place.source}: too few rows to train on some and hold out others")
+                raise UserError(f"{name}: too few rows to train on some and hold out others")
             train.append(kept)
             validation += out
-        everything = [document for some in train for document in some]
+        everything = joined(train)
         self._run.say(f"demonstrations: {len(everything)} to train on, {len(validation)} held out")
-        width = self._row_width(max(map(size, everything)))
-        packed = pack_sequences(everything, length=width, pad_id=self.base.pad_id)
-        found = Demonstrations(packed, self._pad(validation), partial(self._batches, train, width), len(packed.mask))
+        sizes = [size(document) for document in everything]
+        width = self._row_width(max(sizes))
+        rows_of = first_fit(sizes, length=width)
+        head = [[everything[number] for number in row] for row in rows_of[: max(1, HEAD_TOKENS // width)]]
+        packed = lay(head, width, self.base.pad_id)
+        found = Demonstrations(packed, self._pad(validation), partial(self._batches, train, width), len(rows_of))
         self._announce(packed)
         return found
 
     def _batches(
-        self, train: list[list[Document]], width: int, batch_size: int, seed: int
+        self, train: Sequence[Sequence[Document]], width: int, batch_size: int, seed: int
     ) -> "grain.DatasetIterator[Tokens]":
         share, weights = host_share(), self._sources["demonstrations"].weights or None
         return document_batches(
@@ -234,80 +241,110 @@ class TextTask:
                 yield read.number, ids
         seen["passes"] += 1
 
-    def _compared(self) -> tuple[list[tuple[Read, RankedAnswers]], list[tuple[Read, RankedAnswers]]]:
+    def _compared(self) -> tuple[Stored, Stored]:
         """Training and held-out comparisons; no conversation begins alike in both."""
         return self._once("comparisons", self._read_comparisons)
 
-    def _read_comparisons(self) -> Any:
+    def _read_comparisons(self) -> tuple[Stored, Stored]:
         found, rng = self._read("comparisons"), self._rng(2)
-        weights = self._sources["comparisons"].weights
+        rows, weights = together(found), self._sources["comparisons"].weights
         if weights:
-            found = [mix_once(found, weights, seed=self._seed)]
-        rows = self._soften([row for some in found for row in some])
-        parts = self._split([(row[0].row.prompt, row) for row in rows], rng)
-        if not all(parts):
+            ends = np.cumsum([0, *(len(some.ids) for some in found)])
+            numbers = [range(start, end) for start, end in pairwise(ends.tolist())]
+            rows = of_numbers(rows, mix_once(numbers, weights, seed=self._seed))
+        parts = self._split(self._soften(rows), rng)
+        if not all(part.ids for part in parts):
             raise UserError(f"{self._name('comparisons')}: too few comparisons to train on some and hold out others")
         self._announce()
-        self._run.say(f"comparisons: {len(parts[0])} to train on, {len(parts[1])} held out")
+        self._run.say(f"comparisons: {len(parts[0].ids)} to train on, {len(parts[1].ids)} held out")
         # The preferred one is not always first: nothing may learn the place.
-        return tuple(
-            [(read, reordered(ids, rng.permutation(len(ids.ranks)).tolist())) for read, ids in part] for part in parts
-        )
+        train, heldout = (part._replace(ids=shuffled(part.ids, rng)) for part in parts)
+        return train, heldout
 
-    def _soften(self, rows: list[tuple[Read, RankedAnswers]]) -> list[tuple[Read, RankedAnswers]]:
+    def _soften(self, rows: Stored) -> Stored:
         """The comparisons with their probabilities clamped. Raises UserError for a clamp where none has one."""
         clamp = self._sources["comparisons"].clamp
-        soft = sum(read.row.probability is not None for read, _ in rows)
-        if clamp is not None and not soft:
+        if clamp is None and not any(ids.doubt for ids in rows.ids):
+            return rows
+        soft = np.fromiter((read.row.probability is not None for read in rows.reads), bool, len(rows.reads))
+        if clamp is not None and not soft.any():
             raise UserError(f"--comparisons-clamp {clamp}: no row of {self._name('comparisons')} has a probability")
+        ids = rows.ids
         if clamp is not None:
-            rows = [
-                (read, ids if read.row.probability is None else ids._replace(doubt=max(ids.doubt, 1.0 - clamp)))
-                for read, ids in rows
-            ]
-        if soft:
-            mean = sum(ids.doubt for _, ids in rows) / soft
-            self._run.say(f"comparisons: {soft} of {len(rows)} have a probability; it is {1 - mean:.2f} on average")
+            least = 1.0 - clamp
+
+            def softened(row: int) -> RankedAnswers:
+                return ids[row]._replace(doubt=max(ids[row].doubt, least)) if soft[row] else ids[row]
+
+            rows = rows._replace(ids=Lazy(len(ids), softened))
+        mean = sum(some.doubt for some in rows.ids) / soft.sum()
+        self._run.say(f"comparisons: {soft.sum()} of {len(soft)} have a probability; it is {1 - mean:.2f} on average")
         return rows
 
-    def _split(
-        self, rows: Sequence[tuple[Conversation, Any]], rng: np.random.Generator
-    ) -> tuple[list[Any], list[Any]]:
-        """(training, held out) of (prompt, row); no conversation begins alike in both."""
-        openings = [opening_of(prompt) for prompt, _ in rows]
+    def _split(self, rows: Stored, rng: np.random.Generator) -> tuple[Stored, Stored]:
+        """(training, held out); no conversation begins alike in both."""
+        numbers = range(len(rows.ids))
         if self._growing:
-            return split_by_hash([row for _, row in rows], openings, budget=self._budget)
-        return split_by_opening([row for _, row in rows], openings, budget=self._budget, rng=rng)
+            parts = split_by_hash(numbers, rows.openings, budget=self._budget)
+        else:
+            parts = split_by_opening(numbers, rows.openings, budget=self._budget, rng=rng)
+        train, heldout = (of_numbers(rows, part) for part in parts)
+        return train, heldout
 
-    def _lay_prompts(self, rows: Sequence[tuple[Prompt, dict[str, Any]]]) -> tuple[Prompts, list[PromptRow]]:
+    def _lay_prompts(self, rows: Stored) -> tuple[Prompts, Sequence[PromptRow]]:
         """Left-padded prompts in the bucket of the longest, each with its row. What does not fit is said."""
         quiet, length = Rejects("skip"), self.longest_prompt
         source = self._sources.get("prompts")
         column = "prompt" if source is None else parse_columns(source.columns).get("prompt", "prompt")
-        reads = [Read(number, row, fields) for number, (row, fields) in enumerate(rows)]
-        encoded = list(encode_rows(reads, self.base.tokenizer, length, quiet))
-        for reason, count in {**quiet.notes(), **quiet.counts()}.items():
-            self._run.say(f"prompts to answer: {reason}: {count} of {len(rows)}")
-        if not encoded:
-            raise UserError(f"{self._name('prompts')}: no prompt fits into {length} tokens; raise --max-length")
-        ids = [ids for _, ids in encoded]
-        prompts = pad_prompts(ids, length=bucket(max(map(len, ids)), longest=length), pad_id=self.base.pad_id)
-        return prompts, [PromptRow(prompt_text(read, column), read.fields) for read, _ in encoded]
+        suffix = "" if source is None else source.suffix
 
-    def _read(self, kind: str) -> list[list[tuple[Read, Any]]]:
+        def asked(number: int) -> Read:
+            read = rows.reads[number]
+            return Read(number, with_suffix(as_prompt(read), suffix), read.fields)
+
+        # Prompts of a file of prompts are encoded; those too long for an answer behind them lose turns here.
+        ready = {} if source is None or suffix else {n: ids for n, ids in enumerate(rows.ids) if len(ids) <= length}
+        others = (asked(number) for number in range(len(rows.ids)) if number not in ready)
+        encoded = encode_many(others, self.base.tokenizer, length, quiet, processes=self._processes)
+        found = ready | {read.number: ids for read, ids in encoded}
+        for reason, count in {**quiet.notes(), **quiet.counts()}.items():
+            self._run.say(f"prompts to answer: {reason}: {count} of {len(rows.ids)}")
+        if not found:
+            raise UserError(f"{self._name('prompts')}: no prompt fits into {length} tokens; raise --max-length")
+        numbers = sorted(found)
+        ids = [found[number] for number in numbers]
+        prompts = pad_prompts(ids, length=bucket(max(map(len, ids)), longest=length), pad_id=self.base.pad_id)
+
+        def row(at: int) -> PromptRow:
+            read = asked(numbers[at])
+            return PromptRow(prompt_text(read, column), read.fields)
+
+        return prompts, Lazy(len(numbers), row)
+
+    def _read(self, kind: str) -> list[Stored]:
         """The usable rows of each source, with their ids."""
         if kind not in self._sources:
             raise UserError(f"there are no {kind} to read: give --{kind} FILE")
         return self._once(f"rows of {kind}", partial(self._read_rows, self._sources[kind]))
 
-    def _read_rows(self, source: Source) -> list[list[tuple[Read, Any]]]:
+    def _read_rows(self, source: Source) -> list[Stored]:
         found = []
         for number, (name, form) in enumerate(zip(source.names, self._formats(source), strict=True)):
             limit = None if number < source.own else self._limit
-            rows = read_rows(name, form, self._rejects, columns=source.columns, limit=limit)
-            encoded = encode_rows(rows, self.base.tokenizer, self._max_length, self._rejects)
-            found.append(list(reported(encoded, name, self._run.say, every_seconds=SECONDS)))
-            if not found[-1]:
+
+            def encode(rejects: Rejects, name: str = name, form: str = form, limit: int | None = limit) -> Any:
+                rows = read_rows(name, form, rejects, columns=source.columns, limit=limit)
+                encoded = encode_many(rows, self.base.tokenizer, self._max_length, rejects, processes=self._processes)
+                return reported(encoded, name, self._run.say, every_seconds=SECONDS)
+
+            settings = (form, source.columns, limit, self._max_length)
+            found.append(
+                stored(
+                    name, settings, self.base.tokenizer, encode, self._rejects, self._cache,
+                    keep=number >= source.own,
+                )
+            )  # fmt: skip
+            if not found[-1].ids:
                 reasons = ", ".join(f"{reason} ({rows})" for reason, rows in self._rejects.counts().items())
                 raise UserError(f"{name}: no row can be used: {reasons}")
         return found
@@ -360,6 +397,29 @@ class TextTask:
         return kind if source is None else ", ".join(source.names)
 
 
+def together(sources: Sequence[Stored]) -> Stored:
+    """The rows of all sources."""
+    return Stored(*(joined(parts) for parts in zip(*sources, strict=True)))
+
+
+def of_numbers(rows: Stored, numbers: Sequence[int]) -> Stored:
+    """Some of the rows, in the order of their numbers."""
+    return Stored(*(picked(part, numbers) for part in rows))
+
+
+def shuffled(rankings: Sequence[RankedAnswers], rng: np.random.Generator) -> Sequence[RankedAnswers]:
+    """The same rankings, the answers of each in an order that is drawn once."""
+    counts = [len(ranking.ranks) for ranking in rankings]
+    ends = np.cumsum(counts)
+    orders = np.concatenate([rng.permutation(count).astype(np.uint16) for count in counts])
+
+    def make(row: int) -> RankedAnswers:
+        order = orders[ends[row] - counts[row] : ends[row]]
+        return reordered(rankings[row], order.tolist())
+
+    return Lazy(len(counts), make)
+
+
 def reordered(ids: RankedAnswers, order: Sequence[int]) -> RankedAnswers:
     """The same ranking with its answers in another order."""
     return ids._replace(responses=[ids.responses[i] for i in order], ranks=tuple(ids.ranks[i] for i in order))
@@ -368,11 +428,6 @@ def reordered(ids: RankedAnswers, order: Sequence[int]) -> RankedAnswers:
 def as_prompt(read: Read) -> Prompt:
     """The prompt of a row that has answers, too."""
     return Prompt(read.row.prompt, read.row.place, read.row.tools)
-
-
-def opening_of_row(read: Read) -> str:
-    """The first words of a row's conversation; of a text without one, the whole text."""
-    return read.row.text if isinstance(read.row, Text) else opening_of(read.row.prompt)
 
 
 def with_suffix(prompt: Prompt, suffix: str) -> Prompt:

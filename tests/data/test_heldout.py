@@ -15,7 +15,7 @@ def test_a_tenth_up_to_the_budget_and_at_least_one(rows, budget, expected):
 
 
 def draw(split, *args, seed=0, **kwargs):
-    return split(*args, rng=np.random.default_rng(seed), **kwargs)
+    return tuple(list(part) for part in split(*args, rng=np.random.default_rng(seed), **kwargs))
 
 
 @pytest.mark.parametrize(("budget", "count"), [(100, 20), (7, 7)])

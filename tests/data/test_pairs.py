@@ -36,7 +36,7 @@ def test_each_answer_is_there_once_in_the_rankings_order(pairs, answers, groups)
         for p, (ranks, mask) in enumerate(zip(RANKS, MASK, strict=True))
     ]
     examples = paired(rankings, pairs)
-    assert examples.answers == [([p], [p, k]) for p, k in answers]
+    assert list(examples.answers) == [([p], [p, k]) for p, k in answers]
     assert sorted(map(tuple, examples.groups.tolist())) == sorted(groups)
     assert examples.good.tolist() == [[True, False]] * len(groups)
     assert examples.doubt.tolist() == [p[0] / 8 for p, _ in (examples.answers[best] for best, _ in examples.groups)]

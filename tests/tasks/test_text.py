@@ -148,9 +148,9 @@ def test_a_runs_own_files_are_read_whole_and_what_was_trained_on_stays_there(fil
             lines(own, said[:count])
             with_own = open_own(cfg, task, run, {"demonstrations": [own]})
             rows, _ = with_own._read("demonstrations"), with_own.demonstrations()
-            assert [len(some) for some in rows] == [count, 5]
-            openings = [row["prompt"] for row in said[:count]]
-            train.append(set(split_by_hash(openings, openings, budget=512)[0]))
+            assert [len(some.ids) for some in rows] == [count, 5]
+            prompts = [row["prompt"] for row in said[:count]]
+            train.append(set(split_by_hash(prompts, rows[0].openings, budget=512)[0]))
             assert with_own._demonstrations().validation.mask.shape[0] == count - len(train[-1]) + 1
     assert train[0] < train[1]
 
@@ -255,7 +255,7 @@ def test_probabilities_reach_the_batch_and_are_clamped(files, tmp_path, capsys):
     hard = soft_task(files, tmp_path / "hard", rows).comparisons(unasked)
     assert "chosen and rejected change places: the probability of chosen is below one half: 5 rows" in said
     sure = soft_task(files, tmp_path / "sure", [row | {"probability": 1} for row in rows]).comparisons(unasked)
-    assert hard.train == sure.train and all(ranking.doubt == 0 for ranking in hard.train)
+    assert list(hard.train) == list(sure.train) and all(ranking.doubt == 0 for ranking in hard.train)
     with pytest.raises(UserError, match=r"comparisons-clamp 0\.6: no row of .* has a probability"):
         soft_task(files, tmp_path / "none", rows, comparisons_clamp=0.6).comparisons(unasked)
     with pytest.raises(UserError, match="comparisons-clamp is about the files of --comparisons, and there are none"):

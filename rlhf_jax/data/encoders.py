@@ -1,0 +1,153 @@
+"""Processes that encode rows beside each other, each a Python of its own that knows only the tokenizer.
+
+The rows come out in the order in which they went in. A process ends when its pipe does, so none outlives the run.
+"""
+
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
+from queue import SimpleQueue
+from typing import IO, Any
+
+from rlhf_jax import clock
+from rlhf_jax.data.encode import Outcome, encode_rows, outcome, settled
+from rlhf_jax.data.rejects import Rejects
+from rlhf_jax.data.rows import Read
+from rlhf_jax.data.tokenizer import PreTrainedTokenizerBase, Steady
+from rlhf_jax.errors import UserError
+
+MANY = 4096
+"""Rows that this process encodes itself, before it starts others."""
+CHUNK = 256
+MOST = 8
+"""Processes, where nobody says more."""
+
+
+def default_processes() -> int:
+    """One for each core that this process may use, at most eight."""
+    return min(MOST, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def encode_many(
+    rows: Iterable[Read], tokenizer: PreTrainedTokenizerBase, max_length: int, rejects: Rejects, *, processes: int
+) -> Iterator[tuple[Read, Any]]:
+    """`encode_rows`, in so many processes from row number `MANY` on."""
+    rows = iter(rows)
+    yield from encode_rows(islice(rows, MANY), tokenizer, max_length, rejects)
+    following = list(islice(rows, 1))
+    if not following or processes < 2:
+        yield from encode_rows(chain(following, rows), tokenizer, max_length, rejects)
+    else:
+        yield from settled(_beside(chain(following, rows), tokenizer, max_length, processes), rejects)
+
+
+def _beside(
+    rows: Iterator[Read], tokenizer: PreTrainedTokenizerBase, max_length: int, processes: int
+) -> Iterator[tuple[Read, Outcome]]:
+    free: SimpleQueue[_Encoder] = SimpleQueue()
+    encoders = [_Encoder(tokenizer, max_length) for _ in range(processes)]
+    for encoder in encoders:
+        free.put(encoder)
+
+    def work(chunk: list[Read]) -> list[Outcome]:
+        encoder = free.get()
+        try:
+            return encoder.encode([read.row for read in chunk])
+        finally:
+            free.put(encoder)
+
+    waiting: deque[tuple[list[Read], Future[list[Outcome]]]] = deque()
+    try:
+        with ThreadPoolExecutor(processes) as pool:
+            while True:
+                while len(waiting) < 2 * processes and (chunk := list(islice(rows, CHUNK))):
+                    waiting.append((chunk, pool.submit(work, chunk)))
+                if not waiting:
+                    return
+                chunk, found = waiting.popleft()
+                yield from zip(chunk, found.result(), strict=True)
+    finally:
+        for encoder in encoders:
+            encoder.end()
+
+
+class _Encoder:
+    """A process, and the pipes to it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
+        paths = os.pathsep.join(filter(None, sys.path))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "rlhf_jax.data.encoders"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"},
+        )  # fmt: skip
+        _send(self._process.stdin, (tokenizer, max_length, clock.now().isoformat()))
+
+    def encode(self, rows: list[Any]) -> list[Outcome]:
+        """Encodes rows there. Raises UserError where the process has ended."""
+        try:
+            _send(self._process.stdin, rows)
+            found = _receive(self._process.stdout)
+        except (OSError, EOFError):
+            raise UserError(
+                f"a process that encodes rows has ended (exit code {self._process.wait()}); --num-proc 1 does without"
+            ) from None
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            try:
+                pipe.close()
+            except OSError:
+                pass
+        self._process.wait()
+
+
+def _send(pipe: IO[bytes] | None, message: Any) -> None:
+    assert pipe is not None
+    content = pickle.dumps(message, protocol=5)
+    pipe.write(struct.pack("<q", len(content)) + content)
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes] | None) -> Any:
+    assert pipe is not None
+    head = pipe.read(8)
+    if len(head) < 8:
+        raise EOFError
+    return pickle.loads(pipe.read(struct.unpack("<q", head)[0]))
+
+
+def live() -> None:
+    """A process's life: rows in, outcomes out, until nobody asks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+    try:
+        tokenizer, max_length, moment = _receive(sys.stdin.buffer)
+        clock.keep(moment)
+        steady: Any = Steady(tokenizer)
+        while True:
+            rows = _receive(sys.stdin.buffer)
+            try:
+                found: Any = [outcome(row, steady, max_length) for row in rows]
+            except UserError as error:
+                found = error
+            _send(out, found)
+    except (EOFError, BrokenPipeError):
+        return
+
+
+if __name__ == "__main__":
+    live()
