@@ -138,7 +138,19 @@ class DemonstrationFlags(DataFlags):
     demonstrations_weights: tuple[float, ...] = ()
     """How often each source is drawn from; by default as large as it is (streamed: all equally)."""
     streaming: bool = False
-    """Read demonstrations as they are needed, for sets larger than memory; they are shuffled in a window."""
+    """Read demonstrations as they are needed, for sets larger than the disk has room for twice; they are shuffled in a
+    window."""
+    shuffle_window: int = 1024
+    """Rows of that window."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a window of rows that are not streamed."""
+        at_least(self, shuffle_window=1)
+        if self.shuffle_window != 1024 and not self.streaming:
+            raise UserError(
+                "--shuffle-window is about --streaming; rows that are not streamed are shuffled as a whole"
+            )
+        super().__post_init__()
 
     def sources(self) -> dict[str, Source]:
         """All files that the flags name, by their kind. Raises UserError for flags about files that are not given."""

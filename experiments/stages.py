@@ -112,7 +112,7 @@ def open_task(cfg: Any, run: Run, *, first: str | None = None) -> Task:
         say_notes(run, load_policy(cfg.model, cfg.layout())), run, files, seed=cfg.seed, max_length=cfg.max_length,
         max_new_tokens=cfg.max_new_tokens, eval_batch_size=cfg.eval_batch_size, limit=cfg.limit,
         heldout=cfg.heldout, on_bad_row=cfg.on_bad_row, streaming=getattr(cfg, "streaming", False),
-        rows_cache=cfg.rows_cache, num_proc=cfg.num_proc,
+        shuffle_window=getattr(cfg, "shuffle_window", 1024), rows_cache=cfg.rows_cache, num_proc=cfg.num_proc,
     )  # fmt: skip
 
 
@@ -147,7 +147,8 @@ def say_notes(run: Run, model: Pretrained) -> Pretrained:
 
 def refuse_in_the_world(cfg: Any) -> None:
     """Raises UserError for a flag that is about files, where there are none: nothing is passed over in silence."""
-    unused = {"max_length": None, "max_new_tokens": None, "limit": None, "streaming": False, "on_bad_row": "stop"}
+    unused = {"max_length": None, "max_new_tokens": None, "limit": None, "streaming": False, "on_bad_row": "stop",
+              "rows_cache": None, "num_proc": None}  # fmt: skip
     for name, default in unused.items():
         if getattr(cfg, name, default) != default:
             raise UserError(f"--{name.replace('_', '-')} is about files, and without files nothing would use it")

@@ -67,20 +67,23 @@ def streamed_batches(
     shard: Shard = (0, 1),
     window: int = 1024,
 ) -> "grain.DatasetIterator[Tokens]":
-    """Endless `Tokens` of sources that are not in memory: shuffled within a window, and read again and again.
+    """Endless `Tokens` of sources that are not in memory: shuffled within a window of so many rows, and read again and
+    again.
 
     In all else it is `document_batches`. A host reads every row of its sources and keeps those of its share. Raises
     UserError unless `weights` has one number above 0 for each source; the iterator raises one when a source has no row
     that can be used.
     """
     import grain
-    from grain.experimental import WindowShuffleIterDataset
+    from grain.experimental import ThreadPrefetchIterDataset, WindowShuffleIterDataset
 
     from rlhf_jax.data.iterators import Packs, Rows
 
+    # A thread reads the next window while this one is learned, so that no step waits for a whole window.
+    ahead = [ThreadPrefetchIterDataset(Rows(one, shard), prefetch_buffer_size=window) for one in sources]
     mixed = [
-        WindowShuffleIterDataset(Rows(open_source, shard), window_size=window, seed=_seed(seed, number))
-        for number, open_source in enumerate(sources)
+        WindowShuffleIterDataset(rows, window_size=window, seed=_seed(seed, number))
+        for number, rows in enumerate(ahead)
     ]
     weights = _weights([1.0] * len(mixed) if weights is None else weights, sources)
     everything = mixed[0] if len(mixed) == 1 else grain.IterDataset.mix(mixed, weights=weights)

@@ -80,6 +80,7 @@ class TextTask:
         heldout: int,
         on_bad_row: OnBadRow,
         streaming: bool,
+        shuffle_window: int = 1024,
         growing: bool = False,
         rows_cache: str | None = None,
         num_proc: int | None = None,
@@ -109,7 +110,7 @@ class TextTask:
         self.has_demonstrations = "demonstrations" in sources
         self._run, self._sources, self._seed = run, sources, seed
         self._max_length, self._limit, self._budget = max_length, limit, heldout
-        self._streaming, self._growing = streaming, growing
+        self._streaming, self._window, self._growing = streaming, shuffle_window, growing
         self._cache, self._processes = open_cache(rows_cache), num_proc or default_processes()
         self._rejects = Rejects(on_bad_row)
         self._said: set[str] = set()
@@ -224,7 +225,7 @@ class TextTask:
             share = host_share()
             return streamed_batches(
                 opened, batch_size=batch_size // share[1], length=self._max_length, pad_id=pad_id, seed=seed,
-                weights=weights, shard=share,
+                weights=weights, shard=share, window=self._window,
             )  # fmt: skip
 
         packed = pack_sequences(head, length=self._max_length, pad_id=pad_id)

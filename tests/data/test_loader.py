@@ -1,6 +1,7 @@
 """Documents to packed batches: every one once an epoch, shared among hosts, mixed by weight, resumed exactly."""
 
 import json
+import time
 from itertools import islice
 
 import numpy as np
@@ -177,7 +178,7 @@ def test_a_streamed_source_without_rows_is_an_error_and_no_endless_search():
         next(streamed([]))
 
 
-def test_a_stream_reads_no_further_than_its_window(tmp_path):
+def test_a_stream_reads_one_window_ahead_and_no_further(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"text": str(n)}) + "\n" for n in range(10_000)))
     read = []
@@ -189,7 +190,11 @@ def test_a_stream_reads_no_further_than_its_window(tmp_path):
 
     batches = streamed_batches([open_source], batch_size=2, length=8, pad_id=0, seed=0, window=32)
     next(batches)
-    assert len(read) <= 64
+    deadline = time.monotonic() + 20
+    while len(read) < 64 and time.monotonic() < deadline:  # a thread reads while nobody asks
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert 64 <= len(read) <= 72
 
 
 def test_lengths_fall_into_few_buckets():
