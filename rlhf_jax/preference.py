@@ -1,10 +1,13 @@
 """Offline preference optimisation: the loop that DPO, IPO, SimPO, ORPO and KTO share. Only their losses differ.
 
-Each answer's log-probability under the reference is computed once, before training.
+Each answer's log-probability under the reference is computed once, before training, and kept in the run's folder.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count, repeat
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +22,7 @@ from rlhf_jax.data.order import EpochOrder
 from rlhf_jax.data.pairs import AnswerBatch, Examples, lay_out, mismatch, width
 from rlhf_jax.data.preferences import Answer, packed_logprobs, stack_batches
 from rlhf_jax.evaluate import agreement
+from rlhf_jax.hosts import from_first
 from rlhf_jax.loop import Loop, check_microbatches, shard_stacked
 from rlhf_jax.masking import masked_mean
 from rlhf_jax.models import ModelConfig, Transformer, with_lora
@@ -158,14 +162,24 @@ def train_preferences(
     score = score_in_batches(partial(answer_logprobs, model), eval_batch_size)
     compiled = jax.jit(partial(answer_logprobs, model))
 
-    def ref_score(answers: Sequence[Answer]) -> np.ndarray:
-        return score_documents(
-            compiled, reference, answers, batch_size=eval_batch_size, longest=base.config.max_length,
-            pad_id=base.pad_id,
-        ).astype(np.float32)  # fmt: skip
+    files = map("{}_reference_{}.npy".format, repeat(loop.stage), count(1))
 
-    count, each = examples.groups.shape
-    groups_a_step = min(count, 2 * batch_size // each)
+    def ref_score(answers: Sequence[Answer]) -> np.ndarray:
+        file = loop.run.dir / next(files)
+        kept = from_first(lambda: kept_scores(file) if loop.run.resumed else None)
+        if kept is not None and len(kept) == len(answers):
+            return np.asarray(kept, np.float32)
+        scores = score_documents(
+            compiled, reference, answers, batch_size=eval_batch_size, longest=base.config.max_length,
+            pad_id=base.pad_id, progress=partial(loop.run.progress, "reference"),
+        ).astype(np.float32)  # fmt: skip
+        if loop.run.first:
+            np.save(temporary := file.with_suffix(".part.npy"), scores)
+            os.replace(temporary, file)
+        return scores
+
+    groups, each = examples.groups.shape
+    groups_a_step = min(groups, 2 * batch_size // each)
     check_microbatches(groups_a_step, accumulate, "pairs")
     batch = make_batches(
         examples, ref_score, base.config, groups_a_step=groups_a_step, accumulate=accumulate, packed=packed,
@@ -194,6 +208,14 @@ def train_preferences(
 
     found = evaluate(policy) | (measure(policy, reference, 0) if measure else {})
     return Trained(policy, reward, {name: float(value) for name, value in found.items()})
+
+
+def kept_scores(file: Path) -> list[float] | None:
+    """The scores that a run has kept in a file; None where it is not there, or damaged."""
+    try:
+        return np.load(file).tolist()
+    except (OSError, ValueError, EOFError):
+        return None
 
 
 def make_evaluation(

@@ -3,9 +3,9 @@
 No pass makes a [B, T, V] array.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -211,15 +211,17 @@ def score_documents(
     batch_size: int | Callable[[int], int],
     longest: int,
     pad_id: int,
+    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> np.ndarray:
     """A number for each of N documents of ids, [N], by a compiled function(params, tokens) -> [B].
 
     At most `batch_size` documents are scored at once, or as many as it says of a width. Documents of like length share
-    a batch.
+    a batch. `progress` goes through the batches, and may show how far that is.
     Raises ValueError when a document has more than `longest` tokens.
     """
     found = np.zeros(len(documents), np.float64)
-    for rows, real, width in like_lengths([size(document) for document in documents], batch_size, longest):
+    batches = list(like_lengths([size(document) for document in documents], batch_size, longest))
+    for rows, real, width in progress(batches):
         tokens = pad_sequences([documents[row] for row in rows], length=width, pad_id=pad_id)
         found[rows[:real]] = to_host(function(params, shard_batch(tokens)))[:real]
     return found

@@ -182,12 +182,23 @@ def train(folder, *, loss="dpo", resume=False, **changes):
     return trained.params, trained.metrics, rows, (last, checkpoint.inspect(folder, loss, last).sha256)
 
 
-def test_a_killed_run_goes_on_to_the_very_same_parameters(tmp_path):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_killed_run_goes_on_to_the_very_same_parameters(tmp_path, monkeypatch, damaged):
+    """The reference is not asked again, but where its answers are damaged."""
     straight = train(tmp_path / "run", loss="kto", keep=8)
     folder = tmp_path / "run" / "checkpoints" / "kto"
     for step in (4, 5, 6, 7, 8):
         shutil.rmtree(folder / str(step))
+    kept = tmp_path / "run" / "kto_reference_2.npy"
+    if damaged:
+        kept.write_bytes(kept.read_bytes()[:90])
+    asked = []
+    score = preference.score_documents
+    monkeypatch.setattr(
+        preference, "score_documents", lambda *args, **kwargs: asked.append(1) or score(*args, **kwargs)
+    )
     again = train(tmp_path / "run", loss="kto", keep=8, resume=True)
+    assert len(asked) == damaged
     assert again[3] == straight[3] and again[3][0] == 8
     assert again[1] == straight[1]
     assert [row["step"] for row in again[2]] == list(range(1, 9))
