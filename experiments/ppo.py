@@ -473,6 +473,10 @@ def train(
         run, stage, cfg.steps, show=("score", "utility", "kl_k1", "length"), log_every=1, updates=updates
     )
     state = loop.restore(state)
+    rows = cfg.responses // cfg.minibatches // cfg.accumulate
+    shape = rows, prompts.train.tokens.shape[1] + max_new_tokens
+    trained = state.policy.params, state.critic.params
+    loop.say_memory(base.config, trained, (state, frozen), shape, adapters=bool(frozen.trunk))
     with count_compilations() as compilations:
         for step in loop:
             began = time.perf_counter()

@@ -49,7 +49,7 @@ from rlhf_jax.errors import at_least
 from rlhf_jax.evaluate import agreement
 from rlhf_jax.export import export_reward_model
 from rlhf_jax.log import Run
-from rlhf_jax.loop import shard_stacked
+from rlhf_jax.loop import microbatch_shape, shard_stacked
 from rlhf_jax.losses import ranking_loss
 from rlhf_jax.losses.reward_model import ranking_counts
 from rlhf_jax.models import ModelConfig, ScalarModel, from_language_model, with_lora
@@ -174,6 +174,9 @@ def train(
         parts = np.split(drawn.rows(step), cfg.accumulate)
         batch = stack_batches([comparisons.lay([comparisons.train[i] for i in part]) for part in parts])
         batch = shard_stacked(batch, cfg.accumulate)
+        if step == loop.first:
+            shape = microbatch_shape(batch, cfg.accumulate)
+            loop.say_memory(base.config, state.params, (state, frozen), shape, adapters=bool(frozen))
         state, trained = train_step(state, batch, frozen, step)
         metrics: dict[str, Any] = {**trained}
         loop.watch_skipped(step, metrics["skipped"], batch)

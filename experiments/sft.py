@@ -40,7 +40,7 @@ from rlhf_jax.errors import at_least
 from rlhf_jax.export import export_policy
 from rlhf_jax.hosts import from_first
 from rlhf_jax.log import Run
-from rlhf_jax.loop import Loop, gather_data_state, set_data_state, shard_microbatches
+from rlhf_jax.loop import Loop, gather_data_state, microbatch_shape, set_data_state, shard_microbatches
 from rlhf_jax.models import ModelConfig, Transformer, with_lora
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.scoring import mean_in_batches, sft_objective
@@ -168,6 +168,9 @@ def train(
     set_data_state(batches, loop.data_state() if loop.first < steps else None)
     for step in loop:
         batch = shard_microbatches(next(batches), cfg.accumulate, host_rows=True)
+        if step == loop.first:
+            shape = microbatch_shape(batch, cfg.accumulate)
+            loop.say_memory(base.config, state.params, (state, frozen), shape, adapters=bool(frozen))
         state, trained = train_step(state, batch, frozen, step)
         metrics: dict[str, Any] = {**trained}
         loop.watch_skipped(step, metrics["skipped"], batch)

@@ -190,6 +190,9 @@ def train_groups(
     draws = [prompt_draw(count, numbers.prompts, [seed, number]) for number in range(algorithm.rounds)]
     warned: set[str] = set()
     policy = loop.restore(policy)
+    learned = numbers.prompts * numbers.group_size // numbers.minibatches // numbers.accumulate
+    shape = learned, sets.train.tokens.shape[1] + numbers.max_new_tokens
+    loop.say_memory(base.config, policy.params, (policy, frozen), shape, adapters=adapters)
     with count_compilations() as compilations:
         for step in loop:
             began = time.perf_counter()

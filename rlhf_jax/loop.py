@@ -17,14 +17,19 @@ import numpy as np
 from flax.training.train_state import TrainState
 
 from rlhf_jax import checkpoint
+from rlhf_jax.budget import advice, free_memory, memory_line, step_memory
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import from_first, gather
 from rlhf_jax.log import Run
 from rlhf_jax.metrics import read_metrics
+from rlhf_jax.models import ModelConfig
 from rlhf_jax.sharding import check_rows, host_share, shard_batch, shard_host_rows, to_host
 from rlhf_jax.train import microbatches
+from rlhf_jax.types import Params
 
 State = TypeVar("State")
+SMALL = 2e8
+"""Bytes below which nobody has to know."""
 
 
 class Loop:
@@ -62,6 +67,22 @@ class Loop:
         """The state of the stage's last whole checkpoint before step `before`; the state given, without one."""
         state, self.first = self.run.restore(self.stage, state, before=before)
         return state
+
+    def say_memory(
+        self, config: ModelConfig, trained: Params, held: Any, shape: tuple[int, int], *, adapters: bool
+    ) -> None:
+        """Says what the stage's steps will take, before they are compiled, and warns where that is not free.
+
+        `shape` is (rows, tokens) of a microbatch, `held` all arrays that a step is given. Small models are left out.
+        """
+        needed = step_memory(config, trained, held, rows=shape[0], length=shape[1])
+        free = free_memory()
+        fits = free is None or needed.more <= free
+        if not fits:
+            flags = ", ".join(advice(config, needed, rows=shape[0], adapters=adapters))
+            self.run.warn(f"{memory_line(self.stage, needed, free)}: {flags} would help")
+        elif needed.held + needed.more > SMALL:
+            self.run.say(memory_line(self.stage, needed, free))
 
     def data_state(self) -> Any:
         """The position in the data at the checkpoint that was restored; None at the beginning."""
@@ -132,6 +153,12 @@ class Loop:
                 f"{self.stage}: the loss or gradient was not finite in {self._skipped_in_a_row} steps in a row. The"
                 f" last one is step {last[0]}; its batch is in {path}. A smaller learning rate may help."
             )
+
+
+def microbatch_shape(batch: Any, accumulate: int) -> tuple[int, int]:
+    """(rows, tokens) of a microbatch of a training batch, those of its largest array."""
+    shape = max((leaf.shape for leaf in jax.tree.leaves(batch)), key=math.prod)
+    return math.prod(shape[:-1]) // accumulate, shape[-1]
 
 
 def check_microbatches(rows: int, accumulate: int, what: str) -> None:

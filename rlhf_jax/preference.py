@@ -23,7 +23,7 @@ from rlhf_jax.data.pairs import AnswerBatch, Examples, lay_out, mismatch, width
 from rlhf_jax.data.preferences import Answer, packed_logprobs, stack_batches
 from rlhf_jax.evaluate import agreement
 from rlhf_jax.hosts import from_first
-from rlhf_jax.loop import Loop, check_microbatches, shard_stacked
+from rlhf_jax.loop import Loop, check_microbatches, microbatch_shape, shard_stacked
 from rlhf_jax.masking import masked_mean
 from rlhf_jax.models import ModelConfig, Transformer, with_lora
 from rlhf_jax.pretrained import Pretrained
@@ -190,6 +190,9 @@ def train_preferences(
     state = loop.restore(state)
     for step in loop:
         some = batch(step)
+        if step == loop.first:
+            shape, held = microbatch_shape(some.answers, accumulate), (state, frozen, reference)
+            loop.say_memory(base.config, state.params, held, shape, adapters=bool(frozen))
         state, trained = train_step(state, some, frozen)
         metrics: dict[str, Any] = {**trained}
         loop.watch_skipped(step, metrics["skipped"], some)

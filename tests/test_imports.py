@@ -19,6 +19,7 @@ LEVELS = (
     {"batches", "models", "sampling", "scoring", "rewards", "data", "diagnostics", "pretrained"},
     {
         "actor_critic",
+        "budget",
         "adapters",
         "best_of_n",
         "constitution",

@@ -1,0 +1,118 @@
+"""The memory that a training step needs on a device, estimated before it is compiled, beside the memory that is free.
+
+The estimate counts arrays; the compiler's own figure, which only a compilation gives, was within a third of it for
+SmolLM2-135M (`tests/test_budget.py` holds it within a factor of two at small sizes).
+"""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.models import ModelConfig
+from rlhf_jax.scoring import head_chunk
+from rlhf_jax.sharding import current_mesh
+from rlhf_jax.types import Params
+
+GROUPS = Path("/sys/fs/cgroup")
+
+
+class StepMemory(NamedTuple):
+    """Bytes on one device."""
+
+    held: float
+    """Weights and the optimiser's state, which are there before."""
+    gradients: float
+    """Gradients and updates of what is trained."""
+    activations: float
+    """Numbers that the backward pass reads, and logits."""
+
+    @property
+    def more(self) -> float:
+        """Bytes that the step takes beside what is held."""
+        return self.gradients + self.activations
+
+
+def step_memory(config: ModelConfig, trained: Params, held: Any, *, rows: int, length: int) -> StepMemory:
+    """The memory of a step on so many rows of `length` tokens, those of one microbatch on all devices together.
+
+    `trained` are the parameters that have gradients, `held` all arrays that the step is given.
+    """
+    mesh = current_mesh()
+    rows = max(1, rows // (1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]))
+    parts = 1 if mesh is None else mesh.shape["tensor"]
+    itemsize = jnp.dtype(config.precision.compute).itemsize
+    tokens = rows * length
+    queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    scores = 2 * config.n_heads * length  # before and after the softmax
+    a_layer = tokens * itemsize * (6 * config.d_model + (2 * queries + 2 * keys + 3 * config.d_ff + scores) / parts)
+    kept = tokens * itemsize * config.d_model if config.remat else a_layer
+    logits = 4 * rows * min(length, head_chunk(rows)) * config.vocab_size / parts
+    activations = config.n_layers * kept + 2 * a_layer + 1.5 * logits
+    return StepMemory(device_bytes(held), 2 * device_bytes(trained), activations)
+
+
+def device_bytes(tree: Any) -> float:
+    """Bytes of a pytree's arrays on one device. An array that is there twice counts once."""
+    arrays = {id(leaf): leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)}
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in arrays.values()
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    )
+
+
+def free_memory() -> float | None:
+    """Bytes that are free for this process: on the first device, or of the machine where that is a CPU.
+
+    Devices that are simulated on a CPU share it. None where nobody tells.
+    """
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return float(stats["bytes_limit"] - stats["bytes_in_use"])
+    if device.platform != "cpu":
+        return None
+    found = [*_available(), *_of_group()]
+    return min(found) if found else None
+
+
+def memory_line(stage: str, needed: StepMemory, free: float | None) -> str:
+    """A line about a stage's steps for the run."""
+    line = (
+        f"{stage}: {_gigabytes(needed.held)} of weights and optimiser are held; a step takes about"
+        f" {_gigabytes(needed.more)} more"
+    )
+    return line if free is None else f"{line}, and {_gigabytes(free)} are free"
+
+
+def advice(config: ModelConfig, needed: StepMemory, *, rows: int, adapters: bool) -> list[str]:
+    """The flags that would help, the most useful first."""
+    lora = [] if adapters else ["--lora-rank 16"]
+    fewer = ["a larger --accumulate" if rows > 1 else "a smaller --max-length"]
+    if needed.activations > needed.gradients:
+        return ([] if config.remat else ["--remat True"]) + fewer + lora
+    return (lora or ["--frozen-dtype int8"]) + fewer
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size < 1e10 else f"{size / 1e9:.0f} GB"
+
+
+def _available() -> list[float]:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    return [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+
+
+def _of_group() -> list[float]:
+    """The room that a container has left, by the files of its control group."""
+    try:
+        limit, used = ((GROUPS / f"memory.{name}").read_text(encoding="utf-8") for name in ("max", "current"))
+        return [float(limit) - float(used)]
+    except (OSError, ValueError):  # none, or "max"
+        return []

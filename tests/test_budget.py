@@ -1,0 +1,100 @@
+"""The estimate of a step's memory is near the compiler's figure, and a run that has too little says so before."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import budget, loop
+from rlhf_jax.batches import Tokens
+from rlhf_jax.models import ModelConfig, Transformer, init_lora, with_lora
+from rlhf_jax.optimizers import adamw
+from rlhf_jax.scoring import sft_objective
+from rlhf_jax.train import make_state, make_train_step
+
+CONFIG = ModelConfig(
+    vocab_size=1024, d_model=128, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=384, max_length=256,
+    rope_theta=1e4, norm_eps=1e-5, tie_embeddings=True,
+    scan_layers=True, remat=True,
+)  # fmt: skip
+ROWS, LENGTH = 4, 256
+
+
+def compiled_and_estimated(config, *, lora):
+    """Bytes of a step of SFT beside its arguments: the compiler's, and the estimate."""
+    model = Transformer(config)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    own, frozen = (
+        (init_lora(jax.random.key(1), params, rank=8, alpha=16.0, targets="kernel"), params) if lora else (params, {})
+    )
+    state = make_state(model, own, adamw(1e-4, weight_decay=0.0, max_grad_norm=1.0))
+    ids = jnp.ones((ROWS, LENGTH), jnp.int32)
+    batch = Tokens(ids, ids, ids > 0, jnp.broadcast_to(jnp.arange(LENGTH), ids.shape), ids)
+    step = make_train_step(lambda trained, batch, frozen: sft_objective(model, with_lora(frozen, trained), batch))
+    held = (state, frozen)
+    needed = budget.step_memory(config, state.params, held, rows=ROWS, length=LENGTH)
+    assert needed.held == sum(leaf.nbytes for leaf in jax.tree.leaves(held) if isinstance(leaf, jax.Array))
+    return step.lower(state, batch, frozen).compile().memory_analysis().temp_size_in_bytes, needed
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_estimate_is_near_the_compilers_figure(remat, lora):
+    compiled, needed = compiled_and_estimated(replace(CONFIG, remat=remat), lora=lora)
+    assert 0.5 < needed.more / compiled < 2, (needed, compiled)
+
+
+def test_shared_arrays_count_once():
+    x = jnp.ones((3, 5))
+    assert budget.device_bytes([x, {"again": x}, np.ones(7), jax.random.key(0)]) == 60
+
+
+class Said:
+    def __init__(self):
+        self.said, self.warned = [], []
+
+    def say(self, line):
+        self.said.append(line)
+
+    def warn(self, line):
+        self.warned.append(line)
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "adapters", "flags"),
+    [
+        (replace(CONFIG, remat=False), 8, False, "--remat True, a larger --accumulate, --lora-rank 16 would help"),
+        (CONFIG, 1, True, "a smaller --max-length would help"),
+    ],
+)
+def test_a_step_that_does_not_fit_names_the_flags(monkeypatch, config, rows, adapters, flags):
+    monkeypatch.setattr(loop, "free_memory", lambda: 1e6)
+    stage, x = loop.Loop.__new__(loop.Loop), jnp.ones((10, 10))
+    stage.run, stage.stage = Said(), "sft"
+    stage.say_memory(config, x, x, (rows, 256), adapters=adapters)
+    (line,) = stage.run.warned
+    assert line.startswith("sft: 0.00 GB of weights and optimiser are held; a step takes about 0.")
+    assert "and 0.00 GB are free: " in line and line.endswith(flags) and stage.run.said == []
+
+
+def test_a_step_that_fits_is_said_where_it_is_large(monkeypatch):
+    monkeypatch.setattr(loop, "free_memory", lambda: 1e12)
+    stage, x = loop.Loop.__new__(loop.Loop), jnp.ones((10, 10))
+    stage.run, stage.stage = Said(), "sft"
+    stage.say_memory(CONFIG, x, x, (4, 256), adapters=False)
+    assert stage.run.said == []
+    stage.say_memory(replace(CONFIG, vocab_size=300_000), x, x, (4, 256), adapters=False)
+    assert len(stage.run.said) == 1 and "1000 GB are free" in stage.run.said[0] and stage.run.warned == []
+
+
+def test_free_memory_is_the_machines_or_the_containers(tmp_path, monkeypatch):
+    free = budget.free_memory()
+    assert 1e8 < free < 1e13
+    (tmp_path / "memory.max").write_text("3000000")
+    (tmp_path / "memory.current").write_text("1000000")
+    monkeypatch.setattr(budget, "GROUPS", tmp_path)
+    assert budget.free_memory() == 2e6
+    (tmp_path / "memory.max").write_text("max")
+    assert budget.free_memory() > 1e8
