@@ -3,11 +3,11 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from rlhf_jax.models.card import ModelCard, card_text
 from rlhf_jax.models.config import ModelConfig
@@ -15,8 +15,20 @@ from rlhf_jax.models.families import family_of
 from rlhf_jax.models.files import write_text
 from rlhf_jax.models.hf import BIAS, SCORE, without_head
 from rlhf_jax.models.tokenizer import with_padding
-from rlhf_jax.models.weights import flat, join, layers_apart, param_shapes
+from rlhf_jax.models.weights import (
+    Tensor,
+    flat,
+    join,
+    layers_apart,
+    param_shapes,
+    shards_of,
+    tensor_shape,
+    write_tensors,
+)
 
+WEIGHTS = "model.safetensors"
+SHARD = 5 * 10**9
+"""Bytes of a file of weights; more are several files."""
 ONE_LABEL = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 """Rows of config.json for a classifier with one label. A language model may have them: it is then loaded as one."""
 
@@ -110,14 +122,15 @@ def _save(
 ) -> None:
     family = family_of(config)
     hf = {"architectures": [class_name], **family.write(config), "dtype": "float32", **ends, **more}
+    shapes = {name: np.shape(leaf) for name, leaf in leaves.items()}
+    written = [Tensor(name, tensor.shape, partial(np.asarray, tensor)) for name, tensor in tensors.items()]
     for name, cut in family.places(config.n_layers).items():
         if all(part in leaves for part in cut.parts):
-            tensors[name] = join(cut, leaves, config.n_heads)
+            make = partial(join, cut, leaves, config.n_heads)
+            written.append(Tensor(name, tensor_shape(cut, shapes), make))
 
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "model.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.replace(folder / "model.safetensors")
+    _write_shards(folder, written)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     write_text(folder / "config.json", json.dumps(hf, indent=2) + "\n")
@@ -126,6 +139,22 @@ def _save(
     write_text(
         folder / "README.md", card_text(class_name, sum(leaf.size for leaf in leaves.values()), card or ModelCard())
     )
+
+
+def _write_shards(folder: Path, tensors: list[Tensor]) -> None:
+    """One file, or several with an index, as transformers writes them; each whole or not at all."""
+    shards = shards_of(tensors, SHARD)
+    names = [WEIGHTS]
+    if len(shards) > 1:
+        names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        temporary = folder / f"{name}.tmp"
+        write_tensors(temporary, shard)
+        temporary.replace(folder / name)
+    if len(shards) > 1:
+        places = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": sum(tensor.bytes for tensor in tensors)}, "weight_map": places}
+        write_text(folder / f"{WEIGHTS}.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _layers_apart(config: ModelConfig, params: Any) -> dict[str, Any]:

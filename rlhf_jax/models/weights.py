@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -111,7 +111,7 @@ def _places(cut: Cut, part: int, shapes: dict[str, Shape], heads: int) -> np.nda
 
 
 def join(cut: Cut, params: Mapping[str, Any], heads: int) -> np.ndarray:
-    """The tensor that holds those parameters, float32."""
+    """The tensor that holds those parameters, float32, perhaps a view of theirs."""
     shapes = {name: params[name].shape for name in cut.parts}
     if len(cut.parts) == 1:
         tensor = np.asarray(params[cut.parts[0]], np.float32)
@@ -120,7 +120,56 @@ def join(cut: Cut, params: Mapping[str, Any], heads: int) -> np.ndarray:
         tensor = np.empty(shape, np.float32)
         for part, name in enumerate(cut.parts):
             tensor[..., _places(cut, part, shapes, heads)] = np.asarray(params[name], np.float32)
-    return np.ascontiguousarray(tensor.T if cut.turned else tensor)
+    return tensor.T if cut.turned else tensor
+
+
+class Tensor(NamedTuple):
+    """A tensor that is to be written, and how it is made when its turn has come."""
+
+    name: str
+    shape: Shape
+    make: Callable[[], np.ndarray]
+
+    @property
+    def bytes(self) -> int:
+        """Its size, float32."""
+        return 4 * math.prod(self.shape)
+
+
+def write_tensors(path: Path, tensors: Sequence[Tensor]) -> None:
+    """Writes a safetensors file of float32 tensors, of which only one is in memory at a time.
+
+    The library's own function wants all of them beside each other, twice. Raises ValueError for a tensor of another
+    shape than it was to have. The format:
+    https://github.com/huggingface/safetensors#format.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.bytes
+        header[tensor.name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            array = np.ascontiguousarray(tensor.make(), np.float32)
+            if array.shape != tensor.shape:
+                raise ValueError(f"tensor {tensor.name} is {array.shape}, and was to be {tensor.shape}")
+            file.write(array.data)
+
+
+def shards_of(tensors: Sequence[Tensor], most: int) -> list[list[Tensor]]:
+    """The tensors in their order, in parts of at most so many bytes, or of one tensor."""
+    shards: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not shards or tensor.bytes > room:
+            shards.append([])
+            room = most
+        shards[-1].append(tensor)
+        room -= tensor.bytes
+    return shards
 
 
 class Stored(NamedTuple):

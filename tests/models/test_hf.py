@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cache
@@ -12,7 +13,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rlhf_jax.models import (
     ModelCard,
@@ -20,10 +21,12 @@ from rlhf_jax.models import (
     Transformer,
     load_hf,
     load_hf_reward_model,
+    save,
     save_hf,
     save_hf_reward_model,
 )
 from rlhf_jax.sampling import generate
+from rlhf_jax.sharding import to_host
 
 TOKENS = np.random.default_rng(0).integers(0, 32, (2, 9))
 
@@ -199,6 +202,34 @@ def test_the_tokenizer_is_saved_with_its_special_tokens(shared_data, tmp_path):
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / name).read_text())["eos_token_id"] == tokenizer.eos_token_id
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_large_model_is_written_in_shards_one_tensor_at_a_time(scanned, tmp_path, monkeypatch):
+    """An index that transformers reads, and never more than a tensor or two of it in memory."""
+    config = replace(CONFIG, vocab_size=2000, d_model=64, d_ff=192, n_layers=4, scan_layers=scanned)
+    params = to_host(new_params(config))
+    save_hf(tmp_path / "whole", config, params)
+    monkeypatch.setattr(save, "SHARD", 200_000)
+    sizes = [leaf.nbytes for leaf in jax.tree.leaves(new_params(replace(config, scan_layers=False)))]
+    tracemalloc.start()
+    save_hf(tmp_path / "parts", config, params)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * max(sizes) + 300_000 < sum(sizes), (peak, max(sizes), sum(sizes))
+    files = sorted(path.name for path in (tmp_path / "parts").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    parts = {name: x for file in files for name, x in load_file(tmp_path / "parts" / file).items()}
+    assert parts.keys() == whole.keys() and all(np.array_equal(parts[name], whole[name]) for name in whole)
+    index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in whole.values())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "parts").state_dict()
+    assert all(np.array_equal(theirs[name].numpy(), x) for name, x in whole.items())
+    for again, leaf in zip(
+        *(jax.tree.leaves(load_hf(tmp_path / name)[1]) for name in ("parts", "whole")), strict=True
+    ):
+        assert_array_equal(again, leaf)
 
 
 def test_a_published_model_writes_the_same_200_tokens(shared_data):
