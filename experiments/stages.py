@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from experiments.flags import PRECISIONS, names
 from experiments.reports import group_report, preference_report
 from rlhf_jax.cli import run_with_report
@@ -24,6 +22,7 @@ from rlhf_jax.group_loop import train_groups
 from rlhf_jax.groups import Algorithm, Numbers
 from rlhf_jax.hosts import from_first
 from rlhf_jax.log import Run
+from rlhf_jax.models import count_weights
 from rlhf_jax.preference import ImplicitReward, PreferenceLoss, Trained, train_preferences
 from rlhf_jax.pretrained import Pretrained, load_policy
 from rlhf_jax.rewards.python import CHECKERS, Limits, is_function
@@ -59,7 +58,7 @@ def pretrained_defaults(cfg: Any, base: Pretrained, *, slower: float = 1.0) -> d
     The learning rate is 2e-5 for 8 billion weights and falls with the root of their number; adapters take ten times
     that. Both are at most 1e-3. `slower` divides it.
     """
-    size = sum(leaf.size for leaf in jax.tree.leaves(base.params))
+    size = count_weights(base.params)
     rank = cfg.lora_rank if cfg.lora_rank is not None else (16 if size >= 50_000_000 else 0)
     rate = min(1e-3, 2e-5 * (8e9 / size) ** 0.5 * (10 if rank else 1)) / slower
     return {"lora_rank": rank, "learning_rate": float(f"{rate:.1e}"), "keep": 1}
@@ -77,7 +76,7 @@ def say_defaults(run: Run, stage: str, given: Any, filled: Any, base: Pretrained
     """Prints the numbers that were chosen for a pretrained model, and why."""
     if base.name is None:
         return
-    size = sum(leaf.size for leaf in jax.tree.leaves(base.params))
+    size = count_weights(base.params)
     chosen = [
         f"--{flag.name.replace('_', '-')} {getattr(filled, flag.name):g}"
         for flag in fields(filled)

@@ -22,6 +22,7 @@ from rlhf_jax.models import (
     ModelConfig,
     ScalarModel,
     Transformer,
+    count_weights,
     head_kernel,
     init_cache,
     last_token_rewards,
@@ -245,7 +246,7 @@ def _scored(
     score: Callable[[Params, Tokens], Array], model: Pretrained, documents: Sequence[Document], most: int
 ) -> np.ndarray:
     """`score_documents`, at most so many at once; fewer where they are long."""
-    config, weights = model.config, sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    config, weights = model.config, count_weights(model.params)
 
     def at_once(width: int) -> int:
         return min(most, rows_at_once(config, width, weights))

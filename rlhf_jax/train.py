@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax.training.train_state import TrainState
 from jaxtyping import Array, PRNGKeyArray
 
 from rlhf_jax.data.tokens import take
+from rlhf_jax.models import count_weights
 from rlhf_jax.sharding import constrain_params, create
 from rlhf_jax.types import Metrics, Params
 
@@ -184,7 +184,7 @@ def keep_freed_memory(params: Params | None = None) -> None:
     Of a larger model the pieces that are kept do not fit what is asked for next, and the process grows by luck: with
     135 million parameters one step of SFT took 5.2, 7.9 or 9.4 GB, and takes 3.9 without.
     """
-    if params is not None and sum(np.size(leaf) for leaf in jax.tree.leaves(params)) >= 20_000_000:
+    if params is not None and count_weights(params) >= 20_000_000:
         return
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is not None and hasattr(libc, "mallopt"):

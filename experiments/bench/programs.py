@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import dpo, ppo, reward_model, sft
-from experiments.bench.shapes import MODELS, count, model_config
+from experiments.bench.shapes import MODELS, model_config
 from experiments.flags import PRECISIONS, PrecisionName
 from rlhf_jax.actor_critic import Frozen, Setup, State
 from rlhf_jax.batches import Completions, Experience, Prompts, Rankings, Tokens
 from rlhf_jax.data.pairs import AnswerBatch
 from rlhf_jax.data.tokens import join
 from rlhf_jax.errors import UserError, at_least
-from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, from_language_model
+from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, count_weights, from_language_model
 from rlhf_jax.preference import make_step as make_preference_step
 from rlhf_jax.rewards.model import model_reward
 from rlhf_jax.train import make_state
@@ -132,7 +132,7 @@ def build(case: Case, make: Make, parts: int = 1) -> Program:
     frozen_dtype = case.frozen_dtype if case.lora_rank else None
     trained: dict[str, Any] = {"lora_rank": case.lora_rank, "frozen_dtype": frozen_dtype, "learning_rate": 1e-4}
     back = 2 if case.lora_rank else 3  # forward, and the gradients of activations and of weights
-    matrices = count(params["layers"])
+    matrices = count_weights(params["layers"])
     once, learned = (flops(config, matrices, rows, length, case.response, times=times) for times in (1, back))
     scored, valued = (flops(config, matrices, rows, length, 0, times=times) for times in (1, back))
 
@@ -184,7 +184,7 @@ def build(case: Case, make: Make, parts: int = 1) -> Program:
         2 * config.n_layers * config.n_kv_heads * config.head_dim * width * rows * (case.prompt + case.response / 2)
     )
     # Of an embedding that is not the head, too, only the words of that moment are looked up.
-    read = count(params) - (count(params["embedding"]) if "head" in params else 0)
+    read = count_weights(params) - (count_weights(params["embedding"]) if "head" in params else 0)
     decoded = case.response * (width * read * parts + cache)
     iterate = jax.jit(partial(ppo.iterate, ppo_cfg, setup), donate_argnums=0)
     args = (state, frozen, make(lambda: jax.random.key(0)))

@@ -3,8 +3,6 @@
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import jax
-
 from rlhf_jax.models import ModelConfig, Precision
 from rlhf_jax.models.families import FAMILIES
 
@@ -94,8 +92,3 @@ def model_config(name: str, precision: Precision) -> ModelConfig:
     """A published shape, its layers scanned and rematerialised, as large models are trained."""
     hf = MODELS[name]
     return replace(FAMILIES[hf["model_type"]].read(hf), precision=precision, scan_layers=True, remat=True)
-
-
-def count(tree: Any) -> int:
-    """Numbers in a tree of arrays or shapes."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree) if hasattr(leaf, "size"))

@@ -18,6 +18,7 @@ from rlhf_jax.models.precision import BFLOAT16, FLOAT32, MIXED, Precision
 from rlhf_jax.models.rope import LinearScaling, Llama3Scaling, LongRope
 from rlhf_jax.models.save import save_hf, save_hf_reward_model
 from rlhf_jax.models.transformer import KVCache, Transformer, head_kernel, init_cache, repeated_cache
+from rlhf_jax.models.weights import count_weights
 
 __all__ = [
     "BFLOAT16",
@@ -33,6 +34,7 @@ __all__ = [
     "ScalarModel",
     "Transformer",
     "cast_frozen",
+    "count_weights",
     "from_language_model",
     "head_kernel",
     "init_cache",

@@ -56,6 +56,11 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def count_weights(tree: Any) -> int:
+    """Numbers in a tree of arrays, or of their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree) if hasattr(leaf, "size"))
+
+
 def nested(leaves: dict[str, Any]) -> dict[str, Any]:
     """`flat`, undone."""
     tree: dict[str, Any] = {}

@@ -5,7 +5,6 @@ from functools import partial
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import numpy as np
 
 from rlhf_jax.batches import PackedRankings, Prompts, RankedAnswers, Tokens
@@ -25,6 +24,7 @@ from rlhf_jax.data.store import Stored, open_cache, stored
 from rlhf_jax.data.tokens import Document, bucket, first_fit, lay, pack_sequences, pad_prompts, pad_sequences, size
 from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run
+from rlhf_jax.models import count_weights
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.scoring import rows_at_once
 from rlhf_jax.sharding import host_share
@@ -104,7 +104,7 @@ class TextTask:
         for source in sources.values():
             parse_columns(source.columns)
         self.base, self.max_new_tokens = base, max_new_tokens
-        weights = sum(leaf.size for leaf in jax.tree.leaves(base.params))
+        weights = count_weights(base.params)
         self.eval_batch_size = eval_batch_size or rows_at_once(base.config, max_length, weights)
         self.facts: dict[str, float] = {}
         self.has_demonstrations = "demonstrations" in sources

@@ -11,7 +11,7 @@ import pytest
 
 from experiments.bench import accelerator, beside, programs, rows, shapes, time_by_part
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import FLOAT32, Transformer
+from rlhf_jax.models import FLOAT32, Transformer, count_weights
 
 
 def test_the_last_line_of_a_program_is_read():
@@ -62,7 +62,7 @@ def test_the_135m_shape_is_smollm2s():
     """Its published parameters, and its vocabulary's share of them."""
     config = shapes.model_config("smollm2-135m", FLOAT32)
     params = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    assert shapes.count(params) == 134_515_008 and shapes.count(params["embedding"]) == 49_152 * 576
+    assert count_weights(params) == 134_515_008 and count_weights(params["embedding"]) == 49_152 * 576
 
 
 def test_an_operation_is_placed_where_the_program_says_that_it_comes_from():

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import pytest
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import MIXED, Transformer
+from rlhf_jax.models import MIXED, Transformer, count_weights
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tpu"))
 import hlo  # noqa: E402
 
-from experiments.bench.shapes import count, model_config  # noqa: E402
+from experiments.bench.shapes import model_config  # noqa: E402
 
 PROGRAM = """HloModule step
 
@@ -101,7 +101,7 @@ def test_a_collective_whose_chips_are_not_said_is_an_error():
 def test_shapes_have_the_published_number_of_parameters(name, published):
     model = Transformer(model_config(name, MIXED))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
-    assert count(shapes) == published
+    assert count_weights(shapes) == published
 
 
 @pytest.fixture(scope="module")
