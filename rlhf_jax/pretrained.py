@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -154,7 +155,8 @@ def _load(path_or_name: str, read: Callable[..., tuple[ModelConfig, Any]], layou
         check_template(tokenizer.chat_template, folder)
         scan = config.n_layers > SCANNED_ABOVE if layout.scan_layers is None else layout.scan_layers
         config, params = read(folder, shardings=hf_shardings(folder), precision=layout.precision, scan_layers=scan)
-        config = replace(config, remat=scan if layout.remat is None else layout.remat)
+        remat = scan if layout.remat is None else layout.remat
+        config = replace(config, remat=remat, apart_when_decoding=jax.default_backend() == "cpu")
     except (ValueError, OSError) as error:
         raise UserError(first_line(error)) from None
     return Pretrained(config, params, tokenizer, path_or_name, ends, tuple(notes))

@@ -17,7 +17,15 @@ from rlhf_jax.models.peft import load_peft, load_peft_reward_model, save_peft, s
 from rlhf_jax.models.precision import BFLOAT16, FLOAT32, MIXED, Precision
 from rlhf_jax.models.rope import LinearScaling, Llama3Scaling, LongRope
 from rlhf_jax.models.save import save_hf, save_hf_reward_model
-from rlhf_jax.models.transformer import KVCache, Transformer, head_kernel, init_cache, repeated_cache
+from rlhf_jax.models.transformer import (
+    KVCache,
+    Transformer,
+    cache_apart,
+    decoder_of,
+    head_kernel,
+    init_cache,
+    repeated_cache,
+)
 from rlhf_jax.models.weights import count_weights
 
 __all__ = [
@@ -33,8 +41,10 @@ __all__ = [
     "Precision",
     "ScalarModel",
     "Transformer",
+    "cache_apart",
     "cast_frozen",
     "count_weights",
+    "decoder_of",
     "from_language_model",
     "head_kernel",
     "init_cache",

@@ -31,6 +31,9 @@ class ModelConfig:
     precision: Precision = FLOAT32
     scan_layers: bool = False
     """One compiled layer under nn.scan, parameters stacked along axis 0."""
+    apart_when_decoding: bool = False
+    """Scanned layers are taken apart before tokens are sampled: the CPU backend would copy each matrix and the whole
+    cache for each token. Where layers are not scanned it means nothing."""
     remat: bool | Callable[..., Any] = False
     """Compute each layer's activations again in the backward pass: all of them, or those that a policy does not keep,
     such as `jax.checkpoint_policies.dots_with_no_batch_dims_saveable` (it keeps the products with weights)."""

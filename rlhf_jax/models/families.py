@@ -111,7 +111,8 @@ class Family:
             hf |= entry.write(config)
         back = self.read(hf)
         # How it is computed is for no checkpoint to know.
-        plain = replace(config, precision=back.precision, scan_layers=back.scan_layers, remat=back.remat)
+        ways = ("precision", "scan_layers", "apart_when_decoding", "remat")
+        plain = replace(config, **{name: getattr(back, name) for name in ways})
         if not any(plain.windows):
             plain = replace(plain, windows=())
         for name in (f.name for f in fields(config)):

@@ -1,6 +1,7 @@
 """One decoder for every family: `ModelConfig` says how it is built; prefill and decoding are the same code."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,6 +58,27 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
 
     slots_of_rows = jnp.zeros((batch, slots), jnp.int32)
     return KVCache(empty(), empty(), slots_of_rows, jnp.zeros((), jnp.int32), jnp.zeros_like(slots_of_rows))
+
+
+def decoder_of(model: "Transformer", params: Any) -> tuple["Transformer", Any]:
+    """The model and the parameters that sample token by token: with its layers apart, where the config wants that.
+
+    Traceable. The cache that the model itself has filled goes on as that of `cache_apart`.
+    """
+    config = model.config
+    if not (config.scan_layers and config.apart_when_decoding):
+        return model, params
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    layers = {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(config.n_layers)}
+    return Transformer(replace(config, scan_layers=False, remat=False)), rest | layers
+
+
+def cache_apart(cache: KVCache, decoder: "Transformer") -> KVCache:
+    """The cache as the decoder takes it: a stacked one as a tuple of layers, where its layers are apart."""
+    if decoder.config.scan_layers or isinstance(cache.keys, tuple):
+        return cache
+    keys, values = (tuple(x[i] for i in range(len(x))) for x in (cache.keys, cache.values))
+    return cache._replace(keys=keys, values=values)
 
 
 def repeated_cache(cache: KVCache, times: int, more: int) -> KVCache:

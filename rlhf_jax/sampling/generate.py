@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int, PRNGKeyArray
 
 from rlhf_jax.axes import constrain
 from rlhf_jax.batches import Completions
-from rlhf_jax.models import Transformer, init_cache
+from rlhf_jax.models import Transformer, cache_apart, decoder_of, init_cache
 from rlhf_jax.sampling.draw import choose
 from rlhf_jax.sampling.ends import EosId, eos_ids, is_end
 from rlhf_jax.types import ScalarLike
@@ -36,6 +36,7 @@ def _generate(
     """Completions, and how many decoding steps were run."""
     batch, width = prompts.shape
     lengths = prompt_mask.sum(axis=1).astype(jnp.int32)
+    decoder, apart = decoder_of(model, params)
 
     def next_token(hidden: Array, step: Array) -> tuple[Array, Array]:
         # On a mesh each device draws for rows of its own, so that nobody searches a vocabulary cut in parts.
@@ -44,7 +45,9 @@ def _generate(
         tokens, chosen = choose(logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p)
         return constrain(tokens, "batch"), constrain(chosen, "batch")
 
-    def read(tokens: Array, positions: Array, segment_ids: Array, cache: Any) -> tuple[Array, Any]:
+    def read(
+        model: Transformer, params: Any, tokens: Array, positions: Array, segment_ids: Array, cache: Any
+    ) -> tuple[Array, Any]:
         hidden, cache = model.apply({"params": params}, tokens, positions, segment_ids, cache, method="decode")
         return hidden[:, -1:], cache
 
@@ -62,22 +65,23 @@ def _generate(
 
     def decode_step(state: tuple) -> tuple:
         step, _, _, token, cache = state
-        hidden, cache = read(token[:, None], (lengths + step - 1)[:, None], jnp.ones((batch, 1), jnp.int32), cache)
+        last = token[:, None], (lengths + step - 1)[:, None], jnp.ones((batch, 1), jnp.int32)
+        hidden, cache = read(decoder, apart, *last, cache)
         return emit(state, hidden, cache)
 
     shape = (batch, max_new_tokens)
     empty = Completions(jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32))
     cache = init_cache(model.config, batch, width + max_new_tokens - 1)
     positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=1) - 1, 0)
-    hidden, cache = read(prompts, positions, prompt_mask.astype(jnp.int32), cache)
+    hidden, cache = read(model, params, prompts, positions, prompt_mask.astype(jnp.int32), cache)
     start = (
         jnp.zeros((), jnp.int32),
         jnp.zeros((batch,), bool),
         empty,
         jnp.zeros((batch,), jnp.int32),
-        cache,
+        cache_apart(cache, decoder),
     )
-    state = emit(start, hidden, cache)
+    state = emit(start, hidden, start[-1])
     state = jax.lax.while_loop(lambda s: (s[0] < max_new_tokens) & ~s[1].all(), decode_step, state)
     return state[2], state[0]
 

@@ -17,7 +17,7 @@ from jax.experimental import io_callback
 from jaxtyping import Bool, Int, PRNGKeyArray
 
 from rlhf_jax.batches import Completions, Ended
-from rlhf_jax.models import KVCache, Transformer, init_cache
+from rlhf_jax.models import KVCache, Transformer, cache_apart, decoder_of, init_cache
 from rlhf_jax.sampling.draw import choose
 from rlhf_jax.sampling.ends import EosId, eos_ids, is_end
 from rlhf_jax.sampling.generate import check_request, is_greedy
@@ -116,6 +116,7 @@ def _generate_queued(
     """Completions, and how many decoding steps were run."""
     number, width = prompts.shape
     count, ring = number * group_size, width + max_new_tokens
+    decoder, apart = decoder_of(model, params)
     # As many prompts are read at once as leave few slots idle for long, and few of them cost a pass of their own.
     at_once = max(1, min(number, slots // group_size // 4))
     lengths = prompt_mask.sum(axis=1).astype(jnp.int32)
@@ -172,7 +173,7 @@ def _generate_queued(
         busy, written = goes_on(row, zero + 1, token), write(state.written, row, zero, token, logprob)
         tell(row, busy, written)
         return state._replace(
-            cache=_laid(state.cache, cache, slot, group_size, ring),
+            cache=_laid(state.cache, cache_apart(cache, decoder), slot, group_size, ring),
             row=state.row.at[slot].set(row),
             emitted=state.emitted.at[slot].set(1),
             length=state.length.at[slot].set(jnp.repeat(lengths[chosen], group_size)),
@@ -185,8 +186,8 @@ def _generate_queued(
     def decode(state: _State) -> _State:
         """One more token in every slot; those that are free write to no answer."""
         positions = (state.length + state.emitted - 1)[:, None]
-        hidden, cache = model.apply(
-            {"params": params}, state.token[:, None], positions, jnp.ones((slots, 1), jnp.int32), state.cache, True,
+        hidden, cache = decoder.apply(
+            {"params": apart}, state.token[:, None], positions, jnp.ones((slots, 1), jnp.int32), state.cache, True,
             method="decode",
         )  # fmt: skip
         row = jnp.where(state.busy, state.row, count)
@@ -210,7 +211,7 @@ def _generate_queued(
     shape, nothing = (count + 1, max_new_tokens), jnp.zeros(slots, jnp.int32)
     empty = Completions(jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32))
     start = _State(
-        init_cache(model.config, slots, ring), jnp.full(slots, count), nothing, nothing, nothing,
+        init_cache(decoder.config, slots, ring), jnp.full(slots, count), nothing, nothing, nothing,
         jnp.zeros(slots, bool), jnp.zeros((), jnp.int32), empty, jnp.zeros((), jnp.int32),
     )  # fmt: skip
     state = jax.lax.while_loop(lambda s: s.busy.any() | (s.asked < number), turn, start)

@@ -1,5 +1,7 @@
 """A queue of prompts gives the tokens of the static batch, whatever the slots, in fewer steps."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from sampling.test_generate import MODEL, NEW, PAD, VOCAB, an_eos, new_params, prompts_of
 
-from rlhf_jax.models import Transformer
+from rlhf_jax.models import Transformer, decoder_of, init_lora, quantize_frozen, with_lora
 from rlhf_jax.sampling import generate
 from rlhf_jax.sampling.queue import _generate_queued, generate_queued
 
@@ -49,13 +51,31 @@ def test_the_ring_goes_round_and_nothing_of_another_row_is_seen():
 
 @pytest.mark.parametrize("changes", [{"scan_layers": True}, {"windows": (3, None)}], ids=["stacked", "windows"])
 def test_stacked_layers_and_windows(changes):
-    from dataclasses import replace
-
     model = Transformer(replace(MODEL.config, **changes))
     params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
     prompts, mask = prompts_of(PROMPTS)
     options = {"model": model, "params": params, "eos_id": 3}
     assert_same(queued(prompts, mask, 4, **options), static(prompts, mask, **options))
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_layers_apart_when_decoding_sample_as_those_of_a_stack(adapters):
+    """Weights, int8 and adapters among them, and the cache of the prompts: whatever was stacked is apart."""
+    config = replace(MODEL.config, scan_layers=True)
+    params = jax.jit(Transformer(config).init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
+    if adapters:
+        own = init_lora(jax.random.key(2), params, rank=2, alpha=4.0, targets="(query|down)/kernel")
+        own = jax.tree.map(lambda x: x + 0.1, own)
+        params = with_lora(quantize_frozen(params), own)
+    prompts, mask = prompts_of(PROMPTS)
+    options = {"params": params, "eos_id": 3}
+    stacked = static(prompts, mask, model=Transformer(config), **options)
+    model = Transformer(replace(config, apart_when_decoding=True, remat=True))
+    decoder, apart = decoder_of(model, params)
+    assert not decoder.config.scan_layers and "layers" not in apart and "layer_1" in apart
+    assert decoder_of(Transformer(config), params)[1] is params
+    assert_same(static(prompts, mask, model=model, **options), stacked)
+    assert_same(queued(prompts, mask, 4, model=model, **options), stacked)
 
 
 def test_an_answer_is_cut_at_its_limit():
