@@ -107,8 +107,9 @@ class DataFlags(Flags):
     on_bad_row: Literal["stop", "skip"] = "stop"
     """Stop at a row that cannot be used, or skip, count and write it to rejected.jsonl in the run's folder."""
     rows_cache: str | None = None
-    """The folder that keeps encoded rows for the next run, or none; by default rlhf_jax/rows in the user's cache
-    folder. What takes less than two seconds is not kept, and what is not read for a month goes."""
+    """The folder that keeps encoded rows for the next run, by default rlhf_jax/rows in the user's cache folder, or
+    none: they are then in the folder for temporary files while the run lasts. What is made in two seconds is not kept;
+    what is not read for a month goes, and the oldest beyond 50 GB."""
     num_proc: int | None = None
     """Processes that encode rows where there are thousands; by default one for each core, at most 8."""
 
@@ -140,16 +141,15 @@ class DemonstrationFlags(DataFlags):
     streaming: bool = False
     """Read demonstrations as they are needed, for sets larger than the disk has room for twice; they are shuffled in a
     window."""
-    shuffle_window: int = 1024
-    """Rows of that window."""
+    shuffle_window: int | None = None
+    """Rows of that window, by default 1024."""
 
     def __post_init__(self) -> None:
         """Raises UserError for a window of rows that are not streamed."""
-        at_least(self, shuffle_window=1)
-        if self.shuffle_window != 1024 and not self.streaming:
-            raise UserError(
-                "--shuffle-window is about --streaming; rows that are not streamed are shuffled as a whole"
-            )
+        if self.shuffle_window is not None:
+            at_least(self, shuffle_window=1)
+            if not self.streaming:
+                raise UserError("--shuffle-window is about --streaming; other rows are shuffled as a whole")
         super().__post_init__()
 
     def sources(self) -> dict[str, Source]:

@@ -111,7 +111,7 @@ def open_task(cfg: Any, run: Run, *, first: str | None = None) -> Task:
         say_notes(run, load_policy(cfg.model, cfg.layout())), run, files, seed=cfg.seed, max_length=cfg.max_length,
         max_new_tokens=cfg.max_new_tokens, eval_batch_size=cfg.eval_batch_size, limit=cfg.limit,
         heldout=cfg.heldout, on_bad_row=cfg.on_bad_row, streaming=getattr(cfg, "streaming", False),
-        shuffle_window=getattr(cfg, "shuffle_window", 1024), rows_cache=cfg.rows_cache, num_proc=cfg.num_proc,
+        shuffle_window=getattr(cfg, "shuffle_window", None), rows_cache=cfg.rows_cache, num_proc=cfg.num_proc,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.models import ModelConfig
+from rlhf_jax.models.fused import attention_kernel
 from rlhf_jax.scoring import head_chunk
 from rlhf_jax.sharding import current_mesh
 from rlhf_jax.types import Params
@@ -41,15 +42,17 @@ def step_memory(config: ModelConfig, trained: Params, held: Any, *, rows: int, l
     `trained` are the parameters that have gradients, `held` all arrays that the step is given.
     """
     mesh = current_mesh()
+    chunk = min(length, head_chunk(rows))
     rows = max(1, rows // (1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]))
     parts = 1 if mesh is None else mesh.shape["tensor"]
     itemsize = jnp.dtype(config.precision.compute).itemsize
     tokens = rows * length
     queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    scores = 2 * config.n_heads * length  # before and after the softmax
+    # Before and after the softmax; the kernels of accelerators never hold them.
+    scores = 2 * config.n_heads * length if attention_kernel(config, length) == "reference" else 0
     a_layer = tokens * itemsize * (6 * config.d_model + (2 * queries + 2 * keys + 3 * config.d_ff + scores) / parts)
     kept = tokens * itemsize * config.d_model if config.remat else a_layer
-    logits = 4 * rows * min(length, head_chunk(rows)) * config.vocab_size / parts
+    logits = 4 * rows * chunk * config.vocab_size / parts
     activations = config.n_layers * kept + 2 * a_layer + 1.5 * logits
     return StepMemory(device_bytes(held), 2 * device_bytes(trained), activations)
 
@@ -112,7 +115,11 @@ def _available() -> list[float]:
 def _of_group() -> list[float]:
     """The room that a container has left, by the files of its control group."""
     try:
-        limit, used = ((GROUPS / f"memory.{name}").read_text(encoding="utf-8") for name in ("max", "current"))
-        return [float(limit) - float(used)]
+        limit, used, facts = (
+            (GROUPS / f"memory.{name}").read_text(encoding="utf-8") for name in ("max", "current", "stat")
+        )
+        # Files that were read are counted as used, and go when memory is wanted.
+        files = sum(float(line.split()[1]) for line in facts.splitlines() if line.startswith("inactive_file "))
+        return [float(limit) - float(used) + files]
     except (OSError, ValueError):  # none, or "max"
         return []

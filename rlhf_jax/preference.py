@@ -3,7 +3,10 @@
 Each answer's log-probability under the reference is computed once, before training, and kept in the run's folder.
 """
 
+import hashlib
+import json
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count, repeat
@@ -22,6 +25,7 @@ from rlhf_jax.data.order import EpochOrder
 from rlhf_jax.data.pairs import AnswerBatch, Examples, lay_out, mismatch, width
 from rlhf_jax.data.preferences import Answer, packed_logprobs, stack_batches
 from rlhf_jax.evaluate import agreement
+from rlhf_jax.folder import read_json
 from rlhf_jax.hosts import from_first
 from rlhf_jax.loop import Loop, check_microbatches, microbatch_shape, shard_stacked
 from rlhf_jax.masking import masked_mean
@@ -162,19 +166,20 @@ def train_preferences(
     score = score_in_batches(partial(answer_logprobs, model), eval_batch_size)
     compiled = jax.jit(partial(answer_logprobs, model))
 
-    files = map("{}_reference_{}.npy".format, repeat(loop.stage), count(1))
+    files = map("{}_reference_{}.npz".format, repeat(loop.stage), count(1))
 
     def ref_score(answers: Sequence[Answer]) -> np.ndarray:
         file = loop.run.dir / next(files)
-        kept = from_first(lambda: kept_scores(file) if loop.run.resumed else None)
-        if kept is not None and len(kept) == len(answers):
+        key = content_key(answers, reference, read_json(loop.run.dir / "run.json").get("inputs"))
+        kept = from_first(lambda: kept_scores(file, key) if loop.run.resumed else None)
+        if kept is not None:
             return np.asarray(kept, np.float32)
         scores = score_documents(
             compiled, reference, answers, batch_size=eval_batch_size, longest=base.config.max_length,
             pad_id=base.pad_id, progress=partial(loop.run.progress, "reference"),
         ).astype(np.float32)  # fmt: skip
         if loop.run.first:
-            np.save(temporary := file.with_suffix(".part.npy"), scores)
+            np.savez(temporary := file.with_suffix(".part.npz"), scores=scores, key=key)
             os.replace(temporary, file)
         return scores
 
@@ -213,11 +218,22 @@ def train_preferences(
     return Trained(policy, reward, {name: float(value) for name, value in found.items()})
 
 
-def kept_scores(file: Path) -> list[float] | None:
-    """The scores that a run has kept in a file; None where it is not there, or damaged."""
+def content_key(answers: Sequence[Answer], reference: Params, inputs: Any) -> str:
+    """A hash of the ids, of the types of the reference's arrays, and of the fingerprints of a run's files."""
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode())
+    digest.update(str([(x.dtype, x.shape) for x in jax.tree.leaves(reference)]).encode())
+    for prompt, response in answers:
+        for ids in (prompt, response):
+            digest.update(np.asarray([len(ids), *ids], np.int32).tobytes())
+    return digest.hexdigest()
+
+
+def kept_scores(file: Path, key: str) -> list[float] | None:
+    """The scores that a run has kept in a file; None where it is not there, damaged, or of another content."""
     try:
-        return np.load(file).tolist()
-    except (OSError, ValueError, EOFError):
+        with np.load(file) as found:
+            return found["scores"].tolist() if str(found["key"]) == key else None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         return None
 
 

@@ -93,7 +93,8 @@ def test_free_memory_is_the_machines_or_the_containers(tmp_path, monkeypatch):
     free = budget.free_memory()
     assert 1e8 < free < 1e13
     (tmp_path / "memory.max").write_text("3000000")
-    (tmp_path / "memory.current").write_text("1000000")
+    (tmp_path / "memory.current").write_text("1500000")
+    (tmp_path / "memory.stat").write_text("anon 900000\ninactive_file 500000\n")
     monkeypatch.setattr(budget, "GROUPS", tmp_path)
     assert budget.free_memory() == 2e6
     (tmp_path / "memory.max").write_text("max")

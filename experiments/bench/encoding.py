@@ -67,7 +67,10 @@ class Config:
 
 
 def repeated(file: str, rows: int, folder: Path) -> str:
-    """A file of so many rows, those of another one over and over, each with its number in front of its first text."""
+    """A file of so many rows, those of another one over and over, each with its number in front of its first text.
+
+    Raises UserError for a row without a text.
+    """
     given = [row for _, row in read_source(file) if isinstance(row, dict)]
     path = folder / "rows.jsonl"
     with open(path, "w", encoding="utf-8") as out:
@@ -116,7 +119,10 @@ def tokens_of(ids: Any) -> int:
 
 
 def soak(cfg: Config, file: str) -> None:
-    """Streams the rows once; says the memory ten times, and compares what follows the state of the middle."""
+    """Streams the rows once; says the memory ten times, and compares what follows the state of the middle.
+
+    Raises UserError for comparisons, and without a number of rows.
+    """
     tokenizer, form = read_tokenizer(Path(cfg.model)), find_format(file, cfg.kind)
     if cfg.kind != "demonstrations" or not cfg.rows:
         raise UserError("--stream is for demonstrations, and needs --rows")

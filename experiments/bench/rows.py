@@ -100,7 +100,7 @@ def build(row: str, shape: str) -> Work:
         remat = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     sizes, deep = SIZES[shape], shape != "stories-15m"
     config = model_config(shape, FLOAT32)
-    config = replace(config, scan_layers=deep or row in TRAINING, remat=remat or deep)
+    config = replace(config, scan_layers=deep or row in TRAINING, remat=remat or deep, apart_when_decoding=True)
     if large:
         config = replace(
             config, vocab_size=151936, d_model=256, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=64

@@ -85,7 +85,7 @@ def encode_row(row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
     notes += [TURNED] * (isinstance(row, Comparison) and row.turned)
     # An answer that is words alone was found in the text.
     looked_for = [answer for n, answer in enumerate(answers) if n == 0 or not all(map(is_plain, answer))] or [()]
-    for answer in [] if found.shown and not dropped else looked_for:
+    for answer in [] if found.shown and not dropped and not row.tools else looked_for:
         notes += left_out((*prompt, *answer), row.tools, partial(_show, tokenizer), _template(tokenizer, row.tools))
     return Encoding(_result(row, found.ids), dropped, tuple(dict.fromkeys(notes)))
 

@@ -52,9 +52,8 @@ def _beside(
     rows: Iterator[Read], tokenizer: PreTrainedTokenizerBase, max_length: int, processes: int
 ) -> Iterator[tuple[Read, Outcome]]:
     free: SimpleQueue[_Encoder] = SimpleQueue()
-    encoders = [_Encoder(tokenizer, max_length) for _ in range(processes)]
-    for encoder in encoders:
-        free.put(encoder)
+    encoders: list[_Encoder] = []
+    first_words = _framed((tokenizer, max_length, clock.now().isoformat()))
 
     def work(chunk: list[Read]) -> list[Outcome]:
         encoder = free.get()
@@ -64,35 +63,54 @@ def _beside(
             free.put(encoder)
 
     waiting: deque[tuple[list[Read], Future[list[Outcome]]]] = deque()
+    broken: Exception | None = None  # by a row that cannot be read, after those that wait
     try:
+        for _ in range(processes):
+            encoders.append(_Encoder(first_words))
+            free.put(encoders[-1])
         with ThreadPoolExecutor(processes) as pool:
             while True:
-                while len(waiting) < 2 * processes and (chunk := list(islice(rows, CHUNK))):
+                while broken is None and len(waiting) < 2 * processes:
+                    chunk: list[Read] = []
+                    try:
+                        chunk.extend(islice(rows, CHUNK))
+                    except Exception as error:
+                        broken = error
+                    if not chunk:
+                        break
                     waiting.append((chunk, pool.submit(work, chunk)))
                 if not waiting:
-                    return
+                    break
                 chunk, found = waiting.popleft()
                 yield from zip(chunk, found.result(), strict=True)
+        if broken is not None:
+            raise broken
     finally:
         for encoder in encoders:
             encoder.end()
 
 
 class _Encoder:
-    """A process, and the pipes to it."""
+    """A process, and the pipes to it. It hears of the tokenizer before its first rows."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
+    def __init__(self, first_words: bytes):
         paths = os.pathsep.join(filter(None, sys.path))
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "rlhf_jax.data.encoders"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"},
-        )  # fmt: skip
-        _send(self._process.stdin, (tokenizer, max_length, clock.now().isoformat()))
+        self._first_words = first_words
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "rlhf_jax.data.encoders"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"},
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(
+                f"a process that encodes rows cannot start: {error.strerror}; --num-proc 1 does without"
+            ) from None
 
     def encode(self, rows: list[Any]) -> list[Outcome]:
         """Encodes rows there. Raises UserError where the process has ended."""
         try:
-            _send(self._process.stdin, rows)
+            _send(self._process.stdin, self._first_words + _framed(rows))
+            self._first_words = b""
             found = _receive(self._process.stdout)
         except (OSError, EOFError):
             raise UserError(
@@ -114,10 +132,14 @@ class _Encoder:
         self._process.wait()
 
 
-def _send(pipe: IO[bytes] | None, message: Any) -> None:
-    assert pipe is not None
+def _framed(message: Any) -> bytes:
     content = pickle.dumps(message, protocol=5)
-    pipe.write(struct.pack("<q", len(content)) + content)
+    return struct.pack("<q", len(content)) + content
+
+
+def _send(pipe: IO[bytes] | None, frames: bytes) -> None:
+    assert pipe is not None
+    pipe.write(frames)
     pipe.flush()
 
 
@@ -144,7 +166,7 @@ def live() -> None:
                 found: Any = [outcome(row, steady, max_length) for row in rows]
             except UserError as error:
                 found = error
-            _send(out, found)
+            _send(out, _framed(found))
     except (EOFError, BrokenPipeError):
         return
 

@@ -23,7 +23,7 @@ def split_rows(rows: Sequence[Row], *, budget: int, rng: np.random.Generator) ->
     """(training, held out), both shuffled. Of a single row nothing is left to train on."""
     shuffled = rng.permutation(len(rows))
     cut = held_out(len(rows), budget)
-    return picked(rows, shuffled[cut:].tolist()), picked(rows, shuffled[:cut].tolist())
+    return picked(rows, shuffled[cut:]), picked(rows, shuffled[:cut])
 
 
 def split_head(rows: Sequence[Row], *, budget: int) -> tuple[Sequence[Row], Sequence[Row]]:
@@ -48,6 +48,8 @@ def split_by_opening(
 def split_by_hash(rows: Sequence[Row], openings: Sequence[str], *, budget: int) -> tuple[Sequence[Row], Sequence[Row]]:
     """`split_by_opening` for rows that grow: with more of them, what was trained on is not held out later.
 
+    Openings are given by `key_of`.
+
     About a tenth of the openings is held out, those with the least hash, up to the first one for which the budget has
     no room. Those that it has no room for any more are trained on later. Where none can be held out so, the opening
     with the fewest rows is, and that may be another one when there are more rows.
@@ -64,8 +66,8 @@ def split_by_hash(rows: Sequence[Row], openings: Sequence[str], *, budget: int) 
 
 
 def _place(opening: str) -> float:
-    """A number from 0 to 1 that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(opening.encode()).digest()[:8], "big") / 2**64
+    """A number from 0 to 1 that depends on the opening alone."""
+    return int(opening, 16) / 2**64
 
 
 def _part(
@@ -81,7 +83,7 @@ def _part(
     if not kept and order:
         kept.add(min(order, key=sizes.__getitem__))
     held = np.fromiter((opening in kept for opening in openings), bool, len(rows))
-    train, out = (picked(rows, np.flatnonzero(side).tolist()) for side in (~held, held))
+    train, out = (picked(rows, np.flatnonzero(side)) for side in (~held, held))
     return train, out
 
 
@@ -95,5 +97,9 @@ def opening_of_row(row: Any) -> str:
 
     A hash, for a million openings would fill the memory.
     """
-    opening = row.text if isinstance(row, Text) else opening_of(row.prompt)
+    return key_of(row.text if isinstance(row, Text) else opening_of(row.prompt))
+
+
+def key_of(opening: str) -> str:
+    """The first 16 hexadecimal digits of an opening's SHA-256."""
     return hashlib.sha256(opening.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -26,7 +26,7 @@ class Lazy(Sequence[T]):
         return picked(self, at) if isinstance(at, range) else self._make(at)
 
 
-def picked(rows: Sequence[T], numbers: Sequence[int]) -> Lazy[T]:
+def picked(rows: Sequence[T], numbers: Sequence[int] | np.ndarray) -> Lazy[T]:
     """Some of the rows, in the order of their numbers."""
     return Lazy(len(numbers), lambda at: rows[numbers[at]])
 

@@ -52,11 +52,11 @@ def paired(rankings: Sequence[RankedAnswers], pairs: Pairs) -> Examples:
     ranks, mask = rank_table(rankings)
     found = find(ranks, mask)
     used, groups = np.unique(found, return_inverse=True)
-    places = [divmod(int(number), ranks.shape[1]) for number in used]
+    prompts, places = np.divmod(used.astype(np.int32), ranks.shape[1])
 
     def answer(number: int) -> Answer:
-        ranking, k = rankings[places[number][0]], places[number][1]
-        return ranking.prompt, ranking.responses[k]
+        ranking = rankings[prompts[number]]
+        return ranking.prompt, ranking.responses[places[number]]
 
     groups = groups.reshape(-1, 2)
     doubt = doubts(rankings)[found[:, 0] // ranks.shape[1]]

@@ -11,11 +11,14 @@ import json
 import mmap
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +37,10 @@ WORTH_KEEPING = 2.0
 """Seconds: what is encoded faster is not kept for the next run."""
 UNUSED = 30
 """Days after which a store that nobody has read goes."""
+MOST = 50 * 10**9
+"""Bytes of all stores of a cache."""
 FILES = ("reads", "ids", "openings")
+BEGUN = ".rows-"
 
 
 class Stored(NamedTuple):
@@ -52,6 +58,8 @@ def _mapped(path: Path) -> Lazy[Any]:
     ends = np.fromfile(f"{path}.ends", np.int64)
     with open(path, "rb") as file:
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    if len(data) != ends[-1]:
+        raise ValueError(f"{path} is not whole")
 
     def load(at: int) -> Any:
         return pickle.loads(data[int(ends[at - 1]) if at else 0 : int(ends[at])])
@@ -73,23 +81,37 @@ def stored(
 
     `form` is all that the ids depend on beside the source, the tokenizer and the code, as JSON. Where they are not
     kept, without a cache, and for a source on the Hub, the rows are in files all the same, which go with the process.
-    Raises UserError for a source without a row that can be used, and under the policy "stop" for a bad row.
+    Raises UserError under the policy "stop" for a bad row, and where there is no room on the disk.
     """
-    folder = _folder(cache, source, form, tokenizer) if cache is not None and keep else None
-    if folder is not None and (folder / "said.json").exists():
-        os.utime(folder)
-        _replay(folder, rejects)
-        return _opened(folder)
+    files = local_files(source) if cache is not None and keep else None
+    before = None if files is None else _stamps(files)
+    folder = None if cache is None or files is None else _folder(cache, source, files, form, tokenizer)
+    if folder is not None:
+        try:
+            found = _opened(folder)
+            _replay(folder, rejects)
+            os.utime(folder)
+            return found
+        except (OSError, ValueError):  # it is not there, or not whole
+            shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()
     with _temporary(cache) as temporary:
         own = Rejects(rejects.policy)
         own.write_to(temporary / "rejected.jsonl")
-        _write(temporary, encode(own))
-        (temporary / "said.json").write_text(json.dumps(own.changes()), encoding="utf-8")
+        try:
+            _write(temporary, encode(own))
+            (temporary / "said.json").write_text(json.dumps(own.changes()), encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{source}: its rows cannot be written to {temporary}: {error.strerror or error}; --rows-cache names a"
+                " folder elsewhere"
+            ) from None
         _replay(temporary, rejects)
         found = _opened(temporary)
-        if folder is not None and time.monotonic() - began >= WORTH_KEEPING and not folder.exists():
-            os.replace(temporary, folder)
+        lasted = time.monotonic() - began
+        if folder is not None and files is not None and lasted >= WORTH_KEEPING and _stamps(files) == before:
+            with suppress(OSError):  # another process has made it by now
+                os.replace(temporary, folder)
         return found
 
 
@@ -101,7 +123,8 @@ def default_cache() -> Path:
 def open_cache(folder: str | None) -> Path | None:
     """The cache in a folder, by default in the user's cache folder; None for "none", and where a home is read-only.
 
-    Stores that nobody has read for a month go. Raises UserError for a folder that cannot be written.
+    Stores that nobody has read for a month go, and the oldest beyond 50 GB. Raises UserError for a folder that cannot
+    be written.
     """
     if folder == "none":
         return None
@@ -115,13 +138,23 @@ def open_cache(folder: str | None) -> Path | None:
         if folder is None:
             return None
         raise UserError(f"--rows-cache: {path} is no folder that can be written")
-    for old in path.iterdir():
-        try:
-            if time.time() - old.stat().st_mtime > UNUSED * 24 * 3600 and old.is_dir():
-                shutil.rmtree(old, ignore_errors=True)
-        except OSError:  # another process has removed it
-            continue
+    _prune(path)
     return path
+
+
+def _prune(cache: Path) -> None:
+    """Removes stores that nobody has read for a month, and the oldest ones where all take more than `MOST`."""
+    room = MOST
+    ages = []
+    for folder in cache.iterdir():
+        with suppress(OSError):  # another process has removed it
+            ages.append((folder.stat().st_mtime, folder))
+    for used, folder in sorted(ages, reverse=True):
+        with suppress(OSError):
+            room -= sum(file.stat().st_size for file in folder.iterdir())
+        begun = folder.name.startswith(BEGUN)  # perhaps by a process that goes on with it
+        if (room < 0 and not begun) or time.time() - used > UNUSED * 24 * 3600:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class _temporary:
@@ -131,7 +164,7 @@ class _temporary:
         self._cache = cache
 
     def __enter__(self) -> Path:
-        self._path = Path(tempfile.mkdtemp(prefix=".rows-", dir=self._cache))
+        self._path = Path(tempfile.mkdtemp(prefix=BEGUN, dir=self._cache))
         return self._path
 
     def __exit__(self, *_: object) -> None:
@@ -154,7 +187,10 @@ def _write(folder: Path, rows: Iterable[tuple[Read, Any]]) -> None:
 
 
 def _opened(folder: Path) -> Stored:
-    if not (folder / FILES[0]).stat().st_size:
+    """Maps a store. Raises OSError or ValueError for one that is not there, or not whole."""
+    if not (folder / "said.json").exists():
+        raise FileNotFoundError(folder)
+    if not (folder / f"{FILES[0]}.ends").stat().st_size:
         return Stored((), (), ())
     return Stored(*(_mapped(folder / name) for name in FILES))
 
@@ -173,17 +209,19 @@ def _entries(file: Path) -> Iterator[dict[str, Any]]:
             yield from map(json.loads, lines)
 
 
-def _folder(cache: Path, source: str, form: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> Path | None:
-    """The place of a store; None for a source whose content cannot be told beforehand."""
-    files = local_files(source)
-    if files is None:
+def _folder(
+    cache: Path, source: str, files: Sequence[Path], form: Sequence[Any], tokenizer: PreTrainedTokenizerBase
+) -> Path | None:
+    """The place of a store; None for a tokenizer or a template of which it cannot be told what they will do."""
+    fast, template = getattr(tokenizer, "backend_tokenizer", None), str(tokenizer.chat_template)
+    dates = re.findall(r"strftime_now\(\s*(?:'([^']*)'|\"([^\"]*)\")\s*\)", template)
+    if fast is None or len(dates) != template.count("strftime_now"):
         return None
-    template = str(tokenizer.chat_template)
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = fast.to_str() if fast is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    algorithm = json.loads(fast.to_str()) | {"truncation": None, "padding": None}  # which are set for each call
+    moment = [clock.now().strftime(a or b) for a, b in dates]
     parts = [
-        source, json.dumps(form), type(tokenizer).__name__, template, str(tokenizer.special_tokens_map), vocabulary,
-        clock.now().date().isoformat() if "strftime_now" in template else "", *_code(),
+        source, json.dumps(form), type(tokenizer).__name__, template, str(tokenizer.special_tokens_map),
+        str(tokenizer.split_special_tokens), json.dumps(algorithm), str(moment), *_code(),
     ]  # fmt: skip
     digest = hashlib.sha256()
     for part in [*(part.encode("utf-8", "surrogatepass") for part in parts), *map(_content, files)]:
@@ -199,10 +237,19 @@ def _content(file: Path) -> bytes:
         raise UserError(f"{file}: {error.strerror or error}") from None
 
 
-def _code() -> list[str]:
-    """The code that makes ids of rows, and the versions of what it stands on."""
-    import tokenizers
-    import transformers
+def _stamps(files: Sequence[Path]) -> list[tuple[int, int] | None]:
+    """Size and time of each file: one that has changed meanwhile has others."""
+    found: list[tuple[int, int] | None] = []
+    for file in files:
+        try:
+            found.append(((stat := file.stat()).st_size, stat.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return found
 
-    own = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
-    return [*own, tokenizers.__version__, transformers.__version__]
+
+def _code() -> list[str]:
+    """The code that makes ids of rows and the forms that they have, and the versions of what it stands on."""
+    folder = Path(__file__).parent
+    own = [path.read_text(encoding="utf-8") for path in (*sorted(folder.glob("*.py")), folder.parent / "batches.py")]
+    return [*own, *map(version, ("tokenizers", "transformers", "jinja2"))]

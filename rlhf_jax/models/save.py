@@ -155,6 +155,11 @@ def _write_shards(folder: Path, tensors: list[Tensor]) -> None:
         places = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": sum(tensor.bytes for tensor in tensors)}, "weight_map": places}
         write_text(folder / f"{WEIGHTS}.index.json", json.dumps(index, indent=2) + "\n")
+    else:
+        (folder / f"{WEIGHTS}.index.json").unlink(missing_ok=True)
+    for older in folder.glob("model*.safetensors"):  # which would be read in place of these
+        if older.name not in names:
+            older.unlink()
 
 
 def _layers_apart(config: ModelConfig, params: Any) -> dict[str, Any]:

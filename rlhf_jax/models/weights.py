@@ -158,7 +158,7 @@ def write_tensors(path: Path, tensors: Sequence[Tensor]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            array = np.ascontiguousarray(tensor.make(), np.float32)
+            array = np.asarray(tensor.make(), np.float32, order="C")
             if array.shape != tensor.shape:
                 raise ValueError(f"tensor {tensor.name} is {array.shape}, and was to be {tensor.shape}")
             file.write(array.data)

@@ -24,7 +24,7 @@ class Demonstrations(NamedTuple):
     """Prompts with the answers that SFT imitates, and a part of them that it does not see."""
 
     train: Tokens
-    """Packed rows; of a stream only the first ones, for PPO-ptx."""
+    """Packed rows for PPO-ptx: of a stream the first ones, of a large set as many as make four million tokens."""
     validation: Tokens
     """One demonstration to a row."""
     batches: "Callable[[int, int], grain.DatasetIterator[Tokens]]"

@@ -1,5 +1,6 @@
 """Real text as a task: demonstrations, comparisons, prompts and labelled answers from files or the Hub."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice, pairwise
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
     import grain
 
 HEAD_TOKENS = 2**22
-"""Tokens of packed demonstrations that are made into arrays at once, for PPO-ptx."""
+"""Tokens of packed demonstrations that are made into arrays, for PPO-ptx: of more, as many rows are drawn."""
+WINDOW = 1024
+"""Rows among which a stream is shuffled, where nobody says more."""
 STREAM_HEAD = 2560
 """Documents at the beginning of a streamed source of which some are held out."""
 LONGEST, NEW_TOKENS = 1024, 128
@@ -80,7 +83,7 @@ class TextTask:
         heldout: int,
         on_bad_row: OnBadRow,
         streaming: bool,
-        shuffle_window: int = 1024,
+        shuffle_window: int | None = None,
         growing: bool = False,
         rows_cache: str | None = None,
         num_proc: int | None = None,
@@ -110,7 +113,7 @@ class TextTask:
         self.has_demonstrations = "demonstrations" in sources
         self._run, self._sources, self._seed = run, sources, seed
         self._max_length, self._limit, self._budget = max_length, limit, heldout
-        self._streaming, self._window, self._growing = streaming, shuffle_window, growing
+        self._streaming, self._window, self._growing = streaming, shuffle_window or WINDOW, growing
         self._cache, self._processes = open_cache(rows_cache), num_proc or default_processes()
         self._rejects = Rejects(on_bad_row)
         self._said: set[str] = set()
@@ -189,8 +192,8 @@ class TextTask:
         sizes = [size(document) for document in everything]
         width = self._row_width(max(sizes))
         rows_of = first_fit(sizes, length=width)
-        head = [[everything[number] for number in row] for row in rows_of[: max(1, HEAD_TOKENS // width)]]
-        packed = lay(head, width, self.base.pad_id)
+        drawn = np.sort(self._rng(4).permutation(len(rows_of))[: max(1, HEAD_TOKENS // width)])
+        packed = lay([[everything[n] for n in rows_of[row]] for row in drawn], width, self.base.pad_id)
         found = Demonstrations(packed, self._pad(validation), partial(self._batches, train, width), len(rows_of))
         self._announce(packed)
         return found
@@ -210,13 +213,14 @@ class TextTask:
         opened, head, validation = [], [], []
         for name, form in zip(source.names, self._formats(source, streaming=True), strict=True):
             rows = partial(read_rows, name, form, columns=source.columns, streaming=True, limit=self._limit)
+            tokenizer = copy.deepcopy(self.base.tokenizer)  # a thread of its own reads each source
             policy = self._rejects.policy
             begin = encode_rows(rows(Rejects(policy)), self.base.tokenizer, self._max_length, Rejects(policy))
             first = [(read.number, ids) for read, ids in islice(begin, STREAM_HEAD)]
             kept, out = split_head(first, budget=self._budget)
             validation += [ids for _, ids in out]
             head += [ids for _, ids in kept]
-            opened.append(partial(self._stream, rows, {number for number, _ in out}, {"passes": 0}))
+            opened.append(partial(self._stream, rows, tokenizer, {number for number, _ in out}, {"passes": 0}))
         if not head:
             raise UserError(f"{', '.join(source.names)}: too few rows to train on some and hold out others")
         pad_id, weights = self.base.pad_id, source.weights or None
@@ -233,11 +237,11 @@ class TextTask:
         return Demonstrations(packed, self._pad(validation), batches, None)
 
     def _stream(
-        self, rows: Any, heldout: set[int], seen: dict[str, int], start: int
+        self, rows: Any, tokenizer: Any, heldout: set[int], seen: dict[str, int], start: int
     ) -> Iterator[tuple[int, Document]]:
         """(number, ids) of rows from `start` on. What cannot be used is counted in the first pass only."""
         rejects = self._rejects if seen["passes"] == 0 else Rejects("skip")
-        for read, ids in encode_rows(rows(rejects, start=start), self.base.tokenizer, self._max_length, rejects):
+        for read, ids in encode_rows(rows(rejects, start=start), tokenizer, self._max_length, rejects):
             if read.number not in heldout:
                 yield read.number, ids
         seen["passes"] += 1

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.data.heldout import _place, held_out, opening_of, split_by_hash, split_by_opening, split_head, split_rows
+from rlhf_jax.data.heldout import (
+    _place,
+    held_out,
+    key_of,
+    opening_of,
+    split_by_hash,
+    split_by_opening,
+    split_head,
+    split_rows,
+)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +58,7 @@ def test_no_opening_is_on_both_sides():
 
 
 def test_what_was_trained_on_is_not_held_out_when_there_are_more_rows():
-    openings = [f"opening {n // 2}" for n in range(4000)]
+    openings = [key_of(f"opening {n // 2}") for n in range(4000)]
     train, held = split_by_hash(range(1000), openings[:1000], budget=10_000)
     more_train, more_held = split_by_hash(range(4000), openings, budget=10_000)
     assert set(train) < set(more_train) and set(held) < set(more_held)
@@ -62,12 +71,12 @@ def test_what_was_trained_on_is_not_held_out_when_there_are_more_rows():
     sizes = np.random.default_rng(0).integers(1, 9, (4, 300))
     before: set[str] = set()
     for count in range(1, 5):
-        grown = [f"opening {n}" for n, times in enumerate(sizes[:count].sum(axis=0)) for _ in range(times)]
+        grown = [key_of(f"opening {n}") for n, times in enumerate(sizes[:count].sum(axis=0)) for _ in range(times)]
         left, out = ({grown[row] for row in part} for part in split_by_hash(range(len(grown)), grown, budget=60))
         assert out and not out & before
         before |= left
     # The second of three grows past the budget: the third, which was trained on, does not take its place.
-    small, grows, trained = sorted((f"opening {n}" for n in range(300)), key=_place)[:3]
+    small, grows, trained = sorted((key_of(f"opening {n}") for n in range(300)), key=_place)[:3]
     for times, expected in ((8, {small, grows}), (9, {small})):
         grown = [small] * 2 + [grows] * times + [trained] * 5
         assert {grown[row] for row in split_by_hash(range(len(grown)), grown, budget=10)[1]} == expected

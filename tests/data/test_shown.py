@@ -88,6 +88,10 @@ def test_results_calls_and_tools_that_are_left_out(tokenizer, plain):
     tokenizer.chat_template = TWO_ROLES
     assert notes(tokenizer, tools) == ("not shown by the chat template: tools",)
     assert notes(plain, tools) == ("not shown by the chat template: tools",)
+    # Also where every word of the messages is known to be shown.
+    words = {"role": "user", "content": "What is the weather like today?"}
+    long = {"messages": [words, answer("It is as fine as it was yesterday.")], "tools": [TOOL]}
+    assert notes(plain, long) == ("not shown by the chat template: tools",)
     with pytest.raises(BadRow, match="does not show the tool calls of message 2"):
         notes(tokenizer, row)
     context = {"prompt": [USER, *row["messages"][1:3]], "completion": "so"}

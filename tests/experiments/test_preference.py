@@ -189,7 +189,7 @@ def test_a_killed_run_goes_on_to_the_very_same_parameters(tmp_path, monkeypatch,
     folder = tmp_path / "run" / "checkpoints" / "kto"
     for step in (4, 5, 6, 7, 8):
         shutil.rmtree(folder / str(step))
-    kept = tmp_path / "run" / "kto_reference_2.npy"
+    kept = tmp_path / "run" / "kto_reference_2.npz"
     if damaged:
         kept.write_bytes(kept.read_bytes()[:90])
     asked = []

@@ -217,6 +217,12 @@ def test_a_large_model_is_written_in_shards_one_tensor_at_a_time(scanned, tmp_pa
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2 * max(sizes) + 300_000 < sum(sizes), (peak, max(sizes), sum(sizes))
+    save_hf(tmp_path / "whole-before", config, jax.tree.map(np.zeros_like, params))  # shards over one file
+    monkeypatch.setattr(save, "SHARD", 10**9)
+    save_hf(tmp_path / "parts-before", config, jax.tree.map(np.zeros_like, params))
+    save_hf(tmp_path / "whole-before", config, params)
+    monkeypatch.setattr(save, "SHARD", 200_000)
+    save_hf(tmp_path / "parts-before", config, params)
     files = sorted(path.name for path in (tmp_path / "parts").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     whole = load_file(tmp_path / "whole" / "model.safetensors")
@@ -226,6 +232,8 @@ def test_a_large_model_is_written_in_shards_one_tensor_at_a_time(scanned, tmp_pa
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in whole.values())
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "parts").state_dict()
     assert all(np.array_equal(theirs[name].numpy(), x) for name, x in whole.items())
+    for name in ("whole-before", "parts-before"):  # nothing that was there before is read
+        chex.assert_trees_all_equal(load_hf(tmp_path / name)[1], load_hf(tmp_path / "whole")[1])
     for again, leaf in zip(
         *(jax.tree.leaves(load_hf(tmp_path / name)[1]) for name in ("parts", "whole")), strict=True
     ):

@@ -298,3 +298,17 @@ def test_a_users_mistake_in_the_data_is_one_line(files, tmp_path, monkeypatch, c
         flags.insert(flags.index("--demonstrations-weights") + 1, "1.0")
     assert message in exits(monkeypatch, capsys, sft.main, sft.Config, flags)
     assert not (tmp_path / "runs").exists()
+
+
+def test_each_streamed_source_has_a_tokenizer_of_its_own(files, tmp_path, monkeypatch):
+    """A thread reads each, and a call of a tokenizer sets how it reads: two threads would change it for each other."""
+    used = []
+    encode = text.encode_rows
+    monkeypatch.setattr(text, "encode_rows", lambda rows, own, *more: used.append(own) or encode(rows, own, *more))
+    again = lines(tmp_path / "again.jsonl", [{"prompt": f"who {n}?", "completion": f"he {n}"} for n in range(30)])
+    given = {name: files[name] for name in SFT_FILES} | {"demonstrations": (files["demonstrations"], again)}
+    task = task_of(sft.Config(**given, streaming=True), tmp_path / "task")
+    batches = task.demonstrations().batches(4, 0)
+    used.clear()
+    next(batches)
+    assert len({id(tokenizer) for tokenizer in [*used, task.base.tokenizer]}) == 3
