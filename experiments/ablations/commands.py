@@ -79,6 +79,18 @@ def lines_of(file: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, rows)
 
 
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
+
+
+def curve(folder: Path, name: str, columns: Sequence[str]) -> list[list[str]]:
+    """Steps and numbers of a run's metrics.jsonl, at most eight rows, evenly spread."""
+    rows = [row for row in lines_of(folder / name / "metrics.jsonl") if all(key in row for key in columns)]
+    places = sorted({round(i * (len(rows) - 1) / 7) for i in range(8)}) if rows else []
+    return [[str(rows[i]["step"]), *(f"{rows[i][key]:.2f}" for key in columns)] for i in places]
+
+
 def made_with(folder: Path, names: Sequence[str]) -> str:
     """Commits, versions and devices of the runs, as a page ends with them."""
     sessions = [session for name in names for session in read_json(folder / name / "run.json")["sessions"]]

@@ -14,7 +14,7 @@ goes on. It writes page.md. With SmolLM2-135M and 1,100 pairs it takes about two
 import collections
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,16 @@ from typing import Any
 if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from experiments.ablations.commands import Command, finished, lines_of, made_with, minutes, run_missing
+from experiments.ablations.commands import (
+    Command,
+    curve,
+    finished,
+    lines_of,
+    made_with,
+    minutes,
+    run_missing,
+    table,
+)
 from experiments.flags import Flags
 from rlhf_jax.cli import run_main
 from rlhf_jax.data.suites import read_rows
@@ -71,17 +80,25 @@ def cut(cfg: Config, folder: Path) -> None:
     Raises UserError where parts of other comparisons are there.
     """
     rows = [row for _, row in read_rows(cfg.comparisons, None)]
+    firsts = {asked(row): number for number, row in reversed(list(enumerate(rows)))}
     below = 0
     for name, share in CUTS.items():
         end = round(share * len(rows))
+        # A prompt goes with its first row: nobody is asked what another part has learned.
+        part = [row for row in rows if below <= firsts[asked(row)] < end]
         text = "".join(
             json.dumps({key: row[key] for key in keys_of(name) if key in row}, ensure_ascii=False) + "\n"
-            for row in rows[below:end]
+            for row in part
         )
         below, file = end, folder / f"{name}.jsonl"
         if file.exists() and file.read_text(encoding="utf-8") != text:
             raise UserError(f"{file} was cut from other comparisons: take another --run-dir")
         file.write_text(text, encoding="utf-8")
+
+
+def asked(row: dict[str, Any]) -> tuple[Any, Any]:
+    """The prompt of a row."""
+    return row.get("instruction"), row.get("input")
 
 
 def keys_of(part: str) -> tuple[str, ...]:
@@ -136,11 +153,6 @@ def rate(found: dict[str, Any], name: str, digits: int = 0) -> str:
     return f"{100 * found[name]:.{digits}f}% ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
-
-
 def reward_model_rows(cfg: Config, folder: Path) -> list[list[str]]:
     """A row for each reward model: its own held-out pairs, then the other files."""
     rows = []
@@ -180,13 +192,6 @@ def spoken(folder: Path) -> tuple[str, str]:
     return f"{sum(len(text.split()) for text in texts) / len(texts):.0f}", f"{len(counts) / len(texts):.0%}"
 
 
-def curve(folder: Path, name: str, columns: dict[str, str], form: Callable[[float], str]) -> list[list[str]]:
-    """Rows of a run's metrics.jsonl, at most eight, evenly spread."""
-    rows = [row for row in lines_of(folder / name / "metrics.jsonl") if all(key in row for key in columns)]
-    places = sorted({round(i * (len(rows) - 1) / 7) for i in range(8)}) if rows else []
-    return [[str(rows[i]["step"]), *(form(rows[i][key]) for key in columns)] for i in places]
-
-
 def side_by_side(folder: Path, count: int = 4) -> str:
     """The first answers of each policy to the same prompts, beside those of the model that it came from."""
     parts = []
@@ -217,10 +222,9 @@ def page(cfg: Config, folder: Path, made: Sequence[Command]) -> str:
          "answers that differ", "IFEval, strict", "perplexity of other texts"], policy_rows(folder)
     )]  # fmt: skip
     if "ppo" in done:
-        columns = {"kl_k1": "KL", "score": "reward", "length": "tokens", "ended": "end", "entropy": "entropy"}
-        rows = curve(folder, "ppo", columns, lambda x: f"{x:.2f}")
-        parts += ["## PPO", table(["iteration", "KL to the start, nats", "reward", "tokens", "answers that end",
-                                   "entropy"], rows)]  # fmt: skip
+        heads = ["iteration", "KL to the start, nats", "reward", "tokens", "answers that end", "entropy"]
+        rows = curve(folder, "ppo", ("kl_k1", "score", "length", "ended", "entropy"))
+        parts += ["## PPO", table(heads, rows)]
     parts += ["## Answers side by side", side_by_side(folder), "## Commands"]
     parts += ["\n".join(f"    {one.line(folder)}" for one in made)]
     parts += [table(["run", "minutes"], [[name, f"{minutes(folder, name):.1f}"] for name in done])]

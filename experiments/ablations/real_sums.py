@@ -1,0 +1,125 @@
+"""A real model learns sums from a checker: GRPO, beside SFT on the solutions of as many problems.
+
+GRPO samples eight answers to eight problems an iteration and learns from a checker alone; SFT learns the right answers
+to as many problems as GRPO has seen, and knows their form from them. Both are asked eight answers to each of 32 sums
+that neither has seen: pass@1, pass@8.
+    python experiments/ablations/real_sums.py --model FOLDER --run-dir runs/sums
+Every run is a command of this project in a process of its own; what is finished is left alone. It writes page.md. With
+SmolLM2-135M it takes about a quarter of an hour on 2 CPU cores and one seed.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from experiments.ablations.commands import Command, curve, finished, made_with, minutes, run_missing, table
+from experiments.flags import Flags
+from rlhf_jax.cli import run_main
+from rlhf_jax.data.arithmetic import make_problems
+from rlhf_jax.errors import UserError, at_least
+
+GROUPS, SIZE, HELDOUT = 8, 8, 32
+"""Problems an iteration, answers to each, and problems that nobody learns."""
+
+
+@dataclass(frozen=True)
+class Config(Flags):
+    """GRPO and SFT on sums."""
+
+    model: str = ""
+    """A Hugging Face folder."""
+    run_dir: str = ""
+    """The folder of all runs."""
+    digits: int = 1
+    steps: int = 30
+    """Iterations of GRPO."""
+    learning_rate: float = 3e-4
+    seeds: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a number out of range, and for what is missing."""
+        at_least(self, digits=1, steps=1, learning_rate=0, seeds=1)
+        for name in ("model", "run_dir"):
+            if not getattr(self, name):
+                raise UserError(f"--{name.replace('_', '-')} is missing")
+        super().__post_init__()
+
+
+def write_problems(cfg: Config, folder: Path) -> None:
+    """Writes the sums that are learned, once as prompts with answers and once as solutions, and those held out.
+
+    A tenth of a file of prompts is held out: the file for the tests has ten times as many, of which none is learned.
+    """
+    learned = cfg.steps * GROUPS
+    rows = make_problems(learned + 10 * HELDOUT, digits=cfg.digits)
+    solutions = [{"prompt": row["prompt"], "completion": row["answer"]} for row in rows[:learned]]
+    for name, some in {"learned": rows[:learned], "solutions": solutions, "tests": rows[learned:]}.items():
+        text = "".join(json.dumps(row) + "\n" for row in some)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def commands(cfg: Config, folder: Path) -> list[Command]:
+    """All runs, in the order in which they are made."""
+    made = []
+    learned, solutions, tests = (str(folder / f"{name}.jsonl") for name in ("learned", "solutions", "tests"))
+
+    asked = ["--reward", "math", "--max-new-tokens", "16"]
+
+    def tested(name: str, model: str, seed: int) -> Command:
+        """One iteration without a learning rate: what counts is the answers before it."""
+        flags = ["--model", model, "--prompts", tests, "--heldout", str(HELDOUT), *asked, "--steps", "1"]
+        flags += ["--pass-samples", str(SIZE), "--groups", "1", "--group-size", "2", "--learning-rate", "0"]
+        return Command(name, "grpo.py", (*flags, "--seed", str(seed)))
+
+    for seed in range(cfg.seeds):
+        flags = ["--model", cfg.model, "--prompts", learned, "--heldout", "1", *asked, "--steps", str(cfg.steps)]
+        flags += ["--groups", str(GROUPS), "--group-size", str(SIZE), "--learning-rate", str(cfg.learning_rate)]
+        made += [Command(f"grpo-{seed}", "grpo.py", (*flags, "--seed", str(seed)))]
+        flags = ["--model", cfg.model, "--demonstrations", solutions, "--heldout", "1", "--seed", str(seed)]
+        made += [Command(f"sft-{seed}", "sft.py", tuple(flags)), tested(f"start-{seed}-test", cfg.model, seed)]
+        made += [tested(f"{n}-{seed}-test", str(folder / f"{n}-{seed}" / "policy"), seed) for n in ("grpo", "sft")]
+    return made
+
+
+def page(cfg: Config, folder: Path, made: Sequence[Command]) -> str:
+    """Tables of what is finished."""
+    done = [one.name for one in made if finished(folder, one.name) is not None]
+    rows = []
+    for name in ("start", "sft", "grpo"):
+        for seed in range(cfg.seeds):
+            found = finished(folder, f"{name}-{seed}-test") or {}
+            shares = [f"{found[key]:.1%}" if (key := f"start_pass@{k}") in found else "not run" for k in (1, 2, 4, 8)]
+            rows.append([name, str(seed), *shares])
+    parts = ["## Sums that none has seen", table(["", "seed", "pass@1", "pass@2", "pass@4", "pass@8"], rows)]
+    if "grpo-0" in done:
+        columns = ("score", f"pass@{SIZE}", "kl_k1", "entropy", "length", "ended")
+        heads = ["iteration", "score", f"pass@{SIZE}", "KL, nats", "entropy", "tokens", "answers that end"]
+        parts += ["## GRPO, seed 0", table(heads, curve(folder, "grpo-0", columns))]
+    parts += ["## Commands", "\n".join(f"    {one.line(folder)}" for one in made)]
+    parts += [table(["run", "minutes"], [[name, f"{minutes(folder, name):.1f}"] for name in done])]
+    parts += [made_with(folder, done) if done else ""]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def main(cfg: Config) -> None:
+    """Makes the runs that are missing, then page.md. Raises SystemExit where one failed."""
+    folder = Path(cfg.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_problems(cfg, folder)
+    made = commands(cfg, folder)
+    try:
+        failed = run_missing(folder, made)
+    finally:
+        (folder / "page.md").write_text(page(cfg, folder, made), encoding="utf-8")
+        print(f"{folder / 'page.md'} is written")
+    if failed:
+        raise SystemExit(f"error: {', '.join(failed)} failed: see {folder}/NAME.log; the same call tries again")
+
+
+if __name__ == "__main__":
+    run_main(main, Config)

@@ -1,0 +1,81 @@
+"""Studies of real models: their command lines are taken by the experiments, and are run once."""
+
+import importlib
+import json
+
+import pytest
+import tyro
+
+from experiments.ablations import commands, real_preferences, real_sums
+from experiments.ablations.commands import Command, finished, run_missing
+from rlhf_jax.cli import run_main
+from rlhf_jax.errors import UserError
+
+STUDIES = {
+    "preferences": (real_preferences, real_preferences.Config(
+        model="M", comparisons="F", preferences=("HH", "B"), ifeval="I", text="T", run_dir="runs/x",
+    )),
+    "sums": (real_sums, real_sums.Config(model="M", run_dir="runs/x", seeds=2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_experiments_take_every_command(name, tmp_path):
+    study, cfg = STUDIES[name]
+    made = study.commands(cfg, tmp_path)
+    assert len({one.name for one in made}) == len(made) >= 10
+    for one in made:
+        config = importlib.import_module(f"experiments.{one.experiment.removesuffix('.py')}").Config
+        tyro.cli(config, args=[*one.flags, "--run-dir", "x"])
+
+
+def test_parts_have_no_prompt_in_common(tmp_path):
+    """Of rows with the same prompt all are where the first one is."""
+    rows = [
+        {"instruction": f"ask {n % 70}", "input": "", "chosen": f"a {n}", "rejected": f"b {n}", "output": "no"}
+        for n in range(100)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = real_preferences.Config(model="M", comparisons=str(file), run_dir=str(tmp_path))
+    real_preferences.cut(cfg, tmp_path)
+    parts = {
+        name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in real_preferences.CUTS
+    }
+    assert sum(map(len, parts.values())) == 100 and all(parts[name] for name in ("a", "b", "prompts"))
+    asked = [{row["instruction"] for row in part} for part in parts.values()]
+    assert sum(map(len, asked)) == len(set.union(*asked)) == 70
+    assert set(parts["a"][0]) == {"instruction", "input", "chosen", "rejected"}
+    assert set(parts["prompts"][0]) == {"instruction", "input"}
+    file.write_text(file.read_text().replace("a 3", "other"))
+    with pytest.raises(UserError, match="was cut from other comparisons: take another --run-dir"):
+        real_preferences.cut(cfg, tmp_path)
+
+
+def test_what_is_finished_is_left_alone_and_what_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
+    program = (
+        "import sys, json, pathlib\nd = pathlib.Path(sys.argv[sys.argv.index('--run-dir') + 1])\n"
+        "d.mkdir(exist_ok=True)\n(d / 'summary.json').write_text(json.dumps({'resumed': '--resume' in sys.argv}))\n"
+        "(d / 'config.json').write_text('{}')\n"
+        "(d / 'status.json').write_text(json.dumps({'status': sys.argv[1]}))\nsys.exit(sys.argv[1] != 'finished')"
+    )
+    (tmp_path / "one.py").write_text(program)
+    monkeypatch.setattr(commands, "EXPERIMENTS", tmp_path)
+    made = [Command("good", "one.py", ("finished",)), Command("bad", "one.py", ("failed",))]
+    made += [Command("later", "one.py", ("finished",))]
+    assert run_missing(tmp_path / "runs", made) == ["bad"]
+    assert finished(tmp_path / "runs", "bad") is None and finished(tmp_path / "runs", "later") == {"resumed": False}
+    assert "python experiments/one.py finished --run-dir" in capsys.readouterr().out
+    (tmp_path / "one.py").write_text(program.replace("sys.argv[1]})", "'finished'})").replace("sys.exit", "print"))
+    assert run_missing(tmp_path / "runs", made) == []
+    assert finished(tmp_path / "runs", "bad") == {"resumed": True}  # it was begun
+    assert finished(tmp_path / "runs", "good") == {"resumed": False}  # and this one was not run again
+
+
+@pytest.mark.parametrize("study", [real_preferences, real_sums])
+def test_a_study_without_a_model_is_one_line(study, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["study.py"])
+    with pytest.raises(SystemExit) as ended:
+        run_main(study.main, study.Config)
+    assert ended.value.code and "model is missing" in capsys.readouterr().err
