@@ -11,6 +11,15 @@ from experiments.ablations.commands import Command, finished, run_missing
 from rlhf_jax.cli import run_main
 from rlhf_jax.errors import UserError
 
+PROGRAM = """
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[sys.argv.index("--run-dir") + 1])
+folder.mkdir(exist_ok=True)
+summary = {"resumed": "--resume" in sys.argv}
+for name, value in {"summary": summary, "config": {}, "status": {"status": sys.argv[1]}}.items():
+    (folder / f"{name}.json").write_text(json.dumps(value))
+sys.exit(sys.argv[1] != "finished")
+"""
 STUDIES = {
     "preferences": (real_preferences, real_preferences.Config(
         model="M", comparisons="F", preferences=("HH", "B"), ifeval="I", text="T", run_dir="runs/x",
@@ -32,7 +41,13 @@ def test_the_experiments_take_every_command(name, tmp_path):
 def test_parts_have_no_prompt_in_common(tmp_path):
     """Of rows with the same prompt all are where the first one is."""
     rows = [
-        {"instruction": f"ask {n % 70}", "input": "", "chosen": f"a {n}", "rejected": f"b {n}", "output": "no"}
+        {
+            "instruction": f"ask {n if n % 10 else 0}",
+            "input": "",
+            "chosen": f"a {n}",
+            "rejected": f"b {n}",
+            "output": "no",
+        }
         for n in range(100)
     ]
     file = tmp_path / "rows.jsonl"
@@ -43,9 +58,9 @@ def test_parts_have_no_prompt_in_common(tmp_path):
         name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in real_preferences.CUTS
     }
-    assert sum(map(len, parts.values())) == 100 and all(parts[name] for name in ("a", "b", "prompts"))
+    assert sum(map(len, parts.values())) == 100 and all(parts[name] for name in parts)
     asked = [{row["instruction"] for row in part} for part in parts.values()]
-    assert sum(map(len, asked)) == len(set.union(*asked)) == 70
+    assert sum(map(len, asked)) == len(set.union(*asked)) == 91
     assert set(parts["a"][0]) == {"instruction", "input", "chosen", "rejected"}
     assert set(parts["prompts"][0]) == {"instruction", "input"}
     file.write_text(file.read_text().replace("a 3", "other"))
@@ -54,12 +69,7 @@ def test_parts_have_no_prompt_in_common(tmp_path):
 
 
 def test_what_is_finished_is_left_alone_and_what_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
-    program = (
-        "import sys, json, pathlib\nd = pathlib.Path(sys.argv[sys.argv.index('--run-dir') + 1])\n"
-        "d.mkdir(exist_ok=True)\n(d / 'summary.json').write_text(json.dumps({'resumed': '--resume' in sys.argv}))\n"
-        "(d / 'config.json').write_text('{}')\n"
-        "(d / 'status.json').write_text(json.dumps({'status': sys.argv[1]}))\nsys.exit(sys.argv[1] != 'finished')"
-    )
+    program = PROGRAM
     (tmp_path / "one.py").write_text(program)
     monkeypatch.setattr(commands, "EXPERIMENTS", tmp_path)
     made = [Command("good", "one.py", ("finished",)), Command("bad", "one.py", ("failed",))]
@@ -67,7 +77,7 @@ def test_what_is_finished_is_left_alone_and_what_fails_leaves_the_others(tmp_pat
     assert run_missing(tmp_path / "runs", made) == ["bad"]
     assert finished(tmp_path / "runs", "bad") is None and finished(tmp_path / "runs", "later") == {"resumed": False}
     assert "python experiments/one.py finished --run-dir" in capsys.readouterr().out
-    (tmp_path / "one.py").write_text(program.replace("sys.argv[1]})", "'finished'})").replace("sys.exit", "print"))
+    (tmp_path / "one.py").write_text(program.replace("sys.argv[1]}", '"finished"}').replace("sys.exit", "print"))
     assert run_missing(tmp_path / "runs", made) == []
     assert finished(tmp_path / "runs", "bad") == {"resumed": True}  # it was begun
     assert finished(tmp_path / "runs", "good") == {"resumed": False}  # and this one was not run again
