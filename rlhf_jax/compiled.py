@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,9 @@ TRACED, LOWERED, COMPILED = (
     f"/jax/core/compile/{name}_duration" for name in ("jaxpr_trace", "jaxpr_to_mlir_module", "backend_compile")
 )
 LONG = 5.0
-"""Seconds from which on a compilation is said when it is done; it is announced where its tracing takes a tenth."""
+"""Seconds from which on a compilation is said when it is done."""
+WAIT = 1.5
+"""Seconds after which it is said that a program is compiled; one that is in the cache is read by then."""
 SHORT, TOLD = 0.5, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 """Seconds: what compiles faster is not kept, unless JAX was told otherwise by that variable."""
 
@@ -71,6 +74,7 @@ def long_compilations_said(say: Callable[[str], None]) -> Iterator[None]:
     Inside of another `with` of this kind only the inner one's `say` is told.
     """
     traced: dict[str, float] = {}
+    waiting: dict[str, threading.Timer] = {}
     told.append(say)
 
     def listener(event: str, duration_secs: float, **of: str | int) -> None:
@@ -81,9 +85,12 @@ def long_compilations_said(say: Callable[[str], None]) -> Iterator[None]:
             traced[name] = duration_secs
         elif event == LOWERED:
             traced[name] = traced.get(name, 0.0) + duration_secs
-            if traced[name] > LONG / 10:
-                say(f"compiling {name} …")
+            waiting[name] = timer = threading.Timer(WAIT, say, [f"compiling {name} …"])
+            timer.daemon = True
+            timer.start()
         elif event == COMPILED:
+            if name in waiting:
+                waiting.pop(name).cancel()
             whole = traced.pop(name, 0.0) + duration_secs
             if whole > LONG:
                 say(f"compiled {name} in {whole:.0f} s")
@@ -92,6 +99,8 @@ def long_compilations_said(say: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     finally:
+        for timer in waiting.values():
+            timer.cancel()
         told.remove(say)
         jax.monitoring.unregister_event_duration_listener(listener)
 

@@ -2,9 +2,9 @@
 
 import subprocess
 import sys
+import time
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from rlhf_jax import compiled
@@ -55,13 +55,20 @@ def test_what_takes_long_is_said_before_and_after(monkeypatch):
         jax.jit(lambda x: x - 2)(1.0)
         assert lines == []
         monkeypatch.setattr(compiled, "LONG", 0.0)
-
-        @jax.jit
-        def waited(x):
-            return jnp.cos(x) - 3
-
-        waited(1.0)
-    assert lines[0] == "compiling waited …" and lines[1].startswith("compiled waited in 0 s")
+        monkeypatch.setattr(compiled, "WAIT", 0.02)
+        name = {"fun_name": "jit(waited)"}
+        for event, seconds in ((compiled.TRACED, 0.1), (compiled.LOWERED, 0.1)):
+            jax.monitoring.record_event_duration_secs(event, seconds, **name)
+        time.sleep(0.5)
+        assert lines == ["compiling waited …"]
+        jax.monitoring.record_event_duration_secs(compiled.COMPILED, 0.2, **name)
+        assert lines[1:] == ["compiled waited in 0 s"]
+        # One that is there at once, as from the cache, is not announced.
+        for event in (compiled.TRACED, compiled.LOWERED, compiled.COMPILED):
+            jax.monitoring.record_event_duration_secs(event, 0.001, fun_name="jit(cached)")
+        time.sleep(0.1)
+        assert lines[2:] == ["compiled cached in 0 s"]
+        del lines[2:]
     jax.jit(lambda x: x - 4)(1.0)
     assert len(lines) == 2
     inner: list[str] = []
