@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +61,20 @@ def run_missing(folder: Path, commands: Sequence[Command]) -> list[str]:
         if code:
             failed.append(command.name)
     return failed
+
+
+def make_study(folder: Path, commands: Sequence[Command], page: Callable[[], str]) -> None:
+    """Runs what is missing, then writes page() to page.md, also where it was interrupted.
+
+    Raises SystemExit where a run failed.
+    """
+    try:
+        failed = run_missing(folder, commands)
+    finally:
+        (folder / "page.md").write_text(page(), encoding="utf-8")
+        print(f"{folder / 'page.md'} is written")
+    if failed:
+        raise SystemExit(f"error: {', '.join(failed)} failed: see {folder}/NAME.log; the same call tries again")
 
 
 def minutes(folder: Path, name: str) -> float:

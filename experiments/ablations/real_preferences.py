@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from experiments.ablations.commands import (
     finished,
     lines_of,
     made_with,
+    make_study,
     minutes,
-    run_missing,
     table,
 )
 from experiments.flags import Flags
@@ -233,20 +234,13 @@ def page(cfg: Config, folder: Path, made: Sequence[Command]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def main(cfg: Config) -> dict[str, float]:
-    """Makes the runs that are missing, then page.md. Raises SystemExit where one failed."""
+def main(cfg: Config) -> None:
+    """Makes the runs that are missing, then page.md."""
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     cut(cfg, folder)
     made = commands(cfg, folder)
-    try:
-        failed = run_missing(folder, made)
-    finally:
-        (folder / "page.md").write_text(page(cfg, folder, made), encoding="utf-8")
-        print(f"{folder / 'page.md'} is written")
-    if failed:
-        raise SystemExit(f"error: {', '.join(failed)} failed: see {folder}/NAME.log; the same call tries again")
-    return {}
+    make_study(folder, made, partial(page, cfg, folder, made))
 
 
 if __name__ == "__main__":

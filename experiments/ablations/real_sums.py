@@ -12,12 +12,13 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from experiments.ablations.commands import Command, curve, finished, made_with, minutes, run_missing, table
+from experiments.ablations.commands import Command, curve, finished, made_with, make_study, minutes, table
 from experiments.flags import Flags
 from rlhf_jax.cli import run_main
 from rlhf_jax.data.arithmetic import make_problems
@@ -107,18 +108,12 @@ def page(cfg: Config, folder: Path, made: Sequence[Command]) -> str:
 
 
 def main(cfg: Config) -> None:
-    """Makes the runs that are missing, then page.md. Raises SystemExit where one failed."""
+    """Makes the runs that are missing, then page.md."""
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_problems(cfg, folder)
     made = commands(cfg, folder)
-    try:
-        failed = run_missing(folder, made)
-    finally:
-        (folder / "page.md").write_text(page(cfg, folder, made), encoding="utf-8")
-        print(f"{folder / 'page.md'} is written")
-    if failed:
-        raise SystemExit(f"error: {', '.join(failed)} failed: see {folder}/NAME.log; the same call tries again")
+    make_study(folder, made, partial(page, cfg, folder, made))
 
 
 if __name__ == "__main__":
