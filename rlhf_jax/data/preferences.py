@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.batches import PackedAnswers, PackedRankings, RankedAnswers, Rankings, Tokens
+from rlhf_jax.data.lazy import Lazy
 from rlhf_jax.data.tokens import Ids, bucket, first_fit, host_batch, lay, pad_prompts, pad_sequences, size
 
 Answer = tuple[Ids, Ids]
@@ -172,6 +173,24 @@ def rank_table(
 def doubts(rankings: Sequence[RankedAnswers], count: int | None = None) -> Float[np.ndarray, " P"]:
     """The doubt of each prompt's ranks; 0 for prompts that fill up to `count`."""
     return _filled([ranking.doubt for ranking in rankings], len(rankings) if count is None else count)
+
+
+def shuffled(rankings: Sequence[RankedAnswers], rng: np.random.Generator) -> Sequence[RankedAnswers]:
+    """The same rankings, the answers of each in an order that is drawn once."""
+    counts = [len(ranking.ranks) for ranking in rankings]
+    ends = np.cumsum(counts)
+    orders = np.concatenate([rng.permutation(count).astype(np.uint16) for count in counts])
+
+    def make(row: int) -> RankedAnswers:
+        order = orders[ends[row] - counts[row] : ends[row]]
+        return reordered(rankings[row], order.tolist())
+
+    return Lazy(len(counts), make)
+
+
+def reordered(ids: RankedAnswers, order: Sequence[int]) -> RankedAnswers:
+    """The same ranking with its answers in another order."""
+    return ids._replace(responses=[ids.responses[i] for i in order], ranks=tuple(ids.ranks[i] for i in order))
 
 
 def _filled(numbers: Sequence[float], count: int) -> Float[np.ndarray, " P"]:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
-from rlhf_jax.data.formats import COLUMNS, FORMATS, REWARDED, known, normalise, not_read, recognise
+from rlhf_jax.data.conversations import messages
+from rlhf_jax.data.formats import COLUMNS, FORMATS, REWARDED, Prompt, known, normalise, not_read, recognise
 from rlhf_jax.data.rejects import BadRow, Place, Rejects, one_line
 from rlhf_jax.data.sources import Broken, read_source
 from rlhf_jax.errors import UserError
@@ -134,3 +135,28 @@ def _rename(fields: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any
     taken = set(renamed.values()) | set(renamed)
     kept = {name: value for name, value in fields.items() if name not in taken}
     return kept | {ours: fields[theirs] for ours, theirs in renamed.items() if theirs in fields}
+
+
+def as_prompt(read: Read) -> Prompt:
+    """The prompt of a row that has answers, too."""
+    return Prompt(read.row.prompt, read.row.place, read.row.tools)
+
+
+def with_suffix(prompt: Prompt, suffix: str) -> Prompt:
+    """The prompt with a text behind its last message, in a paragraph of its own."""
+    if not suffix:
+        return prompt
+    *before, last = prompt.prompt
+    return prompt._replace(prompt=(*before, {**last, "content": f"{last['content']}\n\n{suffix}"}))
+
+
+def prompt_text(read: Read, column: str) -> str | list[dict[str, Any]]:
+    """A prompt as rewards get it: as it stands in that column of its row, where nothing was put before or behind it.
+
+    Otherwise it is the text of its only message, or else messages.
+    """
+    given, turns = read.fields.get(column), read.row.prompt
+    if isinstance(given, str) and tuple(messages({"prompt": given}, "prompt")) == tuple(turns):
+        return given
+    alone = len(turns) == 1 and turns[0]["role"] == "user" and isinstance(turns[0]["content"], str)
+    return turns[0]["content"] if alone and not isinstance(given, list) else [dict(turn) for turn in turns]

@@ -26,7 +26,7 @@ import numpy as np
 
 from rlhf_jax import clock
 from rlhf_jax.data.heldout import opening_of_row
-from rlhf_jax.data.lazy import Lazy
+from rlhf_jax.data.lazy import Lazy, joined, picked
 from rlhf_jax.data.rejects import Place, Rejects
 from rlhf_jax.data.rows import Read
 from rlhf_jax.data.sources import local_files
@@ -113,6 +113,16 @@ def stored(
             with suppress(OSError):  # another process has made it by now
                 os.replace(temporary, folder)
         return found
+
+
+def together(sources: Sequence[Stored]) -> Stored:
+    """The rows of all sources."""
+    return Stored(*(joined(parts) for parts in zip(*sources, strict=True)))
+
+
+def of_numbers(rows: Stored, numbers: Sequence[int]) -> Stored:
+    """Some of the rows, in the order of their numbers."""
+    return Stored(*(picked(part, numbers) for part in rows))
 
 
 def default_cache() -> Path:

@@ -9,19 +9,27 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.batches import PackedRankings, Prompts, RankedAnswers, Tokens
-from rlhf_jax.data.conversations import messages
 from rlhf_jax.data.encode import encode_rows
 from rlhf_jax.data.encoders import default_processes, encode_many
-from rlhf_jax.data.formats import Prompt, Text
+from rlhf_jax.data.formats import Text
 from rlhf_jax.data.heldout import split_by_hash, split_by_opening, split_head, split_rows
-from rlhf_jax.data.lazy import Lazy, joined, picked
+from rlhf_jax.data.lazy import Lazy, joined
 from rlhf_jax.data.loader import document_batches, mix_once, streamed_batches
 from rlhf_jax.data.pairs import Examples, labelled
-from rlhf_jax.data.preferences import pack_rankings, pad_rankings
+from rlhf_jax.data.preferences import pack_rankings, pad_rankings, reordered, shuffled
 from rlhf_jax.data.rejects import OnBadRow, Rejects
-from rlhf_jax.data.rows import Read, find_format, parse_columns, read_rows, reported
+from rlhf_jax.data.rows import (
+    Read,
+    as_prompt,
+    find_format,
+    parse_columns,
+    prompt_text,
+    read_rows,
+    reported,
+    with_suffix,
+)
 from rlhf_jax.data.sample import sample
-from rlhf_jax.data.store import Stored, open_cache, stored
+from rlhf_jax.data.store import Stored, of_numbers, open_cache, stored, together
 from rlhf_jax.data.tokens import Document, bucket, first_fit, lay, pack_sequences, pad_prompts, pad_sequences, size
 from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run
@@ -400,56 +408,3 @@ class TextTask:
     def _name(self, kind: str) -> str:
         source = self._sources.get(kind)
         return kind if source is None else ", ".join(source.names)
-
-
-def together(sources: Sequence[Stored]) -> Stored:
-    """The rows of all sources."""
-    return Stored(*(joined(parts) for parts in zip(*sources, strict=True)))
-
-
-def of_numbers(rows: Stored, numbers: Sequence[int]) -> Stored:
-    """Some of the rows, in the order of their numbers."""
-    return Stored(*(picked(part, numbers) for part in rows))
-
-
-def shuffled(rankings: Sequence[RankedAnswers], rng: np.random.Generator) -> Sequence[RankedAnswers]:
-    """The same rankings, the answers of each in an order that is drawn once."""
-    counts = [len(ranking.ranks) for ranking in rankings]
-    ends = np.cumsum(counts)
-    orders = np.concatenate([rng.permutation(count).astype(np.uint16) for count in counts])
-
-    def make(row: int) -> RankedAnswers:
-        order = orders[ends[row] - counts[row] : ends[row]]
-        return reordered(rankings[row], order.tolist())
-
-    return Lazy(len(counts), make)
-
-
-def reordered(ids: RankedAnswers, order: Sequence[int]) -> RankedAnswers:
-    """The same ranking with its answers in another order."""
-    return ids._replace(responses=[ids.responses[i] for i in order], ranks=tuple(ids.ranks[i] for i in order))
-
-
-def as_prompt(read: Read) -> Prompt:
-    """The prompt of a row that has answers, too."""
-    return Prompt(read.row.prompt, read.row.place, read.row.tools)
-
-
-def with_suffix(prompt: Prompt, suffix: str) -> Prompt:
-    """The prompt with a text behind its last message, in a paragraph of its own."""
-    if not suffix:
-        return prompt
-    *before, last = prompt.prompt
-    return prompt._replace(prompt=(*before, {**last, "content": f"{last['content']}\n\n{suffix}"}))
-
-
-def prompt_text(read: Read, column: str) -> str | list[dict[str, Any]]:
-    """A prompt as rewards get it: as it stands in that column of its row, where nothing was put before or behind it.
-
-    Otherwise it is the text of its only message, or else messages.
-    """
-    given, turns = read.fields.get(column), read.row.prompt
-    if isinstance(given, str) and tuple(messages({"prompt": given}, "prompt")) == tuple(turns):
-        return given
-    alone = len(turns) == 1 and turns[0]["role"] == "user" and isinstance(turns[0]["content"], str)
-    return turns[0]["content"] if alone and not isinstance(given, list) else [dict(turn) for turn in turns]
