@@ -171,6 +171,17 @@ class Linear(nn.Module):
 
 
 Layer = tuple[Array, Array]  # one layer's keys and values in the cache, [B, H, S, K]
+
+
+class Stacked(NamedTuple):
+    """The residual stream of one token, and the caches of all scanned layers, [L, B, H, S, K], which each layer writes
+    in place: as inputs and outputs of the scan they would be copied whole for each token."""
+
+    x: Array
+    keys: Array
+    values: Array
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -189,17 +200,18 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, layer: Layer | None, numbers: LayerNumbers | None, scene: Scene
-    ) -> tuple[Array, Layer | None]:
-        """`numbers` are those of the first layer unless given."""
+        self, x: Array | Stacked, layer: Layer | Array | None, numbers: LayerNumbers | None, scene: Scene
+    ) -> tuple[Array | Stacked, Layer | None]:
+        """`numbers` are those of the first layer unless given. With `Stacked`, `layer` is the layer's number."""
         config = self.config
+        stacked, x = (x, x.x) if isinstance(x, Stacked) else (None, x)
         if numbers is None:
             numbers = layer_numbers(config, 0)
         residual = 1.0 / (2 * config.n_layers)  # keeps the residual stream's variance with depth
         before, after = config.norm_at != "output", config.norm_at != "input"
 
         h = Norm(config, name="attention_norm")(x) if before else x
-        h, layer = self.attention(h, layer, numbers, scene)
+        h, layer = self.attention(h, layer, stacked, numbers, scene)
         h = Linear(config, config.d_model, residual, config.output_bias, name="output")(h)
         attended = x + (Norm(config, name="attention_post_norm")(h) if after else h)
 
@@ -212,18 +224,27 @@ class Block(nn.Module):
         else:
             h = act(Linear(config, config.d_ff, bias=config.mlp_bias, name="up")(h))
         h = Linear(config, config.d_model, residual, config.mlp_bias, name="down")(h)
-        return attended + (Norm(config, name="feed_forward_post_norm")(h) if after else h), layer
+        out = attended + (Norm(config, name="feed_forward_post_norm")(h) if after else h)
+        return (out, layer) if stacked is None or layer is None else (Stacked(out, *layer), None)
 
     def attention(
-        self, h: Array, layer: Layer | None, numbers: LayerNumbers, scene: Scene
+        self, h: Array, layer: Any, stacked: Stacked | None, numbers: LayerNumbers, scene: Scene
     ) -> tuple[Array, Layer | None]:
-        """The output of the heads, [B, T, N·K], and the layer's cache with these keys and values in it."""
+        """The output of the heads, [B, T, N·K], and the layer's cache, or all, with these keys and values in it."""
         config = self.config
         queries = self.heads("query", h, config.n_heads, numbers, scene)
         keys = self.heads("key", h, config.n_kv_heads, numbers, scene).swapaxes(1, 2)
         values = self.heads("value", h, config.n_kv_heads, numbers, scene).swapaxes(1, 2)
-        if layer is not None:
-            zero = jnp.zeros_like(scene.start)
+        zero = jnp.zeros_like(scene.start)
+        if stacked is not None:
+            place = (layer, zero, zero, scene.start, zero)
+            written = (
+                jax.lax.dynamic_update_slice(whole, new[None], place)
+                for whole, new in ((stacked.keys, keys), (stacked.values, values))
+            )
+            number, layer = layer, tuple(written)
+            keys, values = (jax.lax.dynamic_index_in_dim(whole, number, keepdims=False) for whole in layer)
+        elif layer is not None:
             keys = jax.lax.dynamic_update_slice(layer[0], keys, (zero, zero, scene.start, zero))
             values = jax.lax.dynamic_update_slice(layer[1], values, (zero, zero, scene.start, zero))
             layer = keys, values
@@ -363,7 +384,12 @@ class Transformer(nn.Module):
         x = constrain(x, "batch")
         if config.scan_layers:
             differ = any(config.windows) or config.nope_layers
-            x, layers = self.layers(x, layers, stacked_numbers(config) if differ else None, scene)
+            numbers = stacked_numbers(config) if differ else None
+            if layers is not None and tokens.shape[1] == 1:
+                each = jnp.arange(config.n_layers, dtype=scene.start.dtype)
+                (x, *layers), _ = self.layers(Stacked(x, *layers), each, numbers, scene)
+            else:
+                x, layers = self.layers(x, layers, numbers, scene)
         else:
             outputs = []
             for i, block in enumerate(self.layers):
