@@ -16,9 +16,9 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -26,6 +26,7 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax.training.train_state import TrainState
 from jaxtyping import Float, PRNGKeyArray
 
@@ -114,13 +115,13 @@ def with_defaults(cfg: RewardModel, base: Pretrained) -> RewardModel:
     return or_default(cfg, epochs=1, **pretrained_defaults(cfg, base))
 
 
-def make_step(
-    cfg: RewardModel, config: ModelConfig, dropout_key: PRNGKeyArray
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Returns train_step(state, rankings, frozen, step) -> (state, metrics)."""
+def make_step(cfg: RewardModel, config: ModelConfig) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Returns train_step(state, rankings, frozen, step, dropout_key) -> (state, metrics)."""
     model = ScalarModel(config)
 
-    def loss_fn(trainable: Params, batch: Rankings | PackedRankings, frozen: Params, step: Any) -> tuple[Any, Metrics]:
+    def loss_fn(
+        trainable: Params, batch: Rankings | PackedRankings, frozen: Params, step: Any, dropout_key: PRNGKeyArray
+    ) -> tuple[Any, Metrics]:
         params = cfg.model_in_training(frozen, trainable, dropout_key, step)
         margin = batch.margin if isinstance(batch, PackedRankings) else 0.0  # the world's annotators give none
         rewards = ranking_rewards(model, params, batch)
@@ -128,6 +129,23 @@ def make_step(
 
     counts = (lambda batch: ranking_counts(batch.ranks, batch.mask)) if cfg.accumulate > 1 else None
     return make_train_step(loss_fn, counts=counts)
+
+
+class Programs(NamedTuple):
+    """Everything that members of an ensemble compile once for all of them."""
+
+    model: ScalarModel
+    optimizer: optax.GradientTransformation
+    train_step: Callable[..., tuple[TrainState, Metrics]]
+    score: Callable[[Params, Tokens], np.ndarray]
+
+
+@lru_cache(maxsize=1)
+def make_programs(cfg: RewardModel, config: ModelConfig, steps: int, eval_batch_size: int) -> Programs:
+    """The programs of a stage of so many steps; those of the last call where it was alike."""
+    model = ScalarModel(config)
+    score = score_in_batches(partial(response_rewards, model), eval_batch_size)
+    return Programs(model, cfg.make_optimizer(steps), make_step(cfg, config), score)
 
 
 def train(
@@ -149,7 +167,6 @@ def train(
     """
     given, cfg = cfg, with_defaults(cfg, base)
     say_defaults(run, stage, given, cfg, base)
-    model = ScalarModel(base.config)
     if start is None:
         params = from_language_model(shard_params(base.params), jax.random.key(seed + 1), base.config)
     else:
@@ -160,9 +177,8 @@ def train(
     steps_an_epoch = prompts // prompts_a_step
     steps = math.ceil((cfg.epochs or 0) * steps_an_epoch)
     frozen, trainable = shard_params(cfg.split_trainable(params, jax.random.key(seed + 3)))
-    state = make_state(model, trainable, cfg.make_optimizer(steps))
-    train_step = make_step(cfg, base.config, jax.random.key(seed + 5))
-    score = score_in_batches(partial(response_rewards, model), eval_batch_size)
+    model, optimizer, train_step, score = make_programs(cfg, base.config, steps, eval_batch_size)
+    state, dropout_key = make_state(model, trainable, optimizer), jax.random.key(seed + 5)
 
     def evaluate(params: Params) -> dict[str, Any]:
         return agreement(score(params, comparisons.heldout.responses), comparisons.heldout)
@@ -177,7 +193,7 @@ def train(
         if step == loop.first:
             shape = microbatch_shape(batch, cfg.accumulate)
             loop.say_memory(base.config, state.params, (state, frozen), shape, adapters=bool(frozen))
-        state, trained = train_step(state, batch, frozen, step)
+        state, trained = train_step(state, batch, frozen, step, dropout_key)
         metrics: dict[str, Any] = {**trained}
         loop.watch_skipped(step, metrics["skipped"], batch)
         evaluated = (step + 1) % max(1, steps // cfg.evaluations) == 0 or loop.is_last(step)

@@ -164,8 +164,9 @@ def build(case: Case, make: Make, parts: int = 1) -> Program:
                 batch(), jnp.broadcast_to(jnp.arange(2), shape), jnp.ones(shape, bool), jnp.zeros(shape[0])
             )
         )
-        step = reward_model.make_step(reward_cfg, config, jax.random.key(0))
-        return Program(step, (state, pairs, frozen, make(lambda: jnp.zeros((), jnp.int32))), valued)
+        step = reward_model.make_step(reward_cfg, config)
+        number, key = make(lambda: jnp.zeros((), jnp.int32)), make(lambda: jax.random.key(0))
+        return Program(step, (state, pairs, frozen, number, key), valued)
 
     ppo_cfg = ppo.PPO(**trained, responses=rows, minibatches=case.minibatches, epochs=1)
     setup = ppo_setup(config, max_new_tokens=case.response, eos_id=-1, pad_id=0)

@@ -11,6 +11,7 @@ import pytest
 from experiments import grpo, ppo, reward_model, stages
 from rlhf_jax import loop
 from rlhf_jax.cli import run_main
+from rlhf_jax.compiled import COMPILED
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, load_hf_reward_model
 from rlhf_jax.pretrained import load_policy
@@ -35,8 +36,19 @@ def differ(first, second):
 @pytest.fixture(scope="module")
 def members(small_world_for_all, small_policy, tmp_path_factory):
     """The run of two members, and its metrics."""
-    folder = tmp_path_factory.mktemp("members") / "run"
-    return folder, reward_model.main(reward_model.Config(run_dir=str(folder), model=small_policy, **MEMBERS))
+    folder, compiled = tmp_path_factory.mktemp("members") / "run", []
+
+    def listener(event, duration_secs, **of):
+        if event == COMPILED:
+            compiled.append(str(of.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        metrics = reward_model.main(reward_model.Config(run_dir=str(folder), model=small_policy, **MEMBERS))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert sum("train_step" in name for name in compiled) == 1  # and not once for each member
+    return folder, metrics
 
 
 def test_members_have_seeds_of_their_own_and_folders(members):

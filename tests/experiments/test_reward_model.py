@@ -32,13 +32,13 @@ def test_margins_and_doubts_are_in_the_loss():
     without, _ = bradley_terry_loss(chosen, rejected)
     frozen, trainable = cfg.split_trainable(params, jax.random.key(1))
     state = make_state(model, trainable, cfg.make_optimizer(1))
-    _, metrics = make_step(cfg, config, jax.random.key(2))(state, batch, frozen, 0)
+    _, metrics = make_step(cfg, config)(state, batch, frozen, 0, jax.random.key(2))
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     assert abs(expected - without) > 0.1
     # One answer to a row there are no margins, and the same doubts.
     apart = jax.tree.map(jnp.asarray, pad_rankings(rankings, length=16, pad_id=0))
     state = make_state(model, trainable, cfg.make_optimizer(1))
-    _, metrics = make_step(cfg, config, jax.random.key(2))(state, apart, frozen, 0)
+    _, metrics = make_step(cfg, config)(state, apart, frozen, 0, jax.random.key(2))
     expected, _ = bradley_terry_loss(chosen, rejected, label_smoothing=doubt)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     assert abs(expected - without) > 1e-3
