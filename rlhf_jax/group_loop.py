@@ -16,7 +16,7 @@ from rlhf_jax.batches import Completions, Ended, Prompts, Tokens
 from rlhf_jax.compiled import count_compilations
 from rlhf_jax.data.order import EpochOrder
 from rlhf_jax.data.tokens import bucket, take
-from rlhf_jax.groups import Algorithm, Frozen, Numbers, learn, rollout, score
+from rlhf_jax.groups import Algorithm, Frozen, Numbers, learn, rollout, score, trimmed
 from rlhf_jax.loop import Loop
 from rlhf_jax.models import Transformer
 from rlhf_jax.pretrained import Pretrained
@@ -206,7 +206,8 @@ def train_groups(
             rows, signal = np.arange(len(scored.scores)), np.ones(len(scored.scores), bool)
             if algorithm.rounds > 1:
                 rows, signal = rows_with_signal(scored.scores, numbers.prompts, numbers.group_size)
-            batch = shard_batch((*to_host(take(sampled, rows)), signal))
+            asked, completions, scores = to_host(take(sampled, rows))
+            batch = shard_batch((asked, trimmed(completions), scores, signal))
             policy, trained = programs.learn(policy, frozen, *batch, update_key)
             metrics: dict[str, Any] = {**trained}
             metrics["skipped"] = int(metrics["skipped"])

@@ -217,6 +217,27 @@ def test_nothing_is_learned_from_a_group_without_a_signal(iteration):
     assert max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), whole.params, some.params))) > 1e-6
 
 
+@pytest.mark.parametrize("module", [grpo, dr_grpo, dapo, gspo, cispo, rloo], ids=lambda module: module.__name__)
+def test_answers_without_empty_columns_are_learned_alike(iteration, module, monkeypatch):
+    """Also where the loss is over a constant length."""
+    monkeypatch.setattr(groups, "bucket", partial(bucket, smallest=4))
+    cfg = next(flags for flags, *_ in [EQUATIONS[module]])
+    wide = NUMBERS._replace(max_new_tokens=40)
+    model, policy, frozen, prompts, completions, pad_id = iteration
+    padded = numpy_completions(*(np.pad(np.asarray(x), ((0, 0), (0, 34))) for x in completions))
+    scores = RNG.normal(size=B)
+    algorithm = module.algorithm(cfg, wide)
+    narrow = groups.trimmed(padded)
+    assert narrow.mask.shape == (B, 8) and narrow.mask.sum() == padded.mask.sum()
+    found = [
+        learned((model, policy, frozen, prompts, some, pad_id), algorithm, wide, scores) for some in (padded, narrow)
+    ]
+    chex.assert_trees_all_close(*(state.params for state, _ in found), rtol=1e-4, atol=1e-6)
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, value in found[0][1].items():
+        assert_allclose(found[1][1][name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 def test_where_all_answers_score_alike_nothing_is_learned(iteration):
     algorithm = dr_grpo.algorithm(dr_grpo.DrGRPO(), NUMBERS)
     policy, metrics = learned(iteration, algorithm, NUMBERS, np.repeat([1.0, 0.0, 2.0, -1.0], 4))
