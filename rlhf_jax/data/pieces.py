@@ -51,7 +51,7 @@ def stretches(
 def _parted(text: str, cuts: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[list[int]] | None:
     """The stretches where each cut falls between two tokens, by the tokenizer's own index; None where that is not so.
 
-    It says the same as the pieces, in a third of the time.
+    It says the same as the pieces, in a third of the time. Of several tokens of one character the index has the first.
     """
     encoder = backend(tokenizer)
     if encoder is None:
@@ -62,8 +62,6 @@ def _parted(text: str, cuts: Sequence[int], tokenizer: PreTrainedTokenizerBase) 
         past = len(ids) if cut >= cuts[-1] else whole.char_to_token(cut)
         if past is None or (past < len(ids) and whole.token_to_chars(past)[0] < cut):
             return None
-        while past > at and whole.token_to_chars(past - 1)[0] >= cut:  # several tokens of one character
-            past -= 1
         if past > at and whole.token_to_chars(past - 1)[1] > cut:
             return None
         parts.append(ids[at:past])

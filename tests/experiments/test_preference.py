@@ -204,6 +204,21 @@ def test_a_killed_run_goes_on_to_the_very_same_parameters(tmp_path, monkeypatch,
     assert [row["step"] for row in again[2]] == list(range(1, 9))
 
 
+def test_kept_scores_are_those_of_the_same_answers_reference_and_files(tmp_path):
+    answers, params = [([1, 2], [3]), ([4], [5, 6])], {"kernel": jnp.ones((2, 3))}
+    key = preference.content_key(answers, params, {"model": "a"})
+    np.savez(tmp_path / "kept.npz", scores=np.float32([1, 2]), key=key)
+    assert preference.kept_scores(tmp_path / "kept.npz", key) == [1.0, 2.0]
+    assert preference.kept_scores(tmp_path / "none.npz", key) is None
+    others = [
+        ([([1], [2, 3]), ([4], [5, 6])], params, {"model": "a"}),
+        (answers, {"kernel": jnp.ones((2, 3), jnp.bfloat16)}, {"model": "a"}),
+        (answers, params, {"model": "b"}),
+    ]
+    for other in others:
+        assert preference.kept_scores(tmp_path / "kept.npz", preference.content_key(*other)) is None
+
+
 def test_a_run_that_only_skips_stops_and_leaves_the_batch(tmp_path):
     with pytest.raises(UserError, match=r"dpo: .* in 2 steps in a row\. The last one is step 2; .*skipped-dpo-2.npz"):
         train(tmp_path / "run", steps=30, beta=1e39, max_skipped=2)
