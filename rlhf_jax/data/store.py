@@ -40,7 +40,8 @@ UNUSED = 30
 MOST = 50 * 10**9
 """Bytes of all stores of a cache."""
 FILES = ("reads", "ids", "openings")
-BEGUN = ".rows-"
+BEGUN, NAME = ".rows-", re.compile(r"[0-9a-f]{32}|\.rows-\w+")
+"""How a store is called while it is made, and how stores are called."""
 
 
 class Stored(NamedTuple):
@@ -157,6 +158,8 @@ def _prune(cache: Path) -> None:
     room = MOST
     ages = []
     for folder in cache.iterdir():
+        if not NAME.fullmatch(folder.name):  # somebody else's
+            continue
         with suppress(OSError):  # another process has removed it
             ages.append((folder.stat().st_mtime, folder))
     for used, folder in sorted(ages, reverse=True):
