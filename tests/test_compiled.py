@@ -64,6 +64,7 @@ def test_what_takes_long_is_said_before_and_after(monkeypatch):
         jax.monitoring.record_event_duration_secs(compiled.COMPILED, 0.2, **name)
         assert lines[1:] == ["compiled waited in 0 s"]
         # One that is there at once, as from the cache, is not announced.
+        monkeypatch.setattr(compiled, "WAIT", 60.0)
         for event in (compiled.TRACED, compiled.LOWERED, compiled.COMPILED):
             jax.monitoring.record_event_duration_secs(event, 0.001, fun_name="jit(cached)")
         time.sleep(0.1)
