@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.models import ModelConfig
 from rlhf_jax.models.fused import attention_kernel
-from rlhf_jax.scoring import head_chunk
+from rlhf_jax.scoring import head_chunk, row_devices
 from rlhf_jax.sharding import current_mesh
 from rlhf_jax.types import Params
 
@@ -43,7 +43,7 @@ def step_memory(config: ModelConfig, trained: Params, held: Any, *, rows: int, l
     """
     mesh = current_mesh()
     chunk = min(length, head_chunk(rows))
-    rows = max(1, rows // (1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]))
+    rows = max(1, rows // row_devices())
     parts = 1 if mesh is None else mesh.shape["tensor"]
     itemsize = jnp.dtype(config.precision.compute).itemsize
     tokens = rows * length

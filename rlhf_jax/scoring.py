@@ -41,10 +41,10 @@ HEAD_COLUMNS, HEAD_TOKENS = 64, 512
 
 def head_chunk(rows: int) -> int:
     """Columns of time whose logits exist at once for so many rows: 100 MB of them for 49 thousand words."""
-    return max(1, min(HEAD_COLUMNS, HEAD_TOKENS * _row_devices() // rows))
+    return max(1, min(HEAD_COLUMNS, HEAD_TOKENS * row_devices() // rows))
 
 
-def _row_devices() -> int:
+def row_devices() -> int:
     """Devices among which rows are shared out."""
     mesh = current_mesh()
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
@@ -59,7 +59,7 @@ def rows_at_once(config: ModelConfig, length: int, weights: int) -> int:
     What one layer makes of them takes 256 MB a device, or an eighth of the weights' bytes if that is more. There are
     at most 256, and one for each device along "data" and "fsdp" at least.
     """
-    devices = _row_devices()
+    devices = row_devices()
     room = max(LAYER_BYTES * devices, jnp.dtype(config.precision.parameters).itemsize * weights // 8)
     token = 4 * (4 * config.d_model + 2 * config.d_ff + config.n_heads * length)
     return devices * max(1, min(MOST_ROWS, room // (token * length)) // devices)

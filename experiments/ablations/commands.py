@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.flags import Flags
 from rlhf_jax.errors import UserError
 from rlhf_jax.folder import read_json
 
@@ -63,18 +65,55 @@ def run_missing(folder: Path, commands: Sequence[Command]) -> list[str]:
     return failed
 
 
-def make_study(folder: Path, commands: Sequence[Command], page: Callable[[], str]) -> None:
-    """Runs what is missing, then writes page() to page.md, also where it was interrupted.
+@dataclass(frozen=True)
+class StudyFlags(Flags):
+    """The model that is studied, and where."""
 
-    Raises SystemExit where a run failed.
+    model: str = ""
+    """A Hugging Face folder."""
+    run_dir: str = ""
+    """The folder of all runs."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what is missing."""
+        for name in ("model", "run_dir"):
+            if not getattr(self, name):
+                raise UserError(f"--{name.replace('_', '-')} is missing")
+        super().__post_init__()
+
+
+def make_study(
+    cfg: Any,
+    write: Callable[[Any, Path], None],
+    commands: Callable[[Any, Path], list[Command]],
+    parts: Callable[[Any, Path], list[str]],
+) -> None:
+    """Writes the files of the runs, makes the runs that are missing, then page.md, also where it was interrupted.
+
+    `parts(cfg, folder)` are the page's; the commands, their minutes and what was not run come after them. Raises
+    SystemExit where a run failed.
     """
+    folder = Path(cfg.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write(cfg, folder)
+    made = commands(cfg, folder)
     try:
-        failed = run_missing(folder, commands)
+        failed = run_missing(folder, made)
     finally:
-        (folder / "page.md").write_text(page(), encoding="utf-8")
+        (folder / "page.md").write_text(page(folder, made, parts(cfg, folder)), encoding="utf-8")
         print(f"{folder / 'page.md'} is written")
     if failed:
         raise SystemExit(f"error: {', '.join(failed)} failed: see {folder}/NAME.log; the same call tries again")
+
+
+def page(folder: Path, made: Sequence[Command], parts: Sequence[str]) -> str:
+    """Parts, and how they were made."""
+    done = [one.name for one in made if finished(folder, one.name) is not None]
+    left = [one.name for one in made if one.name not in done]
+    how = ["## Commands", "\n".join(f"    {one.line(folder)}" for one in made)]
+    how += [table(["run", "minutes"], [[name, f"{minutes(folder, name):.1f}"] for name in done])]
+    how += [made_with(folder, done) if done else "", f"Not run: {', '.join(left)}." if left else ""]
+    return "\n\n".join(part for part in [*parts, *how] if part) + "\n"
 
 
 def minutes(folder: Path, name: str) -> float:

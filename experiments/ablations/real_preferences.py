@@ -14,9 +14,7 @@ goes on. It writes page.md. With SmolLM2-135M and 1,100 pairs it takes about two
 import collections
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +23,13 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 
 from experiments.ablations.commands import (
     Command,
+    StudyFlags,
     curve,
     finished,
     lines_of,
-    made_with,
     make_study,
-    minutes,
     table,
 )
-from experiments.flags import Flags
 from rlhf_jax.cli import run_main
 from rlhf_jax.data.suites import read_rows
 from rlhf_jax.errors import UserError, at_least
@@ -45,11 +41,9 @@ CUTS = {"a": 0.4, "b": 0.8, "prompts": 0.92, "heldout": 1.0}
 
 
 @dataclass(frozen=True)
-class Config(Flags):
+class Config(StudyFlags):
     """A study of a real model on real comparisons."""
 
-    model: str = ""
-    """A Hugging Face folder."""
     comparisons: str = ""
     """jsonl[.gz] of instruction, perhaps input, chosen, rejected."""
     preferences: tuple[str, ...] = ()
@@ -57,8 +51,6 @@ class Config(Flags):
     ifeval: str = ""
     text: str = ""
     """IFEval's prompts, and texts for perplexity: what may be forgotten."""
-    run_dir: str = ""
-    """The folder of all runs."""
     limit: int = 120
     """The most rows of each file of an evaluation."""
     seeds: int = 3
@@ -69,10 +61,9 @@ class Config(Flags):
     def __post_init__(self) -> None:
         """Raises UserError for a number out of range, and for what is missing."""
         at_least(self, limit=2, seeds=1, steps=1)
-        for name in ("model", "comparisons", "run_dir"):
-            if not getattr(self, name):
-                raise UserError(f"--{name.replace('_', '-')} is missing")
         super().__post_init__()
+        if not self.comparisons:
+            raise UserError("--comparisons is missing")
 
 
 def cut(cfg: Config, folder: Path) -> None:
@@ -211,9 +202,8 @@ def one_line(text: str, most: int = 160) -> str:
     return text if len(text) <= most else text[:most] + " …"
 
 
-def page(cfg: Config, folder: Path, made: Sequence[Command]) -> str:
+def page_parts(cfg: Config, folder: Path) -> list[str]:
     """Tables of what is finished."""
-    done = [one.name for one in made if finished(folder, one.name) is not None]
     tested = [Path(file).name.split(".")[0] for file in cfg.preferences]
     parts = ["## Reward models", table(
         ["", "own held-out pairs", "calibration error (by chance alone)", *tested], reward_model_rows(cfg, folder)
@@ -222,25 +212,16 @@ def page(cfg: Config, folder: Path, made: Sequence[Command]) -> str:
         ["", "wins by the other reward model", "wins by the judge", "judge agrees with itself", "words an answer",
          "answers that differ", "IFEval, strict", "perplexity of other texts"], policy_rows(folder)
     )]  # fmt: skip
-    if "ppo" in done:
+    if finished(folder, "ppo") is not None:
         heads = ["iteration", "KL to the start, nats", "reward", "tokens", "answers that end", "entropy"]
         rows = curve(folder, "ppo", ("kl_k1", "score", "length", "ended", "entropy"))
         parts += ["## PPO", table(heads, rows)]
-    parts += ["## Answers side by side", side_by_side(folder), "## Commands"]
-    parts += ["\n".join(f"    {one.line(folder)}" for one in made)]
-    parts += [table(["run", "minutes"], [[name, f"{minutes(folder, name):.1f}"] for name in done])]
-    left = [one.name for one in made if one.name not in done]
-    parts += [made_with(folder, done) if done else "", f"Not run: {', '.join(left)}." if left else ""]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return [*parts, "## Answers side by side", side_by_side(folder)]
 
 
 def main(cfg: Config) -> None:
     """Makes the runs that are missing, then page.md."""
-    folder = Path(cfg.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    cut(cfg, folder)
-    made = commands(cfg, folder)
-    make_study(folder, made, partial(page, cfg, folder, made))
+    make_study(cfg, cut, commands, page_parts)
 
 
 if __name__ == "__main__":

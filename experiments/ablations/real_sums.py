@@ -10,32 +10,25 @@ SmolLM2-135M it takes about a quarter of an hour on 2 CPU cores and one seed.
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from experiments.ablations.commands import Command, curve, finished, made_with, make_study, minutes, table
-from experiments.flags import Flags
+from experiments.ablations.commands import Command, StudyFlags, curve, finished, make_study, table
 from rlhf_jax.cli import run_main
 from rlhf_jax.data.arithmetic import make_problems
-from rlhf_jax.errors import UserError, at_least
+from rlhf_jax.errors import at_least
 
 GROUPS, SIZE, HELDOUT = 8, 8, 32
 """Problems an iteration, answers to each, and problems that nobody learns."""
 
 
 @dataclass(frozen=True)
-class Config(Flags):
+class Config(StudyFlags):
     """GRPO and SFT on sums."""
 
-    model: str = ""
-    """A Hugging Face folder."""
-    run_dir: str = ""
-    """The folder of all runs."""
     digits: int = 1
     steps: int = 30
     """Iterations of GRPO."""
@@ -45,9 +38,6 @@ class Config(Flags):
     def __post_init__(self) -> None:
         """Raises UserError for a number out of range, and for what is missing."""
         at_least(self, digits=1, steps=1, learning_rate=0, seeds=1)
-        for name in ("model", "run_dir"):
-            if not getattr(self, name):
-                raise UserError(f"--{name.replace('_', '-')} is missing")
         super().__post_init__()
 
 
@@ -87,9 +77,8 @@ def commands(cfg: Config, folder: Path) -> list[Command]:
     return made
 
 
-def page(cfg: Config, folder: Path, made: Sequence[Command]) -> str:
+def page_parts(cfg: Config, folder: Path) -> list[str]:
     """Tables of what is finished."""
-    done = [one.name for one in made if finished(folder, one.name) is not None]
     rows = []
     for name in ("start", "sft", "grpo"):
         for seed in range(cfg.seeds):
@@ -97,23 +86,16 @@ def page(cfg: Config, folder: Path, made: Sequence[Command]) -> str:
             shares = [f"{found[key]:.1%}" if (key := f"start_pass@{k}") in found else "not run" for k in (1, 2, 4, 8)]
             rows.append([name, str(seed), *shares])
     parts = ["## Sums that none has seen", table(["", "seed", "pass@1", "pass@2", "pass@4", "pass@8"], rows)]
-    if "grpo-0" in done:
+    if finished(folder, "grpo-0") is not None:
         columns = ("score", f"pass@{SIZE}", "kl_k1", "entropy", "length", "ended")
         heads = ["iteration", "score", f"pass@{SIZE}", "KL, nats", "entropy", "tokens", "answers that end"]
         parts += ["## GRPO, seed 0", table(heads, curve(folder, "grpo-0", columns))]
-    parts += ["## Commands", "\n".join(f"    {one.line(folder)}" for one in made)]
-    parts += [table(["run", "minutes"], [[name, f"{minutes(folder, name):.1f}"] for name in done])]
-    parts += [made_with(folder, done) if done else ""]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return parts
 
 
 def main(cfg: Config) -> None:
     """Makes the runs that are missing, then page.md."""
-    folder = Path(cfg.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_problems(cfg, folder)
-    made = commands(cfg, folder)
-    make_study(folder, made, partial(page, cfg, folder, made))
+    make_study(cfg, write_problems, commands, page_parts)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """One decoder, its heads, and Hugging Face checkpoints in and out."""
 
+from rlhf_jax.models.cache import KVCache, init_cache, repeated_cache
 from rlhf_jax.models.card import ModelCard
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import ScalarModel, from_language_model, last_token_rewards
@@ -17,15 +18,7 @@ from rlhf_jax.models.peft import load_peft, load_peft_reward_model, save_peft, s
 from rlhf_jax.models.precision import BFLOAT16, FLOAT32, MIXED, Precision
 from rlhf_jax.models.rope import LinearScaling, Llama3Scaling, LongRope
 from rlhf_jax.models.save import save_hf, save_hf_reward_model
-from rlhf_jax.models.transformer import (
-    KVCache,
-    Transformer,
-    cache_apart,
-    decoder_of,
-    head_kernel,
-    init_cache,
-    repeated_cache,
-)
+from rlhf_jax.models.transformer import Transformer, head_kernel
 from rlhf_jax.models.weights import count_weights
 
 __all__ = [
@@ -41,10 +34,8 @@ __all__ = [
     "Precision",
     "ScalarModel",
     "Transformer",
-    "cache_apart",
     "cast_frozen",
     "count_weights",
-    "decoder_of",
     "from_language_model",
     "head_kernel",
     "init_cache",

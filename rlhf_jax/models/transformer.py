@@ -1,7 +1,6 @@
 """One decoder for every family: `ModelConfig` says how it is built; prefill and decoding are the same code."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from jaxtyping import Float, Int, PRNGKeyArray
 from rlhf_jax.axes import LINEAR, PARAMETERS, constrain
 from rlhf_jax.logprobs import soft_cap
 from rlhf_jax.models.attention import LayerNumbers, Scene, attend_causally, layer_numbers, stacked_numbers
+from rlhf_jax.models.cache import KVCache
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.fused import attention_kernel, cudnn, fused, splash
 from rlhf_jax.models.rope import LongRope, rotate
@@ -27,77 +27,6 @@ class Dropout(NamedTuple):
 
     key: PRNGKeyArray
     rate: Float[Array, ""]
-
-
-class KVCache(NamedTuple):
-    """Keys and values of what was read so far: [B, H, S, K] a layer, S slots.
-
-    A tuple of layers, so that each is updated in place; one array stacked along axis 0 under `scan_layers`.
-    """
-
-    keys: Any
-    values: Any
-    segment_ids: Int[Array, "B S"]
-    """Document of each slot; 0 is padding or empty."""
-    used: Int[Array, ""]
-    """Slots filled."""
-    positions: Int[Array, "B S"]
-    """The position of the token in each slot, by which windows are measured."""
-
-
-def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
-    """An empty cache for `batch` sequences of at most `slots` tokens."""
-    shape = (batch, config.n_kv_heads, slots, config.head_dim)
-
-    def empty() -> Any:
-        if config.scan_layers:
-            zeros = jnp.zeros((config.n_layers, *shape), config.precision.compute)
-            return constrain(zeros, None, "batch", "heads")
-        layers = (jnp.zeros(shape, config.precision.compute) for _ in range(config.n_layers))
-        return tuple(constrain(zeros, "batch", "heads") for zeros in layers)
-
-    slots_of_rows = jnp.zeros((batch, slots), jnp.int32)
-    return KVCache(empty(), empty(), slots_of_rows, jnp.zeros((), jnp.int32), jnp.zeros_like(slots_of_rows))
-
-
-def decoder_of(model: "Transformer", params: Any) -> tuple["Transformer", Any]:
-    """The model and the parameters that sample token by token: with its layers apart, where the config wants that.
-
-    Traceable. The cache that the model itself has filled goes on as that of `cache_apart`.
-    """
-    config = model.config
-    if not (config.scan_layers and config.apart_when_decoding):
-        return model, params
-    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
-    layers = {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(config.n_layers)}
-    return Transformer(replace(config, scan_layers=False, remat=False)), rest | layers
-
-
-def cache_apart(cache: KVCache, decoder: "Transformer") -> KVCache:
-    """The cache as the decoder takes it: a stacked one as a tuple of layers, where its layers are apart."""
-    if decoder.config.scan_layers or isinstance(cache.keys, tuple):
-        return cache
-    keys, values = (tuple(x[i] for i in range(len(x))) for x in (cache.keys, cache.values))
-    return cache._replace(keys=keys, values=values)
-
-
-def repeated_cache(cache: KVCache, times: int, more: int) -> KVCache:
-    """A cache with each sequence `times` in a row, and room for so many more tokens."""
-
-    def larger(x: Array, rows: int, slots: int) -> Array:
-        pad = [(0, more if axis == slots else 0) for axis in range(x.ndim)]
-        return jnp.pad(jnp.repeat(x, times, axis=rows), pad)
-
-    def layers(x: Array) -> Array:
-        return larger(x, x.ndim - 4, x.ndim - 2)
-
-    return KVCache(
-        jax.tree.map(layers, cache.keys),
-        jax.tree.map(layers, cache.values),
-        larger(cache.segment_ids, 0, 1),
-        cache.used,
-        larger(cache.positions, 0, 1),
-    )
 
 
 class Norm(nn.Module):

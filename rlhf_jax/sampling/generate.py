@@ -11,7 +11,8 @@ from jaxtyping import Bool, Int, PRNGKeyArray
 
 from rlhf_jax.axes import constrain
 from rlhf_jax.batches import Completions
-from rlhf_jax.models import Transformer, cache_apart, decoder_of, init_cache
+from rlhf_jax.models import Transformer, init_cache
+from rlhf_jax.sampling.decoder import cache_apart, decoder_of
 from rlhf_jax.sampling.draw import choose
 from rlhf_jax.sampling.ends import EosId, eos_ids, is_end
 from rlhf_jax.types import ScalarLike

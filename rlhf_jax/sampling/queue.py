@@ -17,7 +17,8 @@ from jax.experimental import io_callback
 from jaxtyping import Bool, Int, PRNGKeyArray
 
 from rlhf_jax.batches import Completions, Ended
-from rlhf_jax.models import KVCache, Transformer, cache_apart, decoder_of, init_cache
+from rlhf_jax.models import KVCache, Transformer, init_cache
+from rlhf_jax.sampling.decoder import cache_apart, decoder_of
 from rlhf_jax.sampling.draw import choose
 from rlhf_jax.sampling.ends import EosId, eos_ids, is_end
 from rlhf_jax.sampling.generate import check_request, is_greedy

@@ -9,8 +9,9 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from sampling.test_generate import MODEL, NEW, PAD, VOCAB, an_eos, new_params, prompts_of
 
-from rlhf_jax.models import Transformer, decoder_of, init_lora, quantize_frozen, with_lora
+from rlhf_jax.models import Transformer, init_lora, quantize_frozen, with_lora
 from rlhf_jax.sampling import generate
+from rlhf_jax.sampling.decoder import decoder_of
 from rlhf_jax.sampling.queue import _generate_queued, generate_queued
 
 PROMPTS, GROUP = 5, 2
