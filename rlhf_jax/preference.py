@@ -26,7 +26,7 @@ from rlhf_jax.data.pairs import AnswerBatch, Examples, lay_out, mismatch, width
 from rlhf_jax.data.preferences import Answer, packed_logprobs, stack_batches
 from rlhf_jax.evaluate import agreement
 from rlhf_jax.folder import read_json
-from rlhf_jax.hosts import from_first
+from rlhf_jax.hosts import first, from_first
 from rlhf_jax.loop import Loop, check_microbatches, microbatch_shape, shard_stacked
 from rlhf_jax.masking import masked_mean
 from rlhf_jax.models import ModelConfig, Transformer, with_lora
@@ -170,7 +170,8 @@ def train_preferences(
 
     def ref_score(answers: Sequence[Answer]) -> np.ndarray:
         file = loop.run.dir / next(files)
-        key = content_key(answers, reference, read_json(loop.run.dir / "run.json").get("inputs"))
+        inputs = read_json(loop.run.dir / "run.json").get("inputs")
+        key = content_key(answers, reference, inputs) if first() else ""
         kept = from_first(lambda: kept_scores(file, key) if loop.run.resumed else None)
         if kept is not None:
             return np.asarray(kept, np.float32)
@@ -178,7 +179,7 @@ def train_preferences(
             compiled, reference, answers, batch_size=eval_batch_size, longest=base.config.max_length,
             pad_id=base.pad_id, progress=partial(loop.run.progress, "reference"),
         ).astype(np.float32)  # fmt: skip
-        if loop.run.first:
+        if first():
             np.savez(temporary := file.with_suffix(".part.npz"), scores=scores, key=key)
             os.replace(temporary, file)
         return scores

@@ -287,7 +287,8 @@ class TextTask:
             least = 1.0 - clamp
 
             def softened(row: int) -> RankedAnswers:
-                return ids[row]._replace(doubt=max(ids[row].doubt, least)) if soft[row] else ids[row]
+                found = ids[row]
+                return found._replace(doubt=max(found.doubt, least)) if soft[row] else found
 
             rows = rows._replace(ids=Lazy(len(ids), softened))
         mean = sum(some.doubt for some in rows.ids) / soft.sum()
