@@ -119,18 +119,17 @@ def commands(cfg: Config, folder: Path) -> list[Command]:
         return Command(f"{name}-test", "evaluate.py", ("--model", str(folder / name / "policy"), *against, *tests))
 
     reward_models = [reward_model(f"reward-model-{seed}", a, seed) for seed in range(cfg.seeds)]
-    made = [reward_models[0], reward_model(JUDGE, b, 100), preference("dpo"), beside_start("dpo")]
-    made += [preference("simpo"), beside_start("simpo")]
+    made = [*reward_models, reward_model(JUDGE, b, 100)]
+    for name in [one.name for one in made] if cfg.preferences else []:
+        flags = ("--reward-model", str(folder / name / "reward_model"), "--preferences", *cfg.preferences)
+        made += [Command(f"{name}-test", "evaluate.py", (*flags, "--limit", str(cfg.limit), "--max-length", "512"))]
+    if cfg.ifeval or cfg.text:
+        made += [Command("start-test", "evaluate.py", ("--model", cfg.model, *tests))]
+    made += [preference("dpo"), beside_start("dpo"), preference("simpo"), beside_start("simpo")]
     short = ("--max-length", "128", "--max-new-tokens", "64")
     scored = ("--reward-model", chooser, "--watch", judge, *start[:-2], *short)
     following = ("--steps", str(cfg.steps), "--epochs", "1")
     made += [Command("ppo", "ppo.py", (*scored, "--prompts", prompts, *following)), beside_start("ppo")]
-    if cfg.ifeval or cfg.text:
-        made += [Command("start-test", "evaluate.py", ("--model", cfg.model, *tests))]
-    made += reward_models[1:]
-    for name in [one.name for one in reward_models] + [JUDGE] if cfg.preferences else []:
-        flags = ("--reward-model", str(folder / name / "reward_model"), "--preferences", *cfg.preferences)
-        made += [Command(f"{name}-test", "evaluate.py", (*flags, "--limit", str(cfg.limit), "--max-length", "512"))]
     return made
 
 
