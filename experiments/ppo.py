@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from experiments.flags import (
     DemonstrationFlags,
@@ -57,7 +57,7 @@ from rlhf_jax.advantages import gae
 from rlhf_jax.batches import Completions, Experience, Prompts, Tokens
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
 from rlhf_jax.compiled import count_compilations
-from rlhf_jax.data.tokens import join, take
+from rlhf_jax.data.tokens import SMALLEST_BUCKET, join, narrowed, take, trimmed
 from rlhf_jax.diagnostics import explained_variance, sampler_gap
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.export import export_policy
@@ -69,6 +69,7 @@ from rlhf_jax.masking import masked_mean, masked_sum, masked_whiten
 from rlhf_jax.models import ModelConfig
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.rewards.reward import (
+    HostScores,
     Reward,
     host_metrics,
     score_metrics,
@@ -186,17 +187,19 @@ def with_defaults(cfg: PPO, base: Pretrained) -> PPO:
 # 1. Rollout: prompts are drawn, and the policy answers them.
 
 
-def rollout(cfg: PPO, setup: Setup, state: State, frozen: Frozen, key: PRNGKeyArray) -> tuple[Prompts, Completions]:
-    """`cfg.responses` prompts with an answer each."""
+def draw(cfg: PPO, count: int, key: PRNGKeyArray) -> Int[Array, " B"]:
+    """The rows of `cfg.responses` prompts, of `count` that there are, for the iteration of that key."""
     assert cfg.responses is not None
-    prompts_key, sample_key = jax.random.split(key)
-    rows = jax.random.randint(prompts_key, (cfg.responses,), 0, len(frozen.prompts.row))
-    prompts = shard_batch(take(frozen.prompts, rows))
-    completions = generate(
-        setup.policy, frozen.over_trunk(state.policy.params), prompts.tokens, prompts.mask, sample_key,
+    return jax.random.randint(keys_of(key)[0], (cfg.responses,), 0, count)
+
+
+def rollout(cfg: PPO, setup: Setup, state: State, frozen: Frozen, prompts: Prompts, key: PRNGKeyArray) -> Completions:
+    """An answer to each prompt."""
+    prompts = shard_batch(prompts)
+    return generate(
+        setup.policy, frozen.over_trunk(state.policy.params), prompts.tokens, prompts.mask, key,
         max_new_tokens=setup.max_new_tokens, temperature=cfg.temperature, eos_id=setup.eos_id, pad_id=setup.pad_id,
     )  # fmt: skip
-    return prompts, completions
 
 
 # 2. Score: a number for each whole answer.
@@ -350,7 +353,13 @@ def critic_counts(experience: Experience) -> dict[str, Array]:
     return {"loss": experience.tokens.mask.sum()}
 
 
-# One iteration, as one program where every reward is a model, else cut in two where the rewards are asked.
+# One iteration: one program, or cut in two where rewards read text, and where answers may be shorter than they can be.
+
+
+def keys_of(key: PRNGKeyArray) -> tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray]:
+    """An iteration's keys: for its prompts, for sampling, and for the update."""
+    rollout_key, update_key = jax.random.split(key)
+    return *jax.random.split(rollout_key), update_key
 
 
 def learn(
@@ -363,7 +372,8 @@ def learn(
     host_scores: Mapping[str, Float[Array, " B"]],
     key: PRNGKeyArray,
 ) -> tuple[State, Metrics]:
-    """Everything after the rollout."""
+    """Everything after the rollout. Answers may be `trimmed`: their columns are counted here."""
+    setup = setup._replace(max_new_tokens=completions.tokens.shape[1])
     tokens = join(prompts, completions, pad_id=setup.pad_id)
     scores, metrics = score(cfg, setup, frozen, tokens, completions, host_scores)
     experience, shaped = shape(cfg, setup, state, frozen, tokens, scores)
@@ -374,13 +384,13 @@ def learn(
 
 
 def iterate(
-    cfg: PPO, setup: Setup, state: State, frozen: Frozen, key: PRNGKeyArray
-) -> tuple[State, Metrics, Prompts, Completions]:
+    cfg: PPO, setup: Setup, state: State, frozen: Frozen, prompts: Prompts, key: PRNGKeyArray
+) -> tuple[State, Metrics, Completions]:
     """Rollout, score, shape, update; pure."""
-    rollout_key, update_key = jax.random.split(key)
-    prompts, completions = rollout(cfg, setup, state, frozen, rollout_key)
+    _, sample_key, update_key = keys_of(key)
+    completions = rollout(cfg, setup, state, frozen, prompts, sample_key)
     state, metrics = learn(cfg, setup, state, frozen, prompts, completions, {}, update_key)
-    return state, metrics, prompts, completions
+    return state, metrics, completions
 
 
 # The stage: what it starts with, its loop, and its command line.
@@ -389,7 +399,6 @@ def iterate(
 def prepare(
     cfg: PPO,
     base: Pretrained,
-    prompts: Prompts,
     rewards: Sequence[Reward],
     key: PRNGKeyArray,
     *,
@@ -401,7 +410,7 @@ def prepare(
     """The models as training begins; `start_actor_critic` with these flags."""
     assert cfg.steps is not None
     return start_actor_critic(
-        base, prompts, rewards, key, split=cfg.split_trainable, adapters=bool(cfg.lora_rank),
+        base, rewards, key, split=cfg.split_trainable, adapters=bool(cfg.lora_rank),
         optimizer=cfg.make_optimizer(cfg.steps * cfg.epochs * cfg.minibatches), beta=cfg.beta,
         max_new_tokens=max_new_tokens, critic=critic, reference=reference, demonstrations=demonstrations,
     )  # fmt: skip
@@ -409,28 +418,32 @@ def prepare(
 
 def make_iteration(
     cfg: PPO, setup: Setup, base: Pretrained, rows: Sequence[PromptRow], warn: Callable[[str], None]
-) -> Callable[[State, Frozen, PRNGKeyArray], tuple[State, dict[str, Any], Prompts, Completions]]:
-    """`iterate` compiled; with host rewards two programs, between which `rows` and answers are scored as text.
+) -> Callable[[State, Frozen, Prompts, PRNGKeyArray], tuple[State, dict[str, Any], Completions]]:
+    """`iterate` compiled, or its two parts. Between them `rows` and answers are scored as text, where a reward reads
+    text, and answers lose the columns after the longest of them.
 
     `warn` is told each host reward's first error.
     """
-    if all(reward.traceable for reward in setup.rewards):
+    if all(reward.traceable for reward in setup.rewards) and setup.max_new_tokens <= SMALLEST_BUCKET:
         return jax.jit(partial(iterate, cfg, setup), donate_argnums=0)
     rollout_fn = jax.jit(partial(rollout, cfg, setup))
     learn_fn = jax.jit(partial(learn, cfg, setup), donate_argnums=0)
     warned: set[str] = set()
 
-    def iteration(state: State, frozen: Frozen, key: PRNGKeyArray) -> Any:
-        rollout_key, update_key = jax.random.split(key)
-        prompts, completions = to_host(rollout_fn(state, frozen, rollout_key))
-        found = score_texts(setup.rewards, *as_texts(base, rows, prompts, completions))
+    def iteration(state: State, frozen: Frozen, prompts: Prompts, key: PRNGKeyArray) -> Any:
+        _, sample_key, update_key = keys_of(key)
+        completions = to_host(rollout_fn(state, frozen, prompts, sample_key))
+        found: dict[str, HostScores] = {}
+        if not all(reward.traceable for reward in setup.rewards):
+            found = score_texts(setup.rewards, *as_texts(base, rows, prompts, completions))
         for name, some in found.items():
             if some.first_error and name not in warned:
                 warn(f"reward {name}: {some.first_error}")
                 warned.add(name)
         scores = {name: shard_batch(np.float32(some.scores)) for name, some in found.items()}
-        state, metrics = learn_fn(state, frozen, *shard_batch((prompts, completions)), scores, update_key)
-        return state, metrics | host_metrics(found), prompts, completions
+        batch = shard_batch((prompts, trimmed(completions)))
+        state, metrics = learn_fn(state, frozen, *batch, scores, update_key)
+        return state, metrics | host_metrics(found), completions
 
     return iteration
 
@@ -463,7 +476,7 @@ def train(
     check_rows(cfg.responses, "responses")
     cfg.check_parts(cfg.responses // cfg.minibatches, "responses")
     setup, state, frozen = prepare(
-        cfg, base, prompts.train, rewards, jax.random.key(seed + 4), max_new_tokens=max_new_tokens, critic=critic,
+        cfg, base, rewards, jax.random.key(seed + 4), max_new_tokens=max_new_tokens, critic=critic,
         reference=reference, demonstrations=demonstrations,
     )  # fmt: skip
     iteration = make_iteration(cfg, setup, base, prompts.rows, run.warn)
@@ -480,8 +493,10 @@ def train(
     with count_compilations() as compilations:
         for step in loop:
             began = time.perf_counter()
-            state, metrics, asked, completions = iteration(state, frozen, jax.random.fold_in(key, step))
-            asked, completions = to_host((asked, completions))
+            step_key = jax.random.fold_in(key, step)
+            asked = narrowed(take(prompts.train, np.asarray(draw(cfg, len(prompts.train.row), step_key))))
+            state, metrics, completions = iteration(state, frozen, asked, step_key)
+            completions = to_host(completions)
             sampled, seconds = int(completions.mask.sum()), time.perf_counter() - began
             loop.watch_skipped(step, metrics["skipped"] + metrics["value_skipped"], (asked, completions))
             evaluated = (step + 1) % 20 == 0 or loop.is_last(step)

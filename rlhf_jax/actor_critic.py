@@ -13,7 +13,7 @@ from flax.training.train_state import TrainState
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rlhf_jax.adapters import is_complete, over_trunk
-from rlhf_jax.batches import Prompts, Tokens
+from rlhf_jax.batches import Tokens
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, from_language_model, merge_lora, split_lora
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.rewards.reward import Reward, check_rewards, params_of
@@ -41,7 +41,6 @@ class Frozen(NamedTuple):
     reference: Params
     rewards: dict[str, Params]
     """The parameters of the rewards that are models, by name."""
-    prompts: Prompts
     demonstrations: Tokens | None
     """Demonstrations for PPO-ptx."""
     trunk: Params = {}  # noqa: RUF012
@@ -71,7 +70,6 @@ class Setup(NamedTuple):
 
 def start_actor_critic(
     base: Pretrained,
-    prompts: Prompts,
     rewards: Sequence[Reward],
     key: PRNGKeyArray,
     *,
@@ -106,7 +104,7 @@ def start_actor_critic(
         critic_trunk = None if critic is None else with_trunk["trunk"]
     if reference is None:
         reference = {} if adapters else base.params
-    frozen = Frozen(reference, own, prompts, demonstrations, trunk, critic_trunk)
+    frozen = Frozen(reference, own, demonstrations, trunk, critic_trunk)
     return setup, init_state(setup, policy, critic_own, optimizer, beta), shard_params(frozen)
 
 

@@ -15,8 +15,8 @@ from rlhf_jax.actor_critic import own_part
 from rlhf_jax.batches import Completions, Ended, Prompts, Tokens
 from rlhf_jax.compiled import count_compilations
 from rlhf_jax.data.order import EpochOrder
-from rlhf_jax.data.tokens import bucket, take
-from rlhf_jax.groups import Algorithm, Frozen, Numbers, learn, rollout, score, trimmed
+from rlhf_jax.data.tokens import bucket, narrowed, take, trimmed
+from rlhf_jax.groups import Algorithm, Frozen, Numbers, learn, rollout, score
 from rlhf_jax.loop import Loop
 from rlhf_jax.models import Transformer
 from rlhf_jax.pretrained import Pretrained
@@ -133,12 +133,7 @@ def answer(
 
 def drawn_width(prompts: Prompts, rows: Int[np.ndarray, " N"]) -> int:
     """The columns that these rows need, as a `bucket`."""
-    return bucket(int(np.asarray(prompts.mask)[rows].sum(axis=1).max()), longest=prompts.mask.shape[1])
-
-
-def narrowed(prompts: Prompts, width: int) -> Prompts:
-    """Left-padded prompts without the columns before the last `width`."""
-    return Prompts(prompts.tokens[:, -width:], prompts.mask[:, -width:], prompts.row)
+    return bucket(int(prompts.mask[rows].sum(axis=1).max()), longest=prompts.mask.shape[1])
 
 
 def prompt_draw(count: int, number: int, seed: Sequence[int]) -> Callable[[int], Int[np.ndarray, " P"]]:

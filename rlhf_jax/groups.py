@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from rlhf_jax.adapters import over_trunk
 from rlhf_jax.batches import Completions, Ended, Prompts, Tokens
-from rlhf_jax.data.tokens import bucket, join
+from rlhf_jax.data.tokens import join
 from rlhf_jax.diagnostics import sampler_gap
 from rlhf_jax.kl import kl_k1
 from rlhf_jax.loop import shard_microbatches
@@ -33,7 +33,6 @@ from rlhf_jax.rewards.reward import (
 from rlhf_jax.sampling import generate
 from rlhf_jax.sampling.ends import EosId
 from rlhf_jax.sampling.queue import generate_queued
-from rlhf_jax.sampling.sampler import numpy_completions
 from rlhf_jax.scored_groups import Scored
 from rlhf_jax.scoring import Joined, in_parts, response_logprobs, token_scores
 from rlhf_jax.sharding import current_mesh, shard_batch, to_host
@@ -226,13 +225,6 @@ def shape(
     sampled = jnp.zeros(mask.shape, jnp.float32).at[:, answer_columns(completions)].set(completions.logprobs)
     advantages = jnp.where(signal, algorithm.advantages(scores), 0.0)
     return Answers(tokens, old_logprobs, ref_logprobs, sampled, advantages), entropy, metrics
-
-
-def trimmed(completions: Completions) -> Completions:
-    """Sampled answers, as numpy arrays, without the columns after the longest of them, in few widths."""
-    longest = int(np.asarray(completions.mask).sum(axis=1).max())
-    width = bucket(longest, longest=completions.mask.shape[1])
-    return numpy_completions(*(np.asarray(x)[:, :width] for x in completions))
 
 
 def answer_columns(completions: Completions) -> slice:

@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose
 from experiments import ppo
 from experiments.bench.programs import ppo_setup
 from rlhf_jax.actor_critic import Frozen, init_state
-from rlhf_jax.batches import Experience, Prompts, RankedAnswers, Tokens
+from rlhf_jax.batches import Experience, RankedAnswers, Tokens
 from rlhf_jax.data.preferences import pack_rankings, packed_rewards, stack_packed
 from rlhf_jax.data.tokens import pad_sequences
 from rlhf_jax.losses import ppo_clip_loss, ranking_loss, sft_loss, value_clip_loss
@@ -201,8 +201,7 @@ def test_ppos_update():
     tokens, demonstrations = some_tokens(1), some_tokens(2)
     noise = [rows(8, tokens.mask.shape[1] + i)[:, i:] for i in range(4)]
     experience = Experience(tokens, noise[0] - 3, noise[0] - 3, noise[1], noise[2], noise[2], noise[3])
-    prompts = Prompts(tokens.inputs, tokens.mask, jnp.arange(8))
-    frozen = Frozen(PARAMS, {"reward_model": CRITIC}, prompts, Tokens(*demonstrations))
+    frozen = Frozen(PARAMS, {"reward_model": CRITIC}, Tokens(*demonstrations))
     setup = ppo_setup(CONFIG, max_new_tokens=4, eos_id=2, pad_id=0)
 
     def updated(accumulate):

@@ -183,11 +183,11 @@ def test_an_update_of_ppo_is_one_program_whose_scores_are_the_ensembles():
 
     def iterated(*rewards):
         setup, state, frozen = ppo.prepare(
-            cfg, base, prompts, rewards, jax.random.key(4), max_new_tokens=4, critic=(CONFIG, member(0))
+            cfg, base, rewards, jax.random.key(4), max_new_tokens=4, critic=(CONFIG, member(0))
         )
         iteration = ppo.make_iteration(cfg, setup._replace(eos_id=(2,), pad_id=0), base, (), print)
         assert hasattr(iteration, "lower")  # jitted whole
-        return iteration(state, frozen, jax.random.key(0))
+        return iteration(state, frozen, prompts, jax.random.key(0))
 
     _, together, *_ = iterated(reward_of(member(0), member(1)))
     half = [model_reward(CONFIG, member(n), name=f"rm-{n}", weight=0.5) for n in range(2)]

@@ -14,9 +14,10 @@ from numpy.testing import assert_allclose
 from experiments import cispo, dapo, dr_grpo, grpo, gspo, rloo
 from rlhf_jax import groups, losses
 from rlhf_jax.batches import Prompts, Tokens
-from rlhf_jax.data.tokens import bucket
+from rlhf_jax.data import tokens as data_tokens
+from rlhf_jax.data.tokens import bucket, narrowed
 from rlhf_jax.errors import UserError
-from rlhf_jax.group_loop import drawn_width, narrowed, prompt_draw
+from rlhf_jax.group_loop import drawn_width, prompt_draw
 from rlhf_jax.groups import (
     Algorithm,
     Answers,
@@ -220,14 +221,14 @@ def test_nothing_is_learned_from_a_group_without_a_signal(iteration):
 @pytest.mark.parametrize("module", [grpo, dr_grpo, dapo, gspo, cispo, rloo], ids=lambda module: module.__name__)
 def test_answers_without_empty_columns_are_learned_alike(iteration, module, monkeypatch):
     """Also where the loss is over a constant length."""
-    monkeypatch.setattr(groups, "bucket", partial(bucket, smallest=4))
+    monkeypatch.setattr(data_tokens, "bucket", partial(bucket, smallest=4))
     cfg = next(flags for flags, *_ in [EQUATIONS[module]])
     wide = NUMBERS._replace(max_new_tokens=40)
     model, policy, frozen, prompts, completions, pad_id = iteration
     padded = numpy_completions(*(np.pad(np.asarray(x), ((0, 0), (0, 34))) for x in completions))
     scores = RNG.normal(size=B)
     algorithm = module.algorithm(cfg, wide)
-    narrow = groups.trimmed(padded)
+    narrow = data_tokens.trimmed(padded)
     assert narrow.mask.shape == (B, 8) and narrow.mask.sum() == padded.mask.sum()
     found = [
         learned((model, policy, frozen, prompts, some, pad_id), algorithm, wide, scores) for some in (padded, narrow)

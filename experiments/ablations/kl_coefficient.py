@@ -45,6 +45,7 @@ from experiments.sft import SFT
 from rlhf_jax.actor_critic import State
 from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.cli import run_main
+from rlhf_jax.data.tokens import take
 from rlhf_jax.log import Run
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.rewards.model import model_reward
@@ -94,15 +95,16 @@ def make_train(
 
     The critic starts from the parameters of a reward model of the policy's shape.
     """
-    cfg = replace(ppo.with_defaults(cfg, base), target_kl=None)
+    cfg, prompts = replace(ppo.with_defaults(cfg, base), target_kl=None), jax.tree.map(jnp.asarray, prompts)
     setup, begin, frozen = ppo.prepare(
-        cfg, base, prompts, [reward], jax.random.key(0), max_new_tokens=max_new_tokens, critic=(base.config, critic),
+        cfg, base, [reward], jax.random.key(0), max_new_tokens=max_new_tokens, critic=(base.config, critic),
     )  # fmt: skip
 
     def train(key: PRNGKeyArray, beta: Float[Array, ""]) -> Any:
         def step(state: State, key: PRNGKeyArray) -> tuple[State, Any]:
-            state, *seen = ppo.iterate(cfg, setup, state, frozen, key)
-            return state, seen
+            asked = take(prompts, ppo.draw(cfg, len(prompts.row), key))
+            state, metrics, answers = ppo.iterate(cfg, setup, state, frozen, asked, key)
+            return state, (metrics, asked, answers)
 
         state = begin._replace(beta=jnp.asarray(beta, jnp.float32))
         state, seen = jax.lax.scan(step, state, jax.random.split(key, cfg.steps or 0))

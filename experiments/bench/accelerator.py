@@ -118,8 +118,9 @@ def stepping(program: Program) -> Callable[[], Any]:
 def updating(program: Program) -> Callable[[], Any]:
     """PPO's update on one experience."""
     assert program.flags_and_setup is not None
-    state, frozen, key = program.args
-    experience, _ = jax.jit(partial(score_and_shape, *program.flags_and_setup))(state, frozen, *decoding(program)())
+    state, frozen, prompts, key = program.args
+    score = jax.jit(partial(score_and_shape, *program.flags_and_setup))
+    experience, _ = score(state, frozen, prompts, decoding(program)())
     update = jax.jit(partial(ppo.update, *program.flags_and_setup), donate_argnums=0)
     return stepping(program._replace(function=update, args=(state, frozen, experience, key)))
 
@@ -127,11 +128,11 @@ def updating(program: Program) -> Callable[[], Any]:
 def decoding(program: Program) -> Callable[[], Any]:
     """PPO's sampling: prompts are read, then a token of each row at a time."""
     assert program.flags_and_setup is not None
-    rollout, (state, frozen, key) = jax.jit(partial(ppo.rollout, *program.flags_and_setup)), program.args
+    rollout, (state, frozen, prompts, key) = jax.jit(partial(ppo.rollout, *program.flags_and_setup)), program.args
     # Only the arrays that sampling reads are kept.
     state = state._replace(policy=state.policy.replace(opt_state=()), critic=())
     frozen = frozen._replace(reference=(), rewards={})
-    return lambda: rollout(state, frozen, key)
+    return lambda: rollout(state, frozen, prompts, key)
 
 
 def measure(cfg: Config, model: str, work: Work, peak: tuple[float, float]) -> dict[str, Any]:

@@ -122,18 +122,18 @@ def ppo_iteration() -> tuple[Any, tuple[Any, ...]]:
     """PPO's iteration: a rollout, scores of four models, and two updates with every term of the loss."""
     cfg = ppo.PPO(responses=ROWS, minibatches=2, epochs=1, ptx_coef=0.5, entropy_coef=0.1)
     setup = ppo_setup(MODEL, max_new_tokens=NEW_TOKENS, eos_id=2, pad_id=0)
-    ids: Any = np.random.default_rng(4).integers(4, 96, (24, 5))
-    real: Any = np.arange(5) >= np.arange(24)[:, None] % 4
+    ids: Any = np.random.default_rng(4).integers(4, 96, (ROWS, 5))
+    real: Any = np.arange(5) >= np.arange(ROWS)[:, None] % 4
     params, rewards = weights()
-    prompts = Prompts(ids, real, jnp.arange(24))
-    frozen = shard_params(Frozen(params, {"reward_model": rewards}, prompts, tokens(3)))
+    prompts = Prompts(ids, real, jnp.arange(ROWS))
+    frozen = shard_params(Frozen(params, {"reward_model": rewards}, tokens(3)))
     optimizer = optax.sgd(0.1)
     state = State(
         make_state(setup.policy, params, optimizer),
         make_state(setup.critic, rewards, optimizer),
         shard_params(jnp.float32(cfg.beta)),
     )
-    return jax.jit(partial(ppo.iterate, cfg, setup), donate_argnums=0), (state, frozen, jax.random.key(7))
+    return jax.jit(partial(ppo.iterate, cfg, setup), donate_argnums=0), (state, frozen, prompts, jax.random.key(7))
 
 
 ALGORITHMS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {

@@ -49,20 +49,21 @@ class Config:
     frozen_dtype: FrozenDtype | None = None
 
 
-def abstract(cfg: Config, ppo_cfg: PPO, setup: Setup) -> tuple[State, Frozen]:
-    """The State and Frozen of a run, as shapes without arrays."""
+def abstract(cfg: Config, ppo_cfg: PPO, setup: Setup) -> tuple[State, Frozen, Prompts]:
+    """The State and Frozen of a run, and an iteration's prompts, as shapes without arrays."""
     width = cfg.prompt_length
     rows: Any = np.zeros((64, width), np.int32)
-    prompts = Prompts(rows, rows == 0, rows[:, 0])
+    asked: Any = np.zeros((cfg.responses, width), np.int32)
     demonstrations = Tokens(rows, rows, rows == 0, rows, rows)
 
-    def build(key: Any) -> tuple[State, Frozen]:
+    def build(key: Any) -> tuple[State, Frozen, Prompts]:
         params = setup.policy.init(key, jnp.zeros((1, 8), jnp.int32))["params"]
         scalar = from_language_model(params, key, setup.policy.config)
         trunk, policy = ppo_cfg.split_trainable(params, key)
         own = ppo_cfg.split_trainable(scalar, key)[1]
-        frozen = Frozen({} if trunk else params, {"reward_model": own}, prompts, demonstrations, trunk)
-        return init_state(setup, policy, own, ppo_cfg.make_optimizer(1000), ppo_cfg.beta), frozen
+        frozen = Frozen({} if trunk else params, {"reward_model": own}, demonstrations, trunk)
+        state = init_state(setup, policy, own, ppo_cfg.make_optimizer(1000), ppo_cfg.beta)
+        return state, frozen, Prompts(asked, asked == 0, asked[:, 0])
 
     return jax.eval_shape(build, jax.random.key(0))
 
@@ -90,10 +91,10 @@ def measure(cfg: Config, name: str) -> dict[str, Any]:
             responses=cfg.responses, minibatches=cfg.minibatches, learning_rate=5e-4, lora_rank=rank,
             frozen_dtype=cfg.frozen_dtype,
         )  # fmt: skip
-        state, frozen = abstract(cfg, ppo_cfg, setup)
-        result[kind] = memory(partial(ppo.iterate, ppo_cfg, setup), state, frozen, key, donate=(0,))
+        state, frozen, prompts = abstract(cfg, ppo_cfg, setup)
+        result[kind] = memory(partial(ppo.iterate, ppo_cfg, setup), state, frozen, prompts, key, donate=(0,))
     rollout, scoring = (partial(part, ppo_cfg, setup) for part in (ppo.rollout, score_and_shape))
-    prompts, completions = jax.eval_shape(rollout, state, frozen, key)
+    completions = jax.eval_shape(rollout, state, frozen, prompts, key)
     # One minibatch, so that nothing is carried from one to the next.
     alone = replace(ppo_cfg, epochs=1, minibatches=1, responses=cfg.responses // cfg.minibatches)
     some = [jax.eval_shape(lambda t: jax.tree.map(lambda x: x[: len(x) // cfg.minibatches], t), t)
@@ -101,7 +102,7 @@ def measure(cfg: Config, name: str) -> dict[str, Any]:
     experience, _ = jax.eval_shape(partial(score_and_shape, alone, setup), state, frozen, *some)
     update = partial(ppo.update, alone, setup)
     result["activations"] = {
-        "rollout": memory(rollout, state, frozen, key)["temp"],
+        "rollout": memory(rollout, state, frozen, prompts, key)["temp"],
         "scoring": memory(scoring, state, frozen, prompts, completions)["temp"],
         "update": memory(update, state, frozen, experience, key, donate=(0,))["temp"],
     }

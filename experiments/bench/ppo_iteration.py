@@ -20,12 +20,14 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments import ppo
 from experiments.bench.programs import score_and_shape
 from experiments.ppo import PPO
 from rlhf_jax.cli import run_main
 from rlhf_jax.compiled import count_compilations
+from rlhf_jax.data.tokens import take
 from rlhf_jax.models import Transformer, from_language_model
 from rlhf_jax.rewards.model import model_reward
 from rlhf_jax.tasks.simulated import World
@@ -60,23 +62,24 @@ def main(cfg: Config) -> dict[str, float]:
     reward_params = from_language_model(params, key, model)
     stage = ppo.with_defaults(cfg.ppo, base)
     setup, state, frozen = ppo.prepare(
-        stage, base, world.prompts().train, [model_reward(model, reward_params, name="reward_model", weight=1.0)], key,
+        stage, base, [model_reward(model, reward_params, name="reward_model", weight=1.0)], key,
         max_new_tokens=world.max_new_tokens, critic=(model, reward_params),
         demonstrations=world.demonstrations().train,
     )  # fmt: skip
 
     parts = (ppo.rollout, score_and_shape, ppo.update, ppo.iterate)
     rollout, score, update, iterate = (jax.jit(partial(part, stage, setup)) for part in parts)
-    prompts, completions = rollout(state, frozen, key)
+    prompts = take(world.prompts().train, np.asarray(ppo.draw(stage, len(world.prompts().train.row), key)))
+    completions = rollout(state, frozen, prompts, key)
     experience, _ = score(state, frozen, prompts, completions)
     metrics = {
-        "rollout_seconds": seconds(lambda: rollout(state, frozen, key), cfg.repeats),
+        "rollout_seconds": seconds(lambda: rollout(state, frozen, prompts, key), cfg.repeats),
         "scoring_seconds": seconds(lambda: score(state, frozen, prompts, completions), cfg.repeats),
         "update_seconds": seconds(lambda: update(state, frozen, experience, key), cfg.repeats),
     }
     keys = jax.random.split(key, cfg.repeats + 1)
     with count_compilations() as compilations:
-        metrics["whole_seconds"] = seconds(lambda: iterate(state, frozen, keys[0]), cfg.repeats)
+        metrics["whole_seconds"] = seconds(lambda: iterate(state, frozen, prompts, keys[0]), cfg.repeats)
         metrics["compilations"] = compilations()
     metrics["sampled_tokens"] = float(completions.mask.sum())
     print(json.dumps({name: round(value, 4) for name, value in metrics.items()}))

@@ -174,11 +174,11 @@ def build(case: Case, make: Make, parts: int = 1) -> Program:
     _, own, critic = training(ppo_cfg, scalar, rewards, make)
     prompts = make(
         lambda: Prompts(
-            tokens(config, 1024, case.prompt, 0).inputs, jnp.ones((1024, case.prompt), bool), jnp.arange(1024)
+            tokens(config, rows, case.prompt, 0).inputs, jnp.ones((rows, case.prompt), bool), jnp.arange(rows)
         )
     )
     state = State(policy, critic, make(lambda: jnp.zeros(())))
-    frozen = Frozen({} if case.lora_rank else params, {"reward_model": own}, prompts, None, trunk)
+    frozen = Frozen({} if case.lora_rank else params, {"reward_model": own}, None, trunk)
     update = learned + valued
     width = np.dtype(config.precision.compute).itemsize
     cache = (
@@ -188,6 +188,6 @@ def build(case: Case, make: Make, parts: int = 1) -> Program:
     read = count_weights(params) - (count_weights(params["embedding"]) if "head" in params else 0)
     decoded = case.response * (width * read * parts + cache)
     iterate = jax.jit(partial(ppo.iterate, ppo_cfg, setup), donate_argnums=0)
-    args = (state, frozen, make(lambda: jax.random.key(0)))
+    args = (state, frozen, prompts, make(lambda: jax.random.key(0)))
     # Sampling; the policy's and reference's log-probabilities, rewards and values; and the update.
     return Program(iterate, args, once + 2 * (once + scored) + update, decoded, (ppo_cfg, setup), update)

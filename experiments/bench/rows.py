@@ -195,10 +195,10 @@ def build(row: str, shape: str) -> Work:
     iterate = jax.jit(partial(ppo.iterate, cfg, setup), donate_argnums=0)
     rewards = from_language_model(params, key, config)
     prompts = Prompts(jnp.asarray(ids(0, 32, 64)), jnp.asarray(every), jnp.arange(32))
-    frozen = Frozen(params, {"reward_model": rewards}, prompts, None)
+    frozen = Frozen(params, {"reward_model": rewards}, None)
 
     def iterate_once(state: Any, i: int) -> Any:
-        state, metrics, _, _ = iterate(state, frozen, jax.random.key(i))
+        state, metrics, _ = iterate(state, frozen, prompts, jax.random.key(i))
         float(metrics["loss"])
         return state
 

@@ -129,6 +129,36 @@ def lay(rows: Sequence[Sequence[Document]], length: int, pad_id: int) -> Tokens:
     return host_batch(Tokens, tokens[:, :-1], tokens[:, 1:], learned[:, 1:], positions[:, :-1], segments[:, :-1])
 
 
+class LeftPadded:
+    """Rows of ids as an array [N, length], padded on the left: what is asked for is made then, as numpy's array.
+
+    `fill` is the padding; None stands for the array that says where there is none.
+    """
+
+    def __init__(self, rows: Sequence[Ids], length: int, fill: int | None):
+        self._rows, self._fill = rows, fill
+        self.shape = len(rows), length
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        """The rows of these numbers, or of a slice. Raises ValueError for one longer than `length`."""
+        numbers = np.arange(len(self))[rows]
+        found = pad_prompts([self._rows[n] for n in numbers.reshape(-1)], length=self.shape[1], pad_id=self._fill or 0)
+        array = found.mask if self._fill is None else found.tokens
+        return np.asarray(array).reshape(*numbers.shape, self.shape[1])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype)
+
+
+def padded_when_asked(prompts: Sequence[Ids], *, length: int, pad_id: int) -> Prompts:
+    """`pad_prompts` of rows that are larger than memory: `take` makes the arrays of some."""
+    tokens, mask = LeftPadded(prompts, length, pad_id), LeftPadded(prompts, length, None)
+    return host_batch(Prompts, tokens, mask, np.arange(len(prompts), dtype=np.int32))
+
+
 def pad_prompts(prompts: Sequence[Ids], *, length: int, pad_id: int) -> Prompts:
     """Prompt ids -> left-padded numpy `Prompts` [B, length]. Raises ValueError when one is longer."""
     tokens = np.full((len(prompts), length), pad_id, np.int32)
@@ -139,6 +169,23 @@ def pad_prompts(prompts: Sequence[Ids], *, length: int, pad_id: int) -> Prompts:
         tokens[row, length - len(ids) :] = ids
         mask[row, length - len(ids) :] = True
     return host_batch(Prompts, tokens, mask, np.arange(len(prompts), dtype=np.int32))
+
+
+def narrowed(prompts: Prompts, width: int | None = None) -> Prompts:
+    """Left-padded prompts, as numpy arrays, without the columns before the last `width`.
+
+    By default as wide as the longest of them needs, in few widths.
+    """
+    if width is None:
+        width = bucket(int(prompts.mask.sum(axis=1).max()), longest=prompts.mask.shape[1])
+    return host_batch(Prompts, prompts.tokens[:, -width:], prompts.mask[:, -width:], prompts.row)
+
+
+def trimmed(completions: Completions) -> Completions:
+    """Sampled answers, as numpy arrays, without the columns after the longest of them, in few widths."""
+    longest = int(np.asarray(completions.mask).sum(axis=1).max())
+    width = bucket(longest, longest=completions.mask.shape[1])
+    return host_batch(Completions, *(np.asarray(x)[:, :width] for x in completions))
 
 
 def take(batch: Batch, rows: Any) -> Batch:

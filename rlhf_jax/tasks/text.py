@@ -13,7 +13,7 @@ from rlhf_jax.data.encode import encode_rows
 from rlhf_jax.data.encoders import default_processes, encode_many
 from rlhf_jax.data.formats import Text
 from rlhf_jax.data.heldout import split_by_hash, split_by_opening, split_head, split_rows
-from rlhf_jax.data.lazy import Lazy, joined
+from rlhf_jax.data.lazy import Lazy, joined, picked
 from rlhf_jax.data.loader import document_batches, mix_once, streamed_batches
 from rlhf_jax.data.pairs import Examples, labelled
 from rlhf_jax.data.preferences import pack_rankings, pad_rankings, reordered, shuffled
@@ -30,7 +30,17 @@ from rlhf_jax.data.rows import (
 )
 from rlhf_jax.data.sample import sample
 from rlhf_jax.data.store import Stored, of_numbers, open_cache, stored, together
-from rlhf_jax.data.tokens import Document, bucket, first_fit, lay, pack_sequences, pad_prompts, pad_sequences, size
+from rlhf_jax.data.tokens import (
+    Document,
+    bucket,
+    first_fit,
+    lay,
+    pack_sequences,
+    pad_sequences,
+    padded_when_asked,
+    size,
+    take,
+)
 from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run
 from rlhf_jax.models import count_weights
@@ -180,7 +190,7 @@ class TextTask:
         (train, train_rows), (heldout, heldout_rows) = map(self._lay_prompts, parts)
         self._announce()
         self._run.say(f"prompts: {len(train_rows)} to train on, {len(heldout_rows)} held out")
-        return PromptSets(train, heldout, None, train_rows, heldout_rows)
+        return PromptSets(train, take(heldout, slice(None)), None, train_rows, heldout_rows)
 
     def _demonstrations(self) -> Demonstrations:
         """All of them by their place on the disk; grain shuffles, mixes and packs them."""
@@ -317,23 +327,35 @@ class TextTask:
             return Read(number, with_suffix(as_prompt(read), suffix), read.fields)
 
         # Prompts of a file of prompts are encoded; those too long for an answer behind them lose turns here.
-        ready = {} if source is None or suffix else {n: ids for n, ids in enumerate(rows.ids) if len(ids) <= length}
-        others = (asked(number) for number in range(len(rows.ids)) if number not in ready)
-        encoded = encode_many(others, self.base.tokenizer, length, quiet, processes=self._processes)
-        found = ready | {read.number: ids for read, ids in encoded}
+        encoded = source is not None and not suffix
+        sizes = np.fromiter(map(len, rows.ids), int, len(rows.ids)) if encoded else np.full(len(rows.ids), length + 1)
+        numbers, others = (np.flatnonzero(some).tolist() for some in (sizes <= length, sizes > length))
+        ids: Sequence[Any] = picked(rows.ids, numbers)
+        if others:
+            again = self._encode_again(map(asked, others), length, quiet)
+            ids, numbers = joined([ids, again.ids]), numbers + [read.number for read in again.reads]
         for reason, count in {**quiet.notes(), **quiet.counts()}.items():
             self._run.say(f"prompts to answer: {reason}: {count} of {len(rows.ids)}")
-        if not found:
+        if not numbers:
             raise UserError(f"{self._name('prompts')}: no prompt fits into {length} tokens; raise --max-length")
-        numbers = sorted(found)
-        ids = [found[number] for number in numbers]
-        prompts = pad_prompts(ids, length=bucket(max(map(len, ids)), longest=length), pad_id=self.base.pad_id)
+        order = np.argsort(numbers)
+        ids, places = picked(ids, order), np.asarray(numbers)[order]
+        width = bucket(max(map(len, ids)), longest=length)
 
         def row(at: int) -> PromptRow:
-            read = asked(numbers[at])
+            read = asked(int(places[at]))
             return PromptRow(prompt_text(read, column), read.fields)
 
-        return prompts, Lazy(len(numbers), row)
+        return padded_when_asked(ids, length=width, pad_id=self.base.pad_id), Lazy(len(places), row)
+
+    def _encode_again(self, rows: Iterator[Read], length: int, rejects: Rejects) -> Stored:
+        """Rows with the ids of their prompts, in files that go with the process."""
+
+        def encode(rejects: Rejects) -> Iterator[tuple[Read, Any]]:
+            found = encode_many(rows, self.base.tokenizer, length, rejects, processes=self._processes)
+            return ((read._replace(fields={}), ids) for read, ids in found)
+
+        return stored("prompts", (), self.base.tokenizer, encode, rejects, self._cache, keep=False)
 
     def _read(self, kind: str) -> list[Stored]:
         """The usable rows of each source, with their ids."""

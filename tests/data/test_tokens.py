@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.batches import Completions, Prompts
-from rlhf_jax.data.tokens import join, pack_sequences, pad_prompts, pad_sequences, take
+from rlhf_jax.data.lazy import Lazy
+from rlhf_jax.data.tokens import join, narrowed, pack_sequences, pad_prompts, pad_sequences, padded_when_asked, take
 from rlhf_jax.models import ModelConfig, Transformer
 from rlhf_jax.scoring import sft_objective
 
@@ -98,3 +99,28 @@ def test_packed_loss_and_gradient_are_those_of_the_separate_sequences():
     chex.assert_trees_all_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
     leaky = packed._replace(segment_ids=np.minimum(packed.segment_ids, 1))
     assert abs(loss_and_grad(leaky)[0] - expected) > 1e-3
+
+
+def test_prompts_are_padded_when_they_are_asked_for():
+    """Nothing is read of the others, and what comes is what `pad_prompts` makes."""
+    read = []
+
+    def prompt(number):
+        read.append(number)
+        return list(range(number + 1))
+
+    found = padded_when_asked(Lazy(6, prompt), length=8, pad_id=9)
+    assert found.tokens.shape == found.mask.shape == (6, 8) and len(found.row) == 6
+    read.clear()  # the checks of annotations look at some
+    rows = np.array([4, 1, 1])
+    some = take(found, rows)
+    assert set(read) == {1, 4}
+    whole = pad_prompts([list(range(n + 1)) for n in range(6)], length=8, pad_id=9)
+    for asked in (rows, slice(2, 5), slice(None), rows.reshape(1, 3)):
+        for ours, expected in zip(take(found, asked), take(whole, asked), strict=True):
+            assert ours.dtype == expected.dtype
+            np.testing.assert_array_equal(ours, expected)
+    np.testing.assert_array_equal(np.asarray(found.tokens), whole.tokens)
+    assert narrowed(some).tokens.shape == (3, 8)
+    with pytest.raises(ValueError, match="prompt 0 has 6 tokens, more than the batch's length of 5"):
+        take(padded_when_asked(Lazy(6, prompt), length=5, pad_id=9), [5])

@@ -12,7 +12,8 @@ import pytest
 from experiments import ppo
 from rlhf_jax.actor_critic import init_state
 from rlhf_jax.batches import Completions
-from rlhf_jax.data.tokens import join, pad_prompts, pad_sequences
+from rlhf_jax.data import tokens as data_tokens
+from rlhf_jax.data.tokens import join, pad_prompts, pad_sequences, take
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, from_language_model, merge_lora, with_lora
 from rlhf_jax.models.weights import flat
@@ -57,15 +58,28 @@ def run(function, cfg, setup, *args):
     return jax.jit(partial(function, cfg, setup))(*args)
 
 
+def drawn(cfg, key):
+    """The prompts of an iteration."""
+    prompts = tiny_models()[2]
+    return take(jax.tree.map(np.asarray, prompts), np.asarray(ppo.draw(cfg, len(prompts.row), key)))
+
+
+def asked_and_answered(cfg, setup, state, frozen, seed):
+    """Prompts that were drawn, and their answers."""
+    key = jax.random.key(seed)
+    prompts = drawn(cfg, key)
+    return prompts, run(ppo.rollout, cfg, setup, state, frozen, prompts, ppo.keys_of(key)[1])
+
+
 scores_of, values_of = (jax.jit(function, static_argnums=0) for function in (token_scores, token_values))
 
 
 def parts(**changes):
     """(cfg, setup, state, frozen): 8 answers in one minibatch, weights trained."""
-    params, rewards, prompts, demonstrations = tiny_models()
+    params, rewards, _, demonstrations = tiny_models()
     cfg = ppo.PPO(**{**NUMBERS, "responses": 8, "epochs": 1, "minibatches": 1, "lora_rank": 0, **changes})
     setup, state, frozen = ppo.prepare(
-        cfg, tiny_base(params), prompts, [model_reward(CONFIG, rewards, name="model", weight=1.0)],
+        cfg, tiny_base(params), [model_reward(CONFIG, rewards, name="model", weight=1.0)],
         jax.random.key(4), max_new_tokens=4, critic=(CONFIG, rewards), demonstrations=demonstrations,
     )  # fmt: skip
     return cfg, setup._replace(eos_id=EOS, pad_id=0), state, frozen
@@ -73,14 +87,14 @@ def parts(**changes):
 
 def test_rollout_draws_prompts_and_samples_from_the_policy():
     cfg, setup, state, frozen = parts()
-    prompts, completions = run(ppo.rollout, cfg, setup, state, frozen, jax.random.key(0))
-    again = run(ppo.rollout, cfg, setup, state, frozen, jax.random.key(0))
-    other = run(ppo.rollout, cfg, setup, state, frozen, jax.random.key(1))
+    prompts, completions = asked_and_answered(cfg, setup, state, frozen, 0)
+    again = asked_and_answered(cfg, setup, state, frozen, 0)
+    other = asked_and_answered(cfg, setup, state, frozen, 1)
     assert prompts.tokens.shape == (8, 4) and completions.tokens.shape == (8, 4)
     chex.assert_trees_all_equal((prompts, completions), again)
     assert not np.array_equal(prompts.row, other[0].row)
     for row, ids in zip(prompts.row, prompts.tokens, strict=True):
-        np.testing.assert_array_equal(ids, frozen.prompts.tokens[row])
+        np.testing.assert_array_equal(ids, tiny_models()[2].tokens[row])
     # The sampled log-probabilities are the policy's.
     tokens = join(prompts, completions, pad_id=0)
     logprobs, _ = scores_of(setup.policy, state.policy.params, tokens)
@@ -141,7 +155,7 @@ def test_shape_is_reward_minus_beta_kl_and_gae_of_it():
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_first_ratio_is_one_and_the_rewards_are_those_of_the_parts(temperature):
     cfg, setup, state, frozen = parts(temperature=temperature)
-    prompts, completions = run(ppo.rollout, cfg, setup, state, frozen, jax.random.key(0))
+    prompts, completions = asked_and_answered(cfg, setup, state, frozen, 0)
     tokens = join(prompts, completions, pad_id=0)
     scores, _ = run(ppo.score, cfg, setup, frozen, tokens, completions, {})
     experience, metrics = run(ppo.shape, cfg, setup, state, frozen, tokens, scores)
@@ -187,7 +201,7 @@ def test_ptx_entropy_and_adaptive_beta_reach_the_update():
 
 def lora_parts(*, merged):
     """PPO on one trunk with adapters that have been trained, or on the four full models that they make."""
-    params, rewards, prompts, demonstrations = tiny_models()
+    params, rewards, _, demonstrations = tiny_models()
     cfg = ppo.PPO(**NUMBERS, responses=8, epochs=1, minibatches=2, ptx_coef=1.0, **ADAPTERS)
 
     def moved(own, seed):
@@ -201,7 +215,7 @@ def lora_parts(*, merged):
     if merged:
         cfg = ppo.PPO(**NUMBERS, responses=8, epochs=1, minibatches=2, ptx_coef=1.0, lora_rank=0)
     setup, state, frozen = ppo.prepare(
-        cfg, tiny_base(params), prompts, [model_reward(CONFIG, reward, name="model", weight=1.0)], jax.random.key(4),
+        cfg, tiny_base(params), [model_reward(CONFIG, reward, name="model", weight=1.0)], jax.random.key(4),
         max_new_tokens=4, critic=(CONFIG, critic), demonstrations=demonstrations,
     )  # fmt: skip
     policy = merge_lora(with_lora(params, policy)) if merged else policy
@@ -210,7 +224,7 @@ def lora_parts(*, merged):
 
 
 def experience_of(cfg, setup, state, frozen):
-    prompts, completions = run(ppo.rollout, cfg, setup, state, frozen, jax.random.key(0))
+    prompts, completions = asked_and_answered(cfg, setup, state, frozen, 0)
     tokens = join(prompts, completions, pad_id=0)
     scores, _ = run(ppo.score, cfg, setup, frozen, tokens, completions, {})
     return completions, *run(ppo.shape, cfg, setup, state, frozen, tokens, scores)
@@ -240,7 +254,9 @@ def test_ppo_on_one_trunk_samples_and_scores_as_four_full_models_do():
 def test_ppo_on_one_trunk_moves_adapters_and_head_only():
     cfg, setup, state, frozen = lora_parts(merged=False)
     before = jax.tree.map(np.asarray, state)
-    after, metrics, *_ = ppo.make_iteration(cfg, setup, tiny_base(None), (), print)(state, frozen, jax.random.key(0))
+    after, metrics, *_ = ppo.make_iteration(cfg, setup, tiny_base(None), (), print)(
+        state, frozen, drawn(cfg, jax.random.key(0)), jax.random.key(0)
+    )
     trained = {name for role in (after.policy, after.critic) for name in flat(role.params)}
     assert {name.rpartition("/")[2] for name in trained if name.startswith(("layer", "trunk"))} == {
         "lora_a", "lora_b", "lora_scale"
@@ -256,14 +272,14 @@ def test_ppo_on_one_trunk_moves_adapters_and_head_only():
 @pytest.mark.parametrize("adapters", [False, True])
 def test_a_reward_model_and_critic_of_another_size(adapters):
     """InstructGPT's policy of 175B had a reward model of 6B. It has weights of its own; the critic starts there."""
-    params, _, prompts, _ = tiny_models()
+    params, _, _, _ = tiny_models()
     small = ModelConfig(**{**vars(CONFIG), "d_model": 8, "n_layers": 2, "d_ff": 8})
     trunk = jax.jit(Transformer(small).init)(jax.random.key(5), jnp.zeros((1, 4), jnp.int32))["params"]
     rewards = from_language_model(trunk, jax.random.key(6), small)
     rewards["head"]["kernel"] += 1.0
     cfg = ppo.PPO(**NUMBERS, responses=8, epochs=1, minibatches=1, lora_rank=2 if adapters else 0)
     setup, state, frozen = ppo.prepare(
-        cfg, tiny_base(params), prompts, [model_reward(small, rewards, name="small", weight=1.0)], jax.random.key(4),
+        cfg, tiny_base(params), [model_reward(small, rewards, name="small", weight=1.0)], jax.random.key(4),
         max_new_tokens=4, critic=(small, rewards),
     )  # fmt: skip
     setup = setup._replace(eos_id=EOS, pad_id=0)
@@ -285,7 +301,7 @@ def test_host_rewards_cut_the_program_in_two_and_change_nothing_else():
     """A host reward that says what the reward model says gives the iteration of the reward model."""
     cfg, setup, state, frozen = parts()
     together, expected, *_ = ppo.make_iteration(cfg, setup, tiny_base(None), (), print)(
-        state, frozen, jax.random.key(3)
+        state, frozen, drawn(cfg, jax.random.key(3)), jax.random.key(3)
     )
     cfg, setup, state, frozen = parts()
     model = frozen.rewards["model"]
@@ -306,12 +322,43 @@ def test_host_rewards_cut_the_program_in_two_and_change_nothing_else():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "as_texts", texts)
         apart, metrics, *_ = ppo.make_iteration(cfg, host, tiny_base(None), (), print)(
-            state, frozen._replace(rewards={}), jax.random.key(3)
+            state, frozen._replace(rewards={}), drawn(cfg, jax.random.key(3)), jax.random.key(3)
         )
     assert asked == [(8, ["answer"])]
     np.testing.assert_allclose(metrics["score"], expected["score"], atol=1e-5)
     assert metrics["reward/host/errors"] == 0 and metrics["reward/host/timeouts"] == 0
     chex.assert_trees_all_close(apart.policy.params, together.policy.params, atol=2e-4)
+
+
+def test_an_iteration_cut_in_two_learns_in_the_width_of_the_longest_answer(monkeypatch):
+    """And what it learns is what `iterate` learns, in one program and in the width that answers may have."""
+    key = jax.random.key(3)
+    cfg, setup, state, frozen = parts(ptx_coef=0.5, entropy_coef=0.1)
+    setup = setup._replace(max_new_tokens=10, eos_id=tuple(range(2, 10)))
+    whole, expected, answers = ppo.make_iteration(cfg, setup, tiny_base(None), (), print)(
+        state, frozen, drawn(cfg, key), key
+    )
+    longest = int(np.asarray(answers.mask).sum(axis=1).max())
+    widths = []
+
+    def narrow(completions):
+        widths.append(data_tokens.trimmed(completions).mask.shape[1])
+        return data_tokens.trimmed(completions)
+
+    monkeypatch.setattr(data_tokens, "bucket", lambda needed, *, longest: min(needed, longest))
+    monkeypatch.setattr(ppo, "SMALLEST_BUCKET", 2)
+    monkeypatch.setattr(ppo, "trimmed", narrow)
+    cfg, _, state, frozen = parts(ptx_coef=0.5, entropy_coef=0.1)
+    cut, metrics, again = ppo.make_iteration(cfg, setup, tiny_base(None), (), print)(
+        state, frozen, drawn(cfg, key), key
+    )
+    np.testing.assert_array_equal(answers.tokens, again.tokens)
+    assert widths == [longest] and longest < 10
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+    chex.assert_trees_all_close(cut.policy.params, whole.policy.params, atol=1e-4)
+    chex.assert_trees_all_close(cut.critic.params, whole.critic.params, atol=1e-4)
 
 
 @pytest.mark.parametrize(

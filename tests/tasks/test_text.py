@@ -280,6 +280,27 @@ def test_problems_with_a_suffix_and_an_answer_under_another_name(files, tmp_path
         assert given.columns["Right"] == given.columns["answer"]
 
 
+def test_prompts_without_room_for_an_answer_lose_turns_and_keep_their_place(files, tmp_path, capsys):
+    """The others are read as they were encoded; each row still has its own prompt and columns."""
+    chat = [{"role": role, "content": "long ago"} for role in ("user", "assistant")]
+    rows = [
+        {"prompt": [*(chat if n % 3 == 1 else []), {"role": "user", "content": f"why {n}?"}], "number": n}
+        for n in range(30)
+    ]
+    cfg = ppo.Config(
+        **{name: files[name] for name in ("model", "max_length")}, max_new_tokens=30,
+        prompts=lines(tmp_path / "chats.jsonl", rows), reward="unread.py:length", run_dir=str(tmp_path / "task"),
+    )  # fmt: skip
+    sets = (task := task_of(cfg, tmp_path / "task")).prompts()
+    numbers = set()
+    for prompts, given in ((sets.train, sets.rows), (sets.heldout, sets.heldout_rows)):
+        for row, asked in zip(prompts.row, task.base.read_prompts(prompts), strict=True):
+            assert f"why {given[row].columns['number']}?" in asked and "long ago" not in asked
+            numbers.add(given[row].columns["number"])
+    assert numbers == set(range(30))
+    assert "prompts to answer: prompt shortened by whole turns to fit 34 tokens: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
