@@ -110,13 +110,22 @@ def from_first(function: Callable[[], Value]) -> Value:
 
 def gather(value: Any) -> list[Any]:
     """The values of all processes, in the order of their numbers. A value is anything that JSON can hold."""
+    return [json.loads(said) for said in gather_bytes(json.dumps(value).encode())] if many() else [value]
+
+
+def gather_bytes(said: bytes) -> list[bytes]:
+    """Bytes of all processes, in the order of their numbers."""
     if not many():
-        return [value]
-    said = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        return [said]
     sizes = multihost_utils.process_allgather(np.int32(len(said)))
-    padded = np.pad(said, (0, int(sizes.max()) - len(said)))
+    padded = np.pad(np.frombuffer(said, np.uint8), (0, int(sizes.max()) - len(said)))
     heard = np.asarray(multihost_utils.process_allgather(padded), np.uint8)
-    return [json.loads(row[:size].tobytes()) for row, size in zip(heard, sizes, strict=True)]
+    return [row[:size].tobytes() for row, size in zip(heard, sizes, strict=True)]
+
+
+def place() -> tuple[int, int]:
+    """(this process's number, how many there are)."""
+    return (jax.process_index(), jax.process_count()) if many() else (0, 1)
 
 
 def leave(code: int) -> NoReturn:

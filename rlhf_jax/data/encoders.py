@@ -1,6 +1,7 @@
 """Processes that encode rows beside each other, each a Python of its own that knows only the tokenizer.
 
 The rows come out in the order in which they went in. A process ends when its pipe does, so none outlives the run.
+Where a run has many hosts, each encodes its share, and hears the ids of the others'.
 """
 
 import os
@@ -10,13 +11,14 @@ import struct
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import chain, islice
 from queue import SimpleQueue
 from typing import IO, Any
 
-from rlhf_jax import clock
+from rlhf_jax import clock, hosts
 from rlhf_jax.data.encode import Outcome, encode_rows, outcome, settled
 from rlhf_jax.data.rejects import Rejects
 from rlhf_jax.data.rows import Read
@@ -38,53 +40,84 @@ def default_processes() -> int:
 def encode_many(
     rows: Iterable[Read], tokenizer: PreTrainedTokenizerBase, max_length: int, rejects: Rejects, *, processes: int
 ) -> Iterator[tuple[Read, Any]]:
-    """`encode_rows`, in so many processes from row number `MANY` on."""
+    """`encode_rows`, in so many processes from row number `MANY` on, and each of many hosts its share."""
     rows = iter(rows)
     yield from encode_rows(islice(rows, MANY), tokenizer, max_length, rejects)
     following = list(islice(rows, 1))
-    if not following or processes < 2:
-        yield from encode_rows(chain(following, rows), tokenizer, max_length, rejects)
+    if following and (processes > 1 or hosts.many()):
+        with _encoding(tokenizer, max_length, processes) as encode:
+            yield from settled(_in_chunks(chain(following, rows), encode, 2 * processes), rejects)
     else:
-        yield from settled(_beside(chain(following, rows), tokenizer, max_length, processes), rejects)
+        yield from encode_rows(chain(following, rows), tokenizer, max_length, rejects)
 
 
-def _beside(
-    rows: Iterator[Read], tokenizer: PreTrainedTokenizerBase, max_length: int, processes: int
-) -> Iterator[tuple[Read, Outcome]]:
+Encode = Callable[[list[Any]], Callable[[], list[Outcome]]]
+"""encode(rows) begins with them, and returns what waits for the outcomes."""
+
+
+def _in_chunks(rows: Iterator[Read], encode: Encode, ahead: int) -> Iterator[tuple[Read, Outcome]]:
+    """The outcomes of all rows, of which each host encodes every so-many-th chunk; `ahead` chunks are begun before."""
+    number, count = hosts.place()
+    waiting: deque[tuple[list[Read], Callable[[], list[Outcome]]]] = deque()
+    broken: Exception | None = None  # by a row that cannot be read, after those that wait
+    while True:
+        while broken is None and len(waiting) < ahead:
+            chunks: list[Read] = []
+            try:
+                chunks.extend(islice(rows, count * CHUNK))
+            except Exception as error:
+                broken = error
+            if not chunks:
+                break
+            own = chunks[number * CHUNK : (number + 1) * CHUNK]
+            waiting.append((chunks, encode([read.row for read in own])))
+        if not waiting:
+            break
+        chunks, found = waiting.popleft()
+        yield from zip(chunks, _of_all(found), strict=True)
+    if broken is not None:
+        raise broken
+
+
+def _of_all(found: Callable[[], list[Outcome]]) -> list[Outcome]:
+    """The outcomes of all hosts. Raises UserError in each where it is raised in one."""
+    if not hosts.many():
+        return found()
+    try:
+        said: Any = found()
+    except UserError as error:
+        said = error
+    heard = [pickle.loads(some) for some in hosts.gather_bytes(pickle.dumps(said, protocol=5))]
+    for some in heard:
+        if isinstance(some, UserError):
+            raise some
+    return [outcome for some in heard for outcome in some]
+
+
+@contextmanager
+def _encoding(tokenizer: PreTrainedTokenizerBase, max_length: int, processes: int) -> Iterator[Encode]:
+    """encode(rows) in so many processes; in this one, when its outcomes are waited for, where that is one."""
+    if processes < 2:
+        steady: Any = Steady(tokenizer)
+        yield lambda rows: lambda: [outcome(row, steady, max_length) for row in rows]
+        return
     free: SimpleQueue[_Encoder] = SimpleQueue()
     encoders: list[_Encoder] = []
     first_words = _framed((tokenizer, max_length, clock.now().isoformat()))
 
-    def work(chunk: list[Read]) -> list[Outcome]:
+    def work(rows: list[Any]) -> list[Outcome]:
         encoder = free.get()
         try:
-            return encoder.encode([read.row for read in chunk])
+            return encoder.encode(rows)
         finally:
             free.put(encoder)
 
-    waiting: deque[tuple[list[Read], Future[list[Outcome]]]] = deque()
-    broken: Exception | None = None  # by a row that cannot be read, after those that wait
     try:
         for _ in range(processes):
             encoders.append(_Encoder(first_words))
             free.put(encoders[-1])
         with ThreadPoolExecutor(processes) as pool:
-            while True:
-                while broken is None and len(waiting) < 2 * processes:
-                    chunk: list[Read] = []
-                    try:
-                        chunk.extend(islice(rows, CHUNK))
-                    except Exception as error:
-                        broken = error
-                    if not chunk:
-                        break
-                    waiting.append((chunk, pool.submit(work, chunk)))
-                if not waiting:
-                    break
-                chunk, found = waiting.popleft()
-                yield from zip(chunk, found.result(), strict=True)
-        if broken is not None:
-            raise broken
+            yield lambda rows: pool.submit(work, rows).result
     finally:
         for encoder in encoders:
             encoder.end()

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +32,7 @@ from rlhf_jax.data.rows import Read
 from rlhf_jax.data.sources import local_files
 from rlhf_jax.data.tokenizer import PreTrainedTokenizerBase
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts import gather
 
 WORTH_KEEPING = 2.0
 """Seconds: what is encoded faster is not kept for the next run."""
@@ -87,14 +88,12 @@ def stored(
     files = local_files(source) if cache is not None and keep else None
     before = None if files is None else _stamps(files)
     folder = None if cache is None or files is None else _folder(cache, source, files, form, tokenizer)
-    if folder is not None:
-        try:
-            found = _opened(folder)
-            _replay(folder, rejects)
-            os.utime(folder)
-            return found
-        except (OSError, ValueError):  # it is not there, or not whole
-            shutil.rmtree(folder, ignore_errors=True)
+    kept = None if folder is None else _kept(folder)
+    if all(gather(kept is not None)):  # where one host has to encode, all do
+        assert kept is not None
+        found, said = kept
+        _replay(said, rejects)
+        return found
     began = time.monotonic()
     with _temporary(cache) as temporary:
         own = Rejects(rejects.policy)
@@ -107,8 +106,8 @@ def stored(
                 f"{source}: its rows cannot be written to {temporary}: {error.strerror or error}; --rows-cache names a"
                 " folder elsewhere"
             ) from None
-        _replay(temporary, rejects)
-        found = _opened(temporary)
+        found, said = _opened(temporary)
+        _replay(said, rejects)
         lasted = time.monotonic() - began
         if folder is not None and files is not None and lasted >= WORTH_KEEPING and _stamps(files) == before:
             with suppress(OSError):  # another process has made it by now
@@ -199,27 +198,39 @@ def _write(folder: Path, rows: Iterable[tuple[Read, Any]]) -> None:
         (folder / f"{name}.ends").write_bytes(end.tobytes())
 
 
-def _opened(folder: Path) -> Stored:
+Said = tuple[list[dict[str, Any]], dict[str, Any]]
+"""The rows that are left out, as rejected.jsonl has them, and the `changes` of the others."""
+
+
+def _kept(folder: Path) -> tuple[Stored, Said] | None:
+    """A store that was kept; None where it is not there, or not whole."""
+    try:
+        found = _opened(folder)
+        os.utime(folder)
+    except (OSError, ValueError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    return found
+
+
+def _opened(folder: Path) -> tuple[Stored, Said]:
     """Maps a store. Raises OSError or ValueError for one that is not there, or not whole."""
-    if not (folder / "said.json").exists():
-        raise FileNotFoundError(folder)
+    changes = json.loads((folder / "said.json").read_text(encoding="utf-8"))
+    rejected = folder / "rejected.jsonl"
+    lines = rejected.read_text(encoding="utf-8").split("\n") if rejected.exists() else []
+    said = [json.loads(line) for line in lines if line], changes
     if not (folder / f"{FILES[0]}.ends").stat().st_size:
-        return Stored((), (), ())
-    return Stored(*(_mapped(folder / name) for name in FILES))
+        return Stored((), (), ()), said
+    return Stored(*(_mapped(folder / name) for name in FILES)), said
 
 
-def _replay(folder: Path, rejects: Rejects) -> None:
+def _replay(said: Said, rejects: Rejects) -> None:
     """Tells of the rows that are not used as they stand, as when they were encoded."""
-    for entry in _entries(folder / "rejected.jsonl"):
+    entries, changes = said
+    for entry in entries:
         place = Place(entry["source"], entry["line"])
         rejects.reject(place, entry["reason"], entry["row"], detail=entry.get("detail", ""))
-    rejects.add(json.loads((folder / "said.json").read_text(encoding="utf-8")))
-
-
-def _entries(file: Path) -> Iterator[dict[str, Any]]:
-    if file.exists():
-        with open(file, encoding="utf-8") as lines:
-            yield from map(json.loads, lines)
+    rejects.add(changes)
 
 
 def _folder(

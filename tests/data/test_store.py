@@ -2,11 +2,14 @@
 
 import json
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from transformers import AutoTokenizer
 
+from rlhf_jax import hosts
 from rlhf_jax.data import encoders, store
 from rlhf_jax.data.encode import encode_rows
 from rlhf_jax.data.encoders import encode_many
@@ -233,6 +236,95 @@ def test_several_processes_stop_at_the_first_bad_row(tokenizer, file, monkeypatc
     rows = read_rows(str(file), "preference", rejects)
     with pytest.raises(UserError, match=r"rows\.jsonl:5: response too long"):
         list(encode_many(rows, tokenizer, LENGTH, rejects, processes=2))
+
+
+class Hosts:
+    """Threads that stand for hosts; each is `place()` of what runs in it, and they meet where they exchange bytes."""
+
+    def __init__(self, count, monkeypatch):
+        self.count, self.here, self.met, self.said = count, threading.local(), threading.Barrier(count), [b""] * count
+        for name in ("place", "gather_bytes"):
+            monkeypatch.setattr(hosts, name, getattr(self, name))
+        monkeypatch.setattr(hosts, "many", lambda: True)
+
+    def place(self):
+        return self.here.number, self.count
+
+    def gather_bytes(self, said):
+        self.said[self.here.number] = said
+        self.met.wait(60)
+        heard = list(self.said)
+        self.met.wait(60)
+        return heard
+
+    def run(self, function):
+        """function() in each; their values, or the UserError that they raised."""
+
+        def of(number):
+            self.here.number = number
+            try:
+                return function()
+            except UserError as error:
+                return error
+
+        with ThreadPoolExecutor(self.count) as pool:
+            return list(pool.map(of, range(self.count)))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_hosts_encode_their_shares_and_have_the_rows_of_all(tokenizer, file, monkeypatch, processes):
+    """Forty rows in chunks of three over three hosts: the last round has a row for the first one only."""
+    monkeypatch.setattr(encoders, "MANY", 3)
+    monkeypatch.setattr(encoders, "CHUNK", 3)
+    rejects = Rejects("skip")
+    expected = list(encode_rows(read_rows(str(file), "preference", rejects), tokenizer, LENGTH, rejects))
+    together, encoded, own = Hosts(3, monkeypatch), [], encoders.outcome
+
+    def outcome(row, *args):
+        encoded.append((together.here.number, row.place.line))
+        return own(row, *args)
+
+    monkeypatch.setattr(encoders, "outcome", outcome)
+
+    def opened():
+        rejects = Rejects("skip")
+        rows = read_rows(str(file), "preference", rejects)
+        return list(encode_many(rows, tokenizer, LENGTH, rejects, processes=processes)), rejects.summary()
+
+    for found, summary in together.run(opened):
+        assert found == expected and summary == rejects.summary()
+    if processes == 1:  # else others do it
+        assert len(encoded) == len(set(encoded)) and len({line for _, line in encoded}) == len(encoded)
+        assert {number for number, _ in encoded} == {0, 1, 2}
+
+
+def test_what_goes_wrong_on_one_host_is_said_by_all(tokenizer, file, monkeypatch):
+    monkeypatch.setattr(encoders, "MANY", 3)
+    monkeypatch.setattr(encoders, "CHUNK", 3)
+    together, own = Hosts(2, monkeypatch), encoders.outcome
+
+    def outcome(row, *args):
+        if together.here.number == 1:
+            raise UserError("a disk is gone")
+        return own(row, *args)
+
+    monkeypatch.setattr(encoders, "outcome", outcome)
+
+    def opened():
+        rows = read_rows(str(file), "preference", Rejects("skip"))
+        return list(encode_many(rows, tokenizer, LENGTH, Rejects("skip"), processes=1))
+
+    found = together.run(opened)
+    assert [str(error) for error in found] == ["a disk is gone"] * 2
+
+
+def test_where_one_host_lacks_a_store_all_encode(opened, file, monkeypatch):
+    """They would wait for each other at different places."""
+    opened.open(file, Rejects("skip"))
+    for have, times in ((True, 1), (False, 2)):
+        monkeypatch.setattr(store, "gather", lambda kept, have=have: [kept, have])
+        opened.open(file, Rejects("skip"))
+        assert opened.encoded == times
 
 
 @pytest.mark.parametrize("executable", ["/bin/false", "/nowhere"])

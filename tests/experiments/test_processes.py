@@ -32,6 +32,11 @@ from experiments.sft import SFT
 from experiments.stages import group_defaults
 from rlhf_jax import checkpoint, hosts
 from rlhf_jax.cli import on_mesh, run_main
+from rlhf_jax.data import encoders
+from rlhf_jax.data.encode import encode_rows
+from rlhf_jax.data.formats import Text
+from rlhf_jax.data.rejects import Place, Rejects
+from rlhf_jax.data.rows import Read
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import UserError
 from rlhf_jax.group_loop import train_groups
@@ -184,8 +189,24 @@ def agree():
         np.testing.assert_array_equal(to_host(shard_host_rows(whole)), whole)
     assert hosts.gather({"of": number * "x"}) == [{"of": n * "x"} for n in range(count)]
     assert hosts.from_first(lambda: number) == 0
+    assert hosts.gather_bytes(bytes(number)) == [bytes(n) for n in range(count)]
     with pytest.raises(UserError, match="of process 0"):
         hosts.from_first(lambda: mistake(number))
+    encode_in_shares(number, count)
+
+
+def encode_in_shares(number, count):
+    """Each encodes a part of the rows, and has all of them."""
+    tokenizer, begun = simulated.make_tokenizer(), []
+    rows = [Read(n, Text(" ".join(["a"] * (n % 5 + 1)), Place("rows", n)), {}) for n in range(11)]
+    own = encoders.outcome
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoders, "MANY", 2)
+        patch.setattr(encoders, "CHUNK", 2)
+        patch.setattr(encoders, "outcome", lambda row, *rest: (begun.append(row.place.line), own(row, *rest))[1])
+        found = list(encoders.encode_many(iter(rows), tokenizer, 64, Rejects("skip"), processes=1))
+    assert found == list(encode_rows(rows, tokenizer, 64, Rejects("skip")))
+    assert begun == [n for n in range(2, 11) if (n - 2) // 2 % count == number]
 
 
 def mistake(number):
