@@ -139,8 +139,8 @@ class DemonstrationFlags(DataFlags):
     demonstrations_weights: tuple[float, ...] = ()
     """How often each source is drawn from; by default as large as it is (streamed: all equally)."""
     streaming: bool = False
-    """Read demonstrations as they are needed, for sets larger than the disk has room for twice; they are shuffled in a
-    window."""
+    """Read demonstrations as they are needed, for sets larger than the disk has room for twice. The files of a folder
+    come in a new order each time, and their rows are shuffled in a window."""
     shuffle_window: int | None = None
     """Rows of that window, by default 1024."""
 

@@ -127,9 +127,9 @@ def soak(cfg: Config, file: str) -> None:
     if cfg.kind != "demonstrations" or not cfg.rows:
         raise UserError("--stream is for demonstrations, and needs --rows")
 
-    def opened(start: int) -> Iterator[tuple[int, Document]]:
+    def opened(start: int, one: Any) -> Iterator[tuple[int, Document]]:
         rejects = Rejects("skip")
-        rows = read_rows(file, form, rejects, start=start)
+        rows = read_rows(file, form, rejects, start=start, order=one.order, shard=one.shard)
         yield from ((read.number, ids) for read, ids in encode_rows(rows, tokenizer, cfg.max_length, rejects))
 
     def stream() -> Any:

@@ -4,54 +4,68 @@ They stand apart from it because grain takes half a second to import and their c
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
+import numpy as np
 
 from rlhf_jax.batches import Tokens
 from rlhf_jax.data.tokens import Document, lay, size
 from rlhf_jax.errors import UserError
 
 
+class Pass(NamedTuple):
+    """A reading of a source from its beginning to its end."""
+
+    number: int
+    order: int
+    """A seed for the order of its files; every host has the same."""
+    shard: tuple[int, int]
+    """(number of this host, number of hosts): it wants the rows whose number leaves its own when divided by theirs."""
+
+
+Open = Callable[[int, Pass], Iterator[tuple[int, Document]]]
+"""open(start, pass) -> (number of the row, its document) of the usable rows of its shard, from number `start` on."""
+
+
 class Rows(grain.IterDataset):
     """Documents of a source that is read from its beginning again whenever it ends."""
 
-    def __init__(self, open_source: Callable[[int], Iterator[tuple[int, Document]]], shard: tuple[int, int]):
+    def __init__(self, open_source: Open, shard: tuple[int, int], seed: int):
         super().__init__()
-        self._open, self._shard = open_source, shard
+        self._source = open_source, shard, seed
 
     def __iter__(self) -> "_RowsIterator":
-        return _RowsIterator(self._open, self._shard)
+        return _RowsIterator(*self._source)
 
 
 class _RowsIterator(grain.DatasetIterator):
-    def __init__(self, open_source: Callable[[int], Iterator[tuple[int, Document]]], shard: tuple[int, int]):
+    def __init__(self, open_source: Open, shard: tuple[int, int], seed: int):
         super().__init__()
-        self._open, self._shard = open_source, shard
-        self._row = 0
+        self._open, self._shard, self._seed = open_source, shard, seed
+        self._row, self._pass = 0, 0
         self._rows: Iterator[tuple[int, Document]] | None = None
 
     def __next__(self) -> Document:
-        index, count = self._shard
         empty = 0
         while True:
             if self._rows is None:
-                self._rows = self._open(self._row)
+                order = int(np.random.default_rng([self._seed, self._pass]).integers(2**31))
+                self._rows = self._open(self._row, Pass(self._pass, order, self._shard))
             for number, document in self._rows:
                 self._row = number + 1
-                if number % count == index:
-                    return document
+                return document
             # A second pass that finds nothing either: there is nothing for this host.
             empty += 1
             if empty > 1:
                 raise UserError("a streamed source has no row that can be used")
-            self._row, self._rows = 0, None
+            self._row, self._pass, self._rows = 0, self._pass + 1, None
 
     def get_state(self) -> dict[str, int]:
-        return {"row": self._row}
+        return {"row": self._row, "pass": self._pass}
 
     def set_state(self, state: dict[str, int]) -> None:
-        self._row, self._rows = state["row"], None
+        self._row, self._pass, self._rows = state["row"], state["pass"], None
 
 
 class Packs(grain.IterDataset):

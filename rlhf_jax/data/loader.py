@@ -5,7 +5,7 @@ tokens = next(batches)
 state = batches.get_state()          # a JSON value; batches.set_state(state) goes on from there
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,10 +17,10 @@ from rlhf_jax.errors import UserError
 if TYPE_CHECKING:
     import grain
 
+    from rlhf_jax.data.iterators import Open
+
 Shard = tuple[int, int]
 """(number of this host, number of hosts)."""
-Open = Callable[[int], Iterator[tuple[int, Document]]]
-"""open(start) -> (number of the source's row, its document) of the usable rows from number `start` on."""
 
 
 def document_batches(
@@ -57,7 +57,7 @@ def document_batches(
 
 
 def streamed_batches(
-    sources: Sequence[Open],
+    sources: "Sequence[Open]",
     *,
     batch_size: int,
     length: int,
@@ -68,9 +68,9 @@ def streamed_batches(
     window: int = 1024,
 ) -> "grain.DatasetIterator[Tokens]":
     """Endless `Tokens` of sources that are not in memory: shuffled within a window of so many rows, and read again and
-    again.
+    again, in passes that each have an order of files.
 
-    In all else it is `document_batches`. A host reads every row of its sources and keeps those of its share. Raises
+    In all else it is `document_batches`. A source gives a host its share of each pass. Raises
     UserError unless `weights` has one number above 0 for each source; the iterator raises one when a source has no row
     that can be used.
     """
@@ -80,7 +80,8 @@ def streamed_batches(
     from rlhf_jax.data.iterators import Packs, Rows
 
     # A thread reads the next window while this one is learned, so that no step waits for a whole window.
-    ahead = [ThreadPrefetchIterDataset(Rows(one, shard), prefetch_buffer_size=window) for one in sources]
+    ahead = [ThreadPrefetchIterDataset(Rows(one, shard, _seed(seed, number)), prefetch_buffer_size=window)
+             for number, one in enumerate(sources)]  # fmt: skip
     mixed = [
         WindowShuffleIterDataset(rows, window_size=window, seed=_seed(seed, number))
         for number, rows in enumerate(ahead)

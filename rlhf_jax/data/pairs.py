@@ -73,9 +73,13 @@ def singly(examples: Examples) -> Examples:
 
 def labelled(rows: Sequence[LabelledAnswer]) -> Examples:
     """Single answers with the labels that they came with."""
-    answers: list[Answer] = [(row.prompt, row.response) for row in rows]
-    good = np.array([[row.good] for row in rows])
-    return Examples(answers, np.arange(len(rows))[:, None], good, np.zeros(len(rows), np.float32))
+
+    def answer(number: int) -> Answer:
+        row = rows[number]
+        return row.prompt, row.response
+
+    good = np.fromiter((row.good for row in rows), bool, len(rows))[:, None]
+    return Examples(Lazy(len(rows), answer), np.arange(len(rows))[:, None], good, np.zeros(len(rows), np.float32))
 
 
 def best_and_worst(ranks: Int[np.ndarray, "P K"], mask: Bool[np.ndarray, "P K"]) -> Int[np.ndarray, "M 2"]:
@@ -94,7 +98,7 @@ def all_pairs(ranks: Int[np.ndarray, "P K"], mask: Bool[np.ndarray, "P K"]) -> I
     return np.stack([p, p], axis=1) * ranks.shape[1] + np.stack([better, worse], axis=1)
 
 
-def mismatch(answers: Sequence[Answer], *, longest: int, seed: int) -> list[Answer]:
+def mismatch(answers: Sequence[Answer], *, longest: int, seed: int) -> Sequence[Answer]:
     """Every response after the prompt of another one: prompts in a random circle, each gives way to the next.
 
     Where prompt and response would be longer than `longest` tokens, the prompt loses its first ones. These sequences
@@ -105,11 +109,13 @@ def mismatch(answers: Sequence[Answer], *, longest: int, seed: int) -> list[Answ
         raise UserError("KTO needs answers to at least two prompts: it sets answers beside those to other prompts")
     order = np.random.default_rng([seed, 5]).permutation(len(prompts))
     following = {prompts[i]: prompts[j] for i, j in zip(order, np.roll(order, -1), strict=True)}
-    found: list[Answer] = []
-    for prompt, response in answers:
+
+    def answer(number: int) -> Answer:
+        prompt, response = answers[number]
         other = list(following[tuple(prompt)])
-        found.append((other[max(0, len(other) + len(response) - longest) :], response))
-    return found
+        return other[max(0, len(other) + len(response) - longest) :], response
+
+    return Lazy(len(answers), answer)
 
 
 def width(answers: Sequence[Answer], longest: int) -> int:

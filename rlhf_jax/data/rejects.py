@@ -98,6 +98,17 @@ class Rejects:
             shown = (*before.lines, *lines)[:SHOWN]
             self._noted[source, reason] = _Count(before.rows + rows, shown)
 
+    def told(self) -> dict[str, Any]:
+        """All that another one has to `hear`, as JSON values, where nothing is written to a file."""
+        return {**self.changes(), "rejected": self._pending}
+
+    def hear(self, told: dict[str, Any]) -> None:
+        """Counts what another one's `told` tells."""
+        for entry in told["rejected"]:
+            place = Place(entry["source"], entry["line"])
+            self.reject(place, entry["reason"], entry["row"], detail=entry.get("detail", ""))
+        self.add(told)
+
     def write_to(self, path: str | Path, *, sources: Collection[str] | None = None) -> None:
         """Rejected rows go into this jsonl file: those so far at once, later ones as they come.
 

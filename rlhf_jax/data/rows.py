@@ -69,26 +69,33 @@ def read_rows(
     start: int = 0,
     limit: int | None = None,
     streaming: bool = False,
+    order: int | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> Iterator[Read]:
     """Every usable row of a source from number `start` on, one by one; `rejects` hears of the others.
 
     `limit` stops at the source's first so many usable rows, those before `start` among them: however often a reader
-    goes on from where it stood, it sees the same rows. To count them, it begins to read at the first.
+    goes on from where it stood, it sees the same rows. To count them, it begins to read at the first. `order` is that
+    of `read_source`. Of `shard` (number, count) are the rows whose number leaves that number when divided by count.
     Raises UserError when the source itself cannot be read, or under the policy "stop" at the first row that is bad.
     """
     renamed = parse_columns(columns)
     first = start if limit is None else 0
     used = 0
-    for number, (place, fields) in enumerate(read_source(source, start=first, streaming=streaming), first):
+    rows = read_source(source, start=first, streaming=streaming, order=order)
+    for number, (place, fields) in enumerate(rows, first):
+        wanted = number >= start and number % shard[1] == shard[0]  # those before were counted by who read them
+        if not wanted and limit is None:
+            continue
         try:
             read = _usable(number, format, fields, renamed, place)
         except BadRow as error:
-            if number >= start:  # those before were counted by who read them
+            if wanted:
                 row = fields.text if isinstance(fields, Broken) else fields
                 rejects.reject(place, str(error), row, detail=error.detail)
             continue
         used += 1
-        if number >= start:
+        if wanted:
             yield read
         if used == limit:
             return

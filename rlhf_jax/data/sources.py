@@ -13,6 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from rlhf_jax.data.rejects import Place
 from rlhf_jax.errors import UserError
 
@@ -35,10 +37,11 @@ class Broken(NamedTuple):
 Item = tuple[Place, dict[str, Any] | Broken]
 
 
-def read_source(source: str, *, start: int = 0, streaming: bool = False) -> Iterator[Item]:
+def read_source(source: str, *, start: int = 0, streaming: bool = False, order: int | None = None) -> Iterator[Item]:
     """(place, fields or what is wrong) of every row from number `start` (from 0) on.
 
-    `streaming` reads a set on the Hub row by row instead of downloading it first; files always are.
+    `streaming` reads a set on the Hub row by row instead of downloading it first; files always are. The files of a
+    folder come by their names, or in the random order of a seed, `order`.
     Raises UserError when the source itself is at fault: missing, empty, damaged, a folder of several splits.
     """
     path, split = _parse(source)
@@ -49,6 +52,8 @@ def read_source(source: str, *, start: int = 0, streaming: bool = False) -> Iter
         yield from _from_datasets(_opened(path), str(path), split, start)
     else:
         files = _files(path, split) if path.is_dir() else [path]
+        if order is not None:
+            files = [files[n] for n in np.random.default_rng(order).permutation(len(files))]
         rows = _not_empty(path, (item for file in files for item in _from_file(file)))
         yield from islice(rows, start, None)
 

@@ -27,7 +27,7 @@ import numpy as np
 from rlhf_jax import clock
 from rlhf_jax.data.heldout import opening_of_row
 from rlhf_jax.data.lazy import Lazy, joined, picked
-from rlhf_jax.data.rejects import Place, Rejects
+from rlhf_jax.data.rejects import Rejects
 from rlhf_jax.data.rows import Read
 from rlhf_jax.data.sources import local_files
 from rlhf_jax.data.tokenizer import PreTrainedTokenizerBase
@@ -92,7 +92,7 @@ def stored(
     if all(gather(kept is not None)):  # where one host has to encode, all do
         assert kept is not None
         found, said = kept
-        _replay(said, rejects)
+        rejects.hear(said)
         return found
     began = time.monotonic()
     with _temporary(cache) as temporary:
@@ -107,7 +107,7 @@ def stored(
                 " folder elsewhere"
             ) from None
         found, said = _opened(temporary)
-        _replay(said, rejects)
+        rejects.hear(said)
         lasted = time.monotonic() - began
         if folder is not None and files is not None and lasted >= WORTH_KEEPING and _stamps(files) == before:
             with suppress(OSError):  # another process has made it by now
@@ -198,12 +198,8 @@ def _write(folder: Path, rows: Iterable[tuple[Read, Any]]) -> None:
         (folder / f"{name}.ends").write_bytes(end.tobytes())
 
 
-Said = tuple[list[dict[str, Any]], dict[str, Any]]
-"""The rows that are left out, as rejected.jsonl has them, and the `changes` of the others."""
-
-
-def _kept(folder: Path) -> tuple[Stored, Said] | None:
-    """A store that was kept; None where it is not there, or not whole."""
+def _kept(folder: Path) -> tuple[Stored, dict[str, Any]] | None:
+    """A store that was kept, and what is to be told of its rows; None where it is not there, or not whole."""
     try:
         found = _opened(folder)
         os.utime(folder)
@@ -213,24 +209,15 @@ def _kept(folder: Path) -> tuple[Stored, Said] | None:
     return found
 
 
-def _opened(folder: Path) -> tuple[Stored, Said]:
+def _opened(folder: Path) -> tuple[Stored, dict[str, Any]]:
     """Maps a store. Raises OSError or ValueError for one that is not there, or not whole."""
     changes = json.loads((folder / "said.json").read_text(encoding="utf-8"))
     rejected = folder / "rejected.jsonl"
     lines = rejected.read_text(encoding="utf-8").split("\n") if rejected.exists() else []
-    said = [json.loads(line) for line in lines if line], changes
+    said = {**changes, "rejected": [json.loads(line) for line in lines if line]}
     if not (folder / f"{FILES[0]}.ends").stat().st_size:
         return Stored((), (), ()), said
     return Stored(*(_mapped(folder / name) for name in FILES)), said
-
-
-def _replay(said: Said, rejects: Rejects) -> None:
-    """Tells of the rows that are not used as they stand, as when they were encoded."""
-    entries, changes = said
-    for entry in entries:
-        place = Place(entry["source"], entry["line"])
-        rejects.reject(place, entry["reason"], entry["row"], detail=entry.get("detail", ""))
-    rejects.add(changes)
 
 
 def _folder(

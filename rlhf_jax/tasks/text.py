@@ -17,7 +17,7 @@ from rlhf_jax.data.lazy import Lazy, joined, picked
 from rlhf_jax.data.loader import document_batches, mix_once, streamed_batches
 from rlhf_jax.data.pairs import Examples, labelled
 from rlhf_jax.data.preferences import pack_rankings, pad_rankings, reordered, shuffled
-from rlhf_jax.data.rejects import OnBadRow, Rejects
+from rlhf_jax.data.rejects import OnBadRow, Place, Rejects
 from rlhf_jax.data.rows import (
     Read,
     as_prompt,
@@ -42,6 +42,7 @@ from rlhf_jax.data.tokens import (
     take,
 )
 from rlhf_jax.errors import UserError
+from rlhf_jax.hosts import gather
 from rlhf_jax.log import Run
 from rlhf_jax.models import count_weights
 from rlhf_jax.pretrained import Pretrained
@@ -51,6 +52,8 @@ from rlhf_jax.tasks.task import Comparisons, Demonstrations, PromptRow, PromptSe
 
 if TYPE_CHECKING:
     import grain
+
+    from rlhf_jax.data.iterators import Pass
 
 HEAD_TOKENS = 2**22
 """Tokens of packed demonstrations that are made into arrays, for PPO-ptx: of more, as many rows are drawn."""
@@ -133,7 +136,7 @@ class TextTask:
         self._max_length, self._limit, self._budget = max_length, limit, heldout
         self._streaming, self._window, self._growing = streaming, shuffle_window or WINDOW, growing
         self._cache, self._processes = open_cache(rows_cache), num_proc or default_processes()
-        self._rejects = Rejects(on_bad_row)
+        self._rejects, self._elsewhere = Rejects(on_bad_row), Rejects(on_bad_row)
         self._said: set[str] = set()
         self._parts: dict[str, Any] = {}
 
@@ -234,11 +237,11 @@ class TextTask:
             tokenizer = copy.deepcopy(self.base.tokenizer)  # a thread of its own reads each source
             policy = self._rejects.policy
             begin = encode_rows(rows(Rejects(policy)), self.base.tokenizer, self._max_length, Rejects(policy))
-            first = [(read.number, ids) for read, ids in islice(begin, STREAM_HEAD)]
+            first = [(read.row.place, ids) for read, ids in islice(begin, STREAM_HEAD)]
             kept, out = split_head(first, budget=self._budget)
             validation += [ids for _, ids in out]
             head += [ids for _, ids in kept]
-            opened.append(partial(self._stream, rows, tokenizer, {number for number, _ in out}, {"passes": 0}))
+            opened.append(partial(self._stream, rows, tokenizer, {place for place, _ in out}))
         if not head:
             raise UserError(f"{', '.join(source.names)}: too few rows to train on some and hold out others")
         pad_id, weights = self.base.pad_id, source.weights or None
@@ -255,14 +258,16 @@ class TextTask:
         return Demonstrations(packed, self._pad(validation), batches, None)
 
     def _stream(
-        self, rows: Any, tokenizer: Any, heldout: set[int], seen: dict[str, int], start: int
+        self, rows: Any, tokenizer: Any, heldout: set[Place], start: int, one: "Pass"
     ) -> Iterator[tuple[int, Document]]:
-        """(number, ids) of rows from `start` on. What cannot be used is counted in the first pass only."""
-        rejects = self._rejects if seen["passes"] == 0 else Rejects("skip")
-        for read, ids in encode_rows(rows(rejects, start=start), tokenizer, self._max_length, rejects):
-            if read.number not in heldout:
+        """(number, ids) of a pass's rows from `start` on. What cannot be used is counted in the first pass only."""
+        counted = self._rejects if self._run.first else self._elsewhere
+        rejects = counted if one.number == 0 else Rejects("skip")
+        order = one.order if self._limit is None else None  # the first rows of a source are those of one order
+        read_ones = rows(rejects, start=start, order=order, shard=one.shard)
+        for read, ids in encode_rows(read_ones, tokenizer, self._max_length, rejects):
+            if read.row.place not in heldout:
                 yield read.number, ids
-        seen["passes"] += 1
 
     def _compared(self) -> tuple[Stored, Stored]:
         """Training and held-out comparisons; no conversation begins alike in both."""
@@ -410,7 +415,10 @@ class TextTask:
             self._run.show(lambda colour: sample(demonstrations, self.base.tokenizer, colour=colour))
 
     def finish(self) -> None:
-        """Says what a stream has met since."""
+        """Says what a stream has met since, also the share of a stream that another host has read."""
+        for told in gather(self._elsewhere.told())[1:]:
+            if self._run.first:
+                self._rejects.hear(told)
         self._announce()
 
     def _row_width(self, longest: int) -> int:

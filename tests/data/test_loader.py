@@ -39,8 +39,10 @@ def drawn(batches, count, first=10):
 def opener(docs, rows=1):
     """A streamed source: every `rows`-th row can be used."""
 
-    def open_source(start):
-        return iter([(n * rows, doc) for n, doc in enumerate(docs) if n * rows >= start])
+    def open_source(start, one):
+        index, count = one.shard
+        numbered = zip(range(0, rows * len(docs), rows), docs, strict=True)
+        return iter([(n, doc) for n, doc in numbered if n >= start and n % count == index])
 
     return open_source
 
@@ -178,12 +180,56 @@ def test_a_streamed_source_without_rows_is_an_error_and_no_endless_search():
         next(streamed([]))
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """Six files of five texts; text n is in file n // 5."""
+    for file in range(6):
+        rows = [json.dumps({"text": str(5 * file + n)}) + "\n" for n in range(5)]
+        (tmp_path / f"part-{file}.jsonl").write_text("".join(rows))
+    return tmp_path
+
+
+def of_folder(folder, seed, shard=(0, 1)):
+    """The folder's texts as a stream, with no window that would shuffle them."""
+
+    def open_source(start, one):
+        assert one.shard == shard
+        for row in read_rows(str(folder), "text", Rejects(), start=start, order=one.order, shard=one.shard):
+            yield row.number, ([], [int(row.row.text) + 10, 2])
+
+    return streamed_batches([open_source], batch_size=1, length=2, pad_id=0, seed=seed, window=1, shard=shard)
+
+
+def test_each_pass_of_a_stream_has_an_order_of_files_of_its_own(folder):
+    batches = of_folder(folder, 0)
+    found = np.array([numbers(next(batches), 10) for _ in range(90)]).reshape(3, 6, 5)
+    orders = [tuple(one[:, 0] // 5) for one in found]
+    assert all(sorted(order) == list(range(6)) for order in orders) and len({*orders, tuple(range(6))}) == 4
+    assert all((one == one[:, :1] + np.arange(5)).all() for one in found)  # a file's rows stay in their order
+    other = of_folder(folder, 1)
+    assert [numbers(next(other), 10) for _ in range(30)] != found[0].reshape(30, 1).tolist()
+    # In the middle of the second pass another process goes on in the same order.
+    batches = of_folder(folder, 0)
+    for _ in range(43):
+        next(batches)
+    again = of_folder(folder, 0)
+    again.set_state(json.loads(json.dumps(batches.get_state())))
+    assert np.array([numbers(next(again), 10) for _ in range(47)]).tolist() == found.reshape(90, 1)[43:].tolist()
+
+
+def test_hosts_read_their_shares_of_one_order_of_files(folder):
+    shares = [of_folder(folder, 0, (host, 2)) for host in range(2)]
+    first = [numbers(next(share), 10) for _ in range(15) for share in shares]
+    batches = of_folder(folder, 0)
+    assert first == [numbers(next(batches), 10) for _ in range(30)]
+
+
 def test_a_stream_reads_one_window_ahead_and_no_further(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"text": str(n)}) + "\n" for n in range(10_000)))
     read = []
 
-    def open_source(start):
+    def open_source(start, one):
         for row in read_rows(str(path), "text", Rejects(), start=start):
             read.append(row.number)
             yield row.number, ([], [5, 6])

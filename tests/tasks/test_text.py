@@ -12,6 +12,7 @@ from experiments.stages import open_own, open_task
 from rlhf_jax import checkpoint, loop
 from rlhf_jax.cli import run_main
 from rlhf_jax.data.heldout import split_by_hash
+from rlhf_jax.data.rejects import Place, Rejects
 from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run
 from rlhf_jax.tasks import text
@@ -189,6 +190,36 @@ def test_a_stream_counts_bad_rows_as_it_meets_them(files, tmp_path, monkeypatch,
     flags = flags_of(files, run_dir=tmp_path / "stopped", steps=20, batch_size=4)
     shown = exits(monkeypatch, capsys, sft.main, sft.Config, [*flags, "--streaming"])
     assert f"{files['demonstrations']}:61: not JSON" in shown.splitlines()[-1]
+
+
+def test_a_stream_of_a_folder_holds_out_the_same_rows_whatever_the_order_of_its_files(files, tmp_path):
+    """And what other hosts have left out of their shares is counted at the end."""
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for part in range(4):
+        rows = [{"prompt": f"is it {n}?", "completion": f"yes {n}"} for n in range(10 * part, 10 * part + 10)]
+        lines(folder / f"{part}.jsonl", [*rows, {"prompt": "p", "completion": " "}])
+    cfg = sft.Config(**{**{name: files[name] for name in SFT_FILES}, "demonstrations": str(folder)}, streaming=True,
+                     on_bad_row="skip", run_dir=str(tmp_path / "task"))  # fmt: skip
+    with Run(tmp_path / "task", cfg, name="task") as run:
+        task = open_task(cfg, run)
+        data, tokenizer = task.demonstrations(), task.base.tokenizer
+
+        def texts(tokens):
+            return {tokenizer.decode(row[segments == s]).split("is it ")[1].split("?")[0]
+                    for row, segments in zip(tokens.inputs, tokens.segment_ids, strict=True)
+                    for s in range(1, segments.max() + 1)}  # fmt: skip
+
+        heldout, seen, batches = texts(data.validation), set(), data.batches(2, 0)
+        for _ in range(40):
+            seen |= texts(next(batches))
+        assert len(heldout) == 4 and seen == {str(n) for n in range(40)} - heldout
+        other = Rejects("skip")
+        other.reject(Place(str(folder / "0.jsonl"), 4), "too long", {})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(text, "gather", lambda told: [told, other.told()])
+            task.finish()
+    assert task._rejects.counts() == {"empty answer": 4, "too long": 1}
 
 
 def test_rankings_and_prompts_of_their_own(files, tmp_path):
