@@ -48,7 +48,7 @@ def test_each_answer_is_there_once_in_the_rankings_order(pairs, answers, groups)
 
 def test_single_answers_keep_their_labels():
     found = labelled([LabelledAnswer([3], [4, 2], True), LabelledAnswer([3, 5], [2], False)])
-    assert found.answers == [([3], [4, 2]), ([3, 5], [2])]
+    assert list(found.answers) == [([3], [4, 2]), ([3, 5], [2])]
     assert found.groups.tolist() == [[0], [1]] and found.good.tolist() == [[True], [False]]
     assert found.doubt.tolist() == [0.0, 0.0]
 
