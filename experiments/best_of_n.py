@@ -9,9 +9,11 @@ told without bias from one pool of n answers each, and in the controlled world t
 With --watch FOLDER or FILE.py:NAME another scorer, which chooses nothing, says what the chosen ones are worth: where
 its mean falls while the score rises, the reward is over-optimised.
 It writes best.jsonl to the run's folder: prompt, completion and score of the best answer to each prompt, which
-`sft.py --demonstrations` reads. Without files it runs SFT and the reward model in the controlled world first.
+`sft.py --demonstrations` reads; and pairs.jsonl: the best answer and a random one, which `dpo.py --comparisons` and
+`evaluate.py --preferences` read. Without files it runs SFT and the reward model in the controlled world first.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,8 +31,11 @@ from experiments.stages import open_rewards, open_task, policy_sampler
 from rlhf_jax.best_of_n import best_of_n_metrics, powers_up_to, sample_pools
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
 from rlhf_jax.data.tokens import take
+from rlhf_jax.hosts import from_first
 from rlhf_jax.log import Run
+from rlhf_jax.revision import asked_in
 from rlhf_jax.rewards.reward import Reward
+from rlhf_jax.row_file import read_rows
 from rlhf_jax.tasks.measure import (
     AnswerScorer,
     PolicySampler,
@@ -83,6 +88,16 @@ def measure(
     return metrics
 
 
+def write_pairs(best: Path, file: Path) -> int:
+    """Writes the best answers with a random one beside each as comparisons, where they differ; returns how many."""
+    rows = [row for row in read_rows(best) if row["completion"] != row["blind"]]
+    pairs = [
+        asked_in(row) | {"chosen": row["completion"], "rejected": row["blind"], "row": row["row"]} for row in rows
+    ]
+    file.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
+    return len(pairs)
+
+
 @on_mesh
 def main(cfg: Config) -> dict[str, float]:
     """Samples, measures on held-out prompts, writes the best answers, and returns the metrics."""
@@ -95,10 +110,12 @@ def main(cfg: Config) -> dict[str, float]:
             file = run.dir / "best.jsonl"
             count = write_picked(
                 run, "best_of_n", file, task, lambda prompts, part: sampler(task.base.params, prompts, 1000 + part),
-                score, cfg.n,
+                score, cfg.n, blind=True,
             )  # fmt: skip
+            pairs = from_first(lambda: write_pairs(file, run.dir / "pairs.jsonl"))
         run.say(f"best answers: {file} ({count} of {len(task.prompts().train.row)} prompts; the best answer to the"
                 " others is empty or does not end)")  # fmt: skip
+        run.say(f"with a random answer beside each: {run.dir / 'pairs.jsonl'} ({pairs} that differ)")
         run.summary(metrics)
     return metrics
 

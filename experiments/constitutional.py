@@ -42,6 +42,7 @@ from experiments.flags import (
     PromptFlags,
     RunFlags,
     SamplingFlags,
+    names,
     refuse_forms,
     refuse_without_files,
 )
@@ -51,14 +52,18 @@ from experiments.sft import SFT
 from experiments.stages import again_defaults, open_own, open_task, policy_sampler, train_preference
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
 from rlhf_jax.constitution import SHIPPED, Principle, read_constitution
+from rlhf_jax.data.conversations import message
+from rlhf_jax.data.formats import Comparison
 from rlhf_jax.data.pairs import paired
+from rlhf_jax.data.rejects import Place
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import UserError, at_least
+from rlhf_jax.evaluate import rate_metrics, win_rate
 from rlhf_jax.export import export_policy
 from rlhf_jax.hosts import from_first
 from rlhf_jax.log import Run
 from rlhf_jax.preference import Trained
-from rlhf_jax.pretrained import Pretrained
+from rlhf_jax.pretrained import Pretrained, load_reward_model
 from rlhf_jax.revision import (
     Reviser,
     as_conversation,
@@ -73,7 +78,9 @@ from rlhf_jax.revision import (
     texts_of,
 )
 from rlhf_jax.rewards.judge import both_orders, comparing, in_words
+from rlhf_jax.rewards.pairs import score_pairs
 from rlhf_jax.row_file import read_rows, write_parts
+from rlhf_jax.scoring import document_rewards
 from rlhf_jax.simulation import PRINCIPLES, Annotators, Revisers
 from rlhf_jax.tasks.measure import PolicySampler, compare_policies, make_policy_measure, make_token_scorer
 from rlhf_jax.tasks.simulated import World
@@ -99,6 +106,8 @@ class ConstitutionalFlags(Flags):
     """Conversations of the constitution that show a critique and a revision before each one that is asked for."""
     temperature: float = 1.0
     """The temperature of answers, critiques and revisions; a small model says more sense at 0.5."""
+    watch: str | tuple[str, ...] | None = None
+    """Folders of reward models that only score: how often each likes a revision better than the answer."""
 
     def __post_init__(self) -> None:
         at_least(self, revisions=0, examples=0, temperature=1e-3)
@@ -118,7 +127,7 @@ class Config(
     def __post_init__(self) -> None:
         """Raises UserError for flags about the form of files, and for those that nothing here would use."""
         refuse_forms(self, "demonstrations", "comparisons")
-        refuse_without_files(self, "constitution", "judge")
+        refuse_without_files(self, "constitution", "judge", "watch")
         if self.streaming:
             raise UserError("--streaming is not used here")
         super().__post_init__()
@@ -239,6 +248,37 @@ def log_revisions(run: Run, world: World, most: int = 2000) -> None:
         run.log("chains", number, {"utility": utility, "words": np.mean([len(text.split()) for text in texts])})
 
 
+def watch_revisions(cfg: Config, run: Run, batch_size: int) -> dict[str, float]:
+    """How often each watched reward model scores a revision higher than the answer, by the revision's number.
+
+    A revision that repeats the answer makes no pair. Raises UserError for a model that cannot be read.
+    """
+    chains = [row for row in read_rows(run.dir / "chains.jsonl") if all(texts_of(row))]
+    metrics: dict[str, float] = {}
+    run.inputs(watch=names(cfg.watch))
+    for folder in names(cfg.watch):
+        name, model = Path(folder).name, load_reward_model(folder, cfg.layout())
+        for note in model.notes:
+            run.say(note)
+        score, length = partial(document_rewards, model, batch_size=batch_size), model.config.max_length
+        for number in range(1, cfg.revisions + 1):
+            pairs = [revised_pair(row, number) for row in chains]
+            found = score_pairs(score, f"revision {number}", pairs, model.tokenizer, max_length=length)
+            for note in found.notes:
+                run.say(note)
+            rate, count = win_rate(found.chosen, found.rejected), len(found.kept)
+            metrics |= rate_metrics(f"{name}_prefers_revision_{number}", rate, count)
+            run.say(f"{name} prefers revision {number} to the answer in {rate.rate:.0%} of {count} chains")
+    return metrics
+
+
+def revised_pair(row: dict[str, Any], number: int) -> Comparison:
+    """A revision of a chain and its answer, as if the revision were preferred."""
+    texts = texts_of(row)
+    answers = tuple((message("assistant", texts[side]),) for side in (number, 0))
+    return Comparison(as_conversation(row["prompt"]), answers, (0, 1), Place("chains.jsonl", row["row"] + 1))
+
+
 def own_data(cfg: Config, task: Task, run: Run) -> TextTask:
     """Rows that this run writes, with the user's own, as a stage on its own reads them."""
     kinds = {"demonstrations": "revisions", "comparisons": "comparisons"}
@@ -333,9 +373,10 @@ def main(cfg: Config) -> dict[str, float]:
             write_revisions(run, run.dir / "chains.jsonl")
             if isinstance(task, World):
                 log_revisions(run, task)
+            preferred = watch_revisions(cfg, run, task.eval_batch_size)
             revised = task.base._replace(params=learn_revisions(cfg, task, data, run))
             compare_answers(task, run, drawing, revised.params, assistant, cfg.seed)
-            metrics = task.facts | assistant.metrics()
+            metrics = task.facts | preferred | assistant.metrics()
         trained = learn_preferences(cfg, task, data, run, sampler, revised)
         metrics |= {f"dpo_{name}": value for name, value in trained.metrics.items()}
         metrics |= {f"revised_{name}": float(x) for name, x in measure(revised.params, task.base.params, 300).items()}

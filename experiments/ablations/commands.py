@@ -137,6 +137,20 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
 
 
+def one_line(text: str, most: int = 160) -> str:
+    """A text as a cell of a table."""
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text if len(text) <= most else text[:most] + " …"
+
+
+def rate(found: dict[str, Any], name: str, digits: int = 0) -> str:
+    """A share with its interval, in per cent; "not run" where it is not there."""
+    if name not in found:
+        return "not run"
+    ends = (100 * found[f"{name}_low"], 100 * found[f"{name}_high"])
+    return f"{100 * found[name]:.{digits}f}% ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
+
+
 def curve(folder: Path, name: str, columns: Sequence[str]) -> list[list[str]]:
     """Steps and numbers of a run's metrics.jsonl, at most eight rows, evenly spread."""
     rows = [row for row in lines_of(folder / name / "metrics.jsonl") if all(key in row for key in columns)]

@@ -1,10 +1,11 @@
 """Human comparisons and a real model: reward models, DPO, SimPO and PPO, each judged by others.
 
 The rows of --comparisons (instruction, perhaps input, chosen, rejected) are cut: two fifths (A), two fifths (B), and
-prompts for PPO (P) and for the win rates (H). Reward models learn from A with three seeds; one more
-learns from B, with another seed, and judges. DPO and SimPO learn A; PPO follows the first reward model.
-Each policy is set beside the model that it came from: on H by the other reward model and by the model itself as a
-judge in both orders, and by IFEval and the perplexity of other texts, which nothing here trains.
+prompts for PPO (P) and for the win rates (H). Reward models learn from A with three seeds; one more learns from B,
+with another seed, and judges. DPO and SimPO learn A; PPO follows the first reward model, which also picks the best of
+sixteen answers of the model itself, beside a random one. Each policy is set beside the model that it came from: on H
+by the other reward model and by the model itself as a judge in both orders, and by IFEval and the perplexity of other
+texts, which nothing here trains.
     python experiments/ablations/real_preferences.py --model FOLDER --comparisons FILE \\
         --preferences FILE FILE --ifeval FILE --text FILE --run-dir runs/real
 Every run is a command of this project in a process of its own. What is finished is left alone, so the same call again
@@ -28,6 +29,8 @@ from experiments.ablations.commands import (
     finished,
     lines_of,
     make_study,
+    one_line,
+    rate,
     table,
 )
 from rlhf_jax.cli import run_main
@@ -36,6 +39,7 @@ from rlhf_jax.errors import UserError, at_least
 
 JUDGE, CHOOSER = "reward-model-b", "reward-model-0"
 POLICIES = ("dpo", "simpo", "ppo")
+BEST = "best-of-16"
 CUTS = {"a": 0.4, "b": 0.8, "prompts": 0.92, "heldout": 1.0}
 """The parts of the comparisons, each up to that share of the rows."""
 
@@ -123,6 +127,10 @@ def commands(cfg: Config, folder: Path) -> list[Command]:
     for name in [one.name for one in made] if cfg.preferences else []:
         flags = ("--reward-model", str(folder / name / "reward_model"), "--preferences", *cfg.preferences)
         made += [Command(f"{name}-test", "evaluate.py", (*flags, "--limit", str(cfg.limit), "--max-length", "512"))]
+    flags = ("--model", cfg.model, "--reward-model", chooser, "--watch", judge, "--prompts", heldout, "--n", "16")
+    made += [Command(BEST, "best_of_n.py", (*flags, "--max-length", "192", "--max-new-tokens", "64"))]
+    flags = ("--reward-model", judge, "--preferences", str(folder / BEST / "pairs.jsonl"), "--max-length", "512")
+    made += [Command(f"{BEST}-test", "evaluate.py", flags)]
     if cfg.ifeval or cfg.text:
         made += [Command("start-test", "evaluate.py", ("--model", cfg.model, *tests))]
     made += [preference("dpo"), beside_start("dpo"), preference("simpo"), beside_start("simpo")]
@@ -134,14 +142,6 @@ def commands(cfg: Config, folder: Path) -> list[Command]:
 
 
 # The page.
-
-
-def rate(found: dict[str, Any], name: str, digits: int = 0) -> str:
-    """A share with its interval, in per cent; "not run" where it is not there."""
-    if name not in found:
-        return "not run"
-    ends = (100 * found[f"{name}_low"], 100 * found[f"{name}_high"])
-    return f"{100 * found[name]:.{digits}f}% ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
 
 
 def reward_model_rows(cfg: Config, folder: Path) -> list[list[str]]:
@@ -195,18 +195,18 @@ def side_by_side(folder: Path, count: int = 4) -> str:
     return "\n\n".join(parts)
 
 
-def one_line(text: str, most: int = 160) -> str:
-    """A text as a cell of a table."""
-    text = " ".join(text.split()).replace("|", "\\|")
-    return text if len(text) <= most else text[:most] + " …"
-
-
 def page_parts(cfg: Config, folder: Path) -> list[str]:
     """Tables of what is finished."""
     tested = [Path(file).name.split(".")[0] for file in cfg.preferences]
     parts = ["## Reward models", table(
         ["", "own held-out pairs", "calibration error (by chance alone)", *tested], reward_model_rows(cfg, folder)
     )]  # fmt: skip
+    if (chosen := finished(folder, f"{BEST}-test")) is not None:
+        parts += [
+            f"Of sixteen answers of the start the one that {CHOOSER} likes best is liked better than a random one by"
+            f" {JUDGE} in {rate(chosen, 'pairs_accuracy')} of {chosen['pairs_accuracy_n']:.0f} prompts; the longer of"
+            f" the two is the chosen one in {rate(chosen, 'pairs_length_baseline')}."
+        ]
     parts += ["## Policies", table(
         ["", "wins by the other reward model", "wins by the judge", "judge agrees with itself", "words an answer",
          "answers that differ", "IFEval, strict", "perplexity of other texts"], policy_rows(folder)

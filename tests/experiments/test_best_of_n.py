@@ -45,6 +45,17 @@ def test_the_best_answers_are_written_and_scored_as_the_reward_has_it(done):
     assert all(row["best_of_n_score"] >= row["start_score"] and "start_utility" in row for row in examples)
 
 
+def test_the_best_answer_stands_beside_a_random_one(done):
+    """As comparisons, of the prompts where they are two."""
+    pairs = [json.loads(line) for line in (done[0] / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    wanted = [row for row in lines(done[0]) if row["completion"] != row["blind"]]
+    assert 0 < len(pairs) == len(wanted)
+    for pair, row in zip(pairs, wanted, strict=True):
+        assert pair == {"prompt": row["prompt"], "chosen": row["completion"], "rejected": row["blind"],
+                        "row": row["row"]}  # fmt: skip
+        assert len(pair["chosen"]) >= len(pair["rejected"])  # which is what the reward likes
+
+
 def test_a_run_that_was_cut_short_goes_on_to_the_same_file(flags, done, tmp_path):
     whole, folder = (done[0] / "best.jsonl").read_bytes(), tmp_path / "run"
     shutil.copytree(done[0], folder)

@@ -2,9 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from experiments import constitutional
 from experiments.dpo import DPO
@@ -13,7 +16,7 @@ from rlhf_jax import revision
 from rlhf_jax.constitution import read_constitution
 from rlhf_jax.errors import UserError
 from rlhf_jax.metrics import read_metrics
-from rlhf_jax.models import load_hf
+from rlhf_jax.models import from_language_model, load_hf, save_hf_reward_model
 
 FLAGS = {"eval_batch_size": 64, "sft": SFT(steps=2, batch_size=8), "dpo": DPO(steps=2, batch_size=8)}
 
@@ -80,10 +83,23 @@ def test_on_real_text_with_demonstrations_and_comparisons(stories, tmp_path, mon
     said = revision.read
     for module in (revision, constitutional):
         monkeypatch.setattr(module, "read", lambda *some: [one._replace(ended=True) for one in said(*some)])
-    metrics = constitutional.main(cfg)
+    config, params = load_hf(stories)
+    rewards = from_language_model(params, jax.random.key(1), config)
+    save_hf_reward_model(tmp_path / "watching", config, rewards, tokenizer=AutoTokenizer.from_pretrained(stories))
+    # Its taste is known here: it likes the longer one.
+    monkeypatch.setattr(constitutional, "document_rewards", lambda model, documents, batch_size: np.array(
+        [float(len(response)) for _, response in documents]))  # fmt: skip
+    metrics = constitutional.main(replace(cfg, watch=str(tmp_path / "watching")))
     folder = tmp_path / "run"
     chains = rows(folder, "chains")
     assert all(chain["revisions"][0]["critique"] for chain in chains) and len(rows(folder, "revisions")) == len(chains)
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    lengths = [[len(tokenizer(text)["input_ids"]) for text in revision.texts_of(chain)] for chain in chains]
+    pairs = [
+        (a, b) for (a, b), texts in zip(lengths, map(revision.texts_of, chains), strict=True) if len(set(texts)) == 2
+    ]
+    assert metrics["watching_prefers_revision_1_n"] == len(pairs) > 0
+    assert metrics["watching_prefers_revision_1"] == np.mean([0.5 * (b > a) + 0.5 * (b >= a) for a, b in pairs])
     questions = read_constitution(constitutional.SHIPPED).questions
     assert {row["question"] for row in rows(folder, "comparisons")} <= set(questions)
     data = json.loads((folder / "run.json").read_text())["data"]
@@ -99,6 +115,7 @@ def test_on_real_text_with_demonstrations_and_comparisons(stories, tmp_path, mon
     ("flags", "message"),
     [
         ({"constitution": "x.json"}, "--constitution is not used without files"),
+        ({"watch": "x"}, "--watch is not used without files"),
         ({"judge": "x"}, "--judge is not used without files"),
         ({"comparisons": "f", "comparisons_columns": ("a=b",)}, "--comparisons-columns cannot be given here"),
         ({"streaming": True}, "--streaming is not used here"),

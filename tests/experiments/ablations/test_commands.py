@@ -2,11 +2,12 @@
 
 import importlib
 import json
+from dataclasses import replace
 
 import pytest
 import tyro
 
-from experiments.ablations import commands, real_preferences, real_sums
+from experiments.ablations import commands, real_constitution, real_preferences, real_sums
 from experiments.ablations.commands import Command, finished, run_missing
 from rlhf_jax.cli import run_main
 from rlhf_jax.errors import UserError
@@ -24,6 +25,9 @@ STUDIES = {
     "preferences": (real_preferences, real_preferences.Config(
         model="M", comparisons="F", preferences=("HH", "B"), ifeval="I", text="T", run_dir="runs/x",
     )),
+    "constitution": (real_constitution, real_constitution.Config(
+        model="M", comparisons="F", asked="G", constitution="C", run_dir="runs/x",
+    )),
     "sums": (real_sums, real_sums.Config(model="M", run_dir="runs/x", seeds=2)),
 }  # fmt: skip
 
@@ -32,7 +36,7 @@ STUDIES = {
 def test_the_experiments_take_every_command(name, tmp_path):
     study, cfg = STUDIES[name]
     made = study.commands(cfg, tmp_path)
-    assert len({one.name for one in made}) == len(made) >= 10
+    assert len({one.name for one in made}) == len(made) >= (2 if name == "constitution" else 10)
     for one in made:
         config = importlib.import_module(f"experiments.{one.experiment.removesuffix('.py')}").Config
         tyro.cli(config, args=[*one.flags, "--run-dir", "x"])
@@ -68,6 +72,22 @@ def test_parts_have_no_prompt_in_common(tmp_path):
         real_preferences.cut(cfg, tmp_path)
 
 
+def test_the_prompts_of_a_constitution_are_first_turns(tmp_path):
+    file = tmp_path / "hh.jsonl"
+    turns = ["how?", "how?", "why " * 50, "", "when?", "who?", "where?"]
+    rows = [
+        {"chosen": f"\n\nHuman: {text}\n\nAssistant: so.\n\nHuman: no\n\nAssistant: ah", "rejected": "x"}
+        for text in turns
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = real_constitution.Config(model="M", comparisons="F", asked=str(file), prompts=4, run_dir=str(tmp_path))
+    real_constitution.write_prompts(cfg, tmp_path)
+    asked = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert asked == ["how?", "when?", "who?", "where?"]
+    with pytest.raises(UserError, match="4 first turns of at most 120 characters, not 5"):
+        real_constitution.write_prompts(replace(cfg, prompts=5), tmp_path)
+
+
 def test_what_is_finished_is_left_alone_and_what_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
     program = PROGRAM
     (tmp_path / "one.py").write_text(program)
@@ -83,7 +103,7 @@ def test_what_is_finished_is_left_alone_and_what_fails_leaves_the_others(tmp_pat
     assert finished(tmp_path / "runs", "good") == {"resumed": False}  # and this one was not run again
 
 
-@pytest.mark.parametrize("study", [real_preferences, real_sums])
+@pytest.mark.parametrize("study", [real_constitution, real_preferences, real_sums])
 def test_a_study_without_a_model_is_one_line(study, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["study.py"])
     with pytest.raises(SystemExit) as ended:
