@@ -40,7 +40,7 @@ from rlhf_jax.tasks.rewards import Rewards, load_reference, load_rewards
 from rlhf_jax.tasks.simulated import World
 from rlhf_jax.tasks.task import Comparisons, Task
 from rlhf_jax.tasks.text import Source, TextTask
-from rlhf_jax.train import keep_freed_memory
+from rlhf_jax.train import give_back_freed_memory, keep_freed_memory
 from rlhf_jax.types import Params
 
 MEMBERS = 4
@@ -107,8 +107,10 @@ def open_task(cfg: Any, run: Run, *, first: str | None = None) -> Task:
         return world
     if cfg.model is None:
         raise UserError(f"--{next(iter(files))} needs --model: a Hugging Face folder or hub name to start from")
+    base = say_notes(run, load_policy(cfg.model, cfg.layout()))
+    give_back_freed_memory(base.params)
     return TextTask(
-        say_notes(run, load_policy(cfg.model, cfg.layout())), run, files, seed=cfg.seed, max_length=cfg.max_length,
+        base, run, files, seed=cfg.seed, max_length=cfg.max_length,
         max_new_tokens=cfg.max_new_tokens, eval_batch_size=cfg.eval_batch_size, limit=cfg.limit,
         heldout=cfg.heldout, on_bad_row=cfg.on_bad_row, streaming=getattr(cfg, "streaming", False),
         shuffle_window=getattr(cfg, "shuffle_window", None), rows_cache=cfg.rows_cache, num_proc=cfg.num_proc,

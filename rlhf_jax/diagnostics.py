@@ -1,6 +1,6 @@
 """Signs of what goes wrong in RLHF: reward hacking, mode collapse, length bias, a useless critic."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -72,15 +72,51 @@ def gao_fit(kl: ArrayLike, reward: ArrayLike) -> GaoFit:
     an estimate put below 0 counts as 0. Raises ValueError with fewer than 3 finite points at a positive KL.
     Reference: Gao et al. 2023, §3.1, https://arxiv.org/abs/2210.10760.
     """
+    return GaoFit(*_least_squares(_gao_features, kl, reward))
+
+
+class BestOfNFit(NamedTuple):
+    """R(d) = d (α − β d)."""
+
+    alpha: float
+    beta: float
+    r2: float
+    """That of `GaoFit`."""
+
+    def __call__(self, kl: ArrayLike) -> Float[np.ndarray, " N"]:
+        """The fitted reward at each KL."""
+        return _best_of_n_features(kl) @ np.array([self.alpha, self.beta])
+
+
+def best_of_n_fit(kl: ArrayLike, reward: ArrayLike) -> BestOfNFit:
+    """Fits the gold reward of the best of n against its distance, d = √KL, from what is sampled.
+
+        R_bon(d) = d (α_bon − β_bon d)
+
+    In all else it is `gao_fit`. Raises ValueError with fewer than 3 finite points at a positive KL.
+    Reference: Gao et al. 2023, eq. 1, https://arxiv.org/abs/2210.10760.
+    """
+    return BestOfNFit(*_least_squares(_best_of_n_features, kl, reward))
+
+
+def _best_of_n_features(kl: ArrayLike) -> Float[np.ndarray, "N 2"]:
+    squared = np.maximum(np.asarray(kl, np.float64), 0.0)
+    return np.stack([np.sqrt(squared), -squared], axis=-1)
+
+
+def _least_squares(
+    features_of: Callable[[ArrayLike], np.ndarray], kl: ArrayLike, reward: ArrayLike
+) -> tuple[float, float, float]:
+    """(α, β, R²)."""
     points = np.stack([np.asarray(kl, np.float64), np.asarray(reward, np.float64)])
     x, y = points[:, np.isfinite(points).all(axis=0)]
     if np.sum(x > 0) < 3:
         raise ValueError("the fit needs at least 3 finite points at a positive KL")
-    features = _gao_features(x)
+    features = features_of(x)
     (alpha, beta), *_ = np.linalg.lstsq(features, y, rcond=None)
     residual = np.sum((y - features @ np.array([alpha, beta])) ** 2)
     total = np.sum((y - y.mean()) ** 2)
-    return GaoFit(float(alpha), float(beta), float(1 - residual / total) if total > 0 else float("nan"))
+    return float(alpha), float(beta), float(1 - residual / total) if total > 0 else float("nan")
 
 
 def distinct_n(texts: Sequence[Sequence], n: int) -> float:

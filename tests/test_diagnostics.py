@@ -5,6 +5,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from rlhf_jax.diagnostics import (
+    best_of_n_fit,
     collapsed,
     distinct_n,
     duplicate_share,
@@ -37,6 +38,16 @@ def test_gao_fit_finds_the_curve_it_was_given():
     assert_allclose(fit(kl), reward, atol=1e-9)
     grid = np.linspace(1, 60, 100_000)
     assert_allclose(fit.peak_kl, grid[np.argmax(fit(grid))], rtol=1e-3)
+
+
+def test_the_fit_of_the_best_of_n_finds_its_curve():
+    kl = np.array([0.0, 0.2, 0.6, 1.2, 1.8, 3.0])
+    d = np.sqrt(kl)
+    fit = best_of_n_fit(kl, d * (1.5 - 0.4 * d))
+    np.testing.assert_allclose([fit.alpha, fit.beta, fit.r2], [1.5, 0.4, 1.0], rtol=1e-9)
+    np.testing.assert_allclose(fit([4.0]), [2 * (1.5 - 0.8)])
+    with pytest.raises(ValueError, match="at least 3 finite points"):
+        best_of_n_fit([0.0, 1.0], [0.0, 1.0])
 
 
 def test_gao_fit_by_hand_and_its_r2():

@@ -4,28 +4,32 @@ An ablation names its variants, each a NamedTuple of numbers and words, and hand
     prepare(cfg, seed, run)                      what all variants of a seed share: a world, SFT, a reward model
     one(cfg, prepared, seed, variant, run)       {name: a number, or a list of numbers: a curve}
     present(cfg, cells)                          the tables and the panels of the figure
-A variant of a seed is a cell. Finished cells are files in the run's folder; --resume makes the others. A cell that
-other flags made is refused. A cell that fails leaves the others to be made: the table names it, the exit code is 1.
+Its CLAIMS, if it has any, are decided on its page. A variant of a seed is a cell. Finished cells are files in the
+run's folder; --resume makes the others. A cell that other flags made is refused. A cell that fails leaves the others
+to be made: the table names it, the exit code is 1.
 """
 
 import json
 import math
 import multiprocessing
 import os
+import sys
 import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.ablations.claims import decide, verdict_words
 from experiments.ablations.grid_results import (
     Cells,
     Page,
@@ -35,6 +39,7 @@ from experiments.ablations.grid_results import (
     tables_markdown,
     variant_name,
 )
+from experiments.ablations.records import claims_of, write_record
 from experiments.flags import Flags
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.folder import flat, read_json, write_json
@@ -46,6 +51,8 @@ Present = Callable[[Any, Cells], Page]
 
 SHARED = "shared"
 """The folder of what `prepare` does for a seed."""
+QUICK_STEPS = {"sft": 200, "ppo": 6, "preference": 20}
+"""Steps of the stages of a quick run. A reward model has as many as its comparisons make."""
 SECONDS_TO_END = 10.0
 """How long processes that are told to end may take, to save what they have."""
 
@@ -66,10 +73,25 @@ class GridFlags(Flags):
     """Resume although flags differ. Cells that were made with other flags are refused all the same."""
     jobs: int = 2
     """Seeds that run at once, each in a process. 0: one after the other in this process; use it on an accelerator."""
+    quick: bool = False
+    """One seed, a small world, few steps: in minutes it shows that the file runs, and it decides nothing."""
+    common: str = "runs/common"
+    """The folder that keeps what ablations have in common, such as a seed's SFT; none: make it each time."""
+    publish: bool = False
+    """Write the page, its figure and its numbers into experiments/results/, too."""
 
     def __post_init__(self) -> None:
+        """Raises UserError for numbers out of range, and for a quick run that is to be published."""
         at_least(self, seed=0, seeds=1, jobs=0)
+        if self.quick and self.publish:
+            raise UserError("--quick decides nothing, so there is nothing to --publish")
         super().__post_init__()
+
+    def hurried(self) -> Any:
+        """The flags of a quick run: one seed, and few steps in each stage."""
+        steps = {name: replace(getattr(self, name), steps=few) for name, few in QUICK_STEPS.items()
+                 if hasattr(self, name)}  # fmt: skip
+        return replace(self, seeds=1, **steps)
 
 
 @dataclass(frozen=True)
@@ -116,12 +138,13 @@ def run_grid(
     prepare: Prepare | None = None,
     axes: tuple[str, ...] = (),
 ) -> dict[str, float]:
-    """Makes the cells that are missing, then table.md, table.json and <name>.svg; returns each variant's means.
+    """Makes the cells that are missing, then page.md, table.json and <name>.svg; returns each variant's means.
 
     `cfg` has the `GridFlags`; `axes` are the flags that only say which variants there are, so that a resumed run may
     have others. `prepare` and `one` are functions of a module, for other processes have to find them. Raises UserError
     for variants of the same name and for cells that other flags made; at the end SystemExit if cells are missing.
     """
+    cfg = cfg.hurried() if cfg.quick else cfg
     names = [variant_name(variant) for variant in variants]
     if len(set(names)) < len(names) or not names:
         raise UserError(f"{name}: each variant is to be named once, and these are {', '.join(names) or 'none'}")
@@ -134,7 +157,7 @@ def run_grid(
         failed = make_missing(works, cfg.jobs, run)
         cells = collect(works, failed)
         if cells.values:
-            metrics = write_results(run, name, cells, present(cfg, cells))
+            metrics = write_results(run, name, cells, present(cfg, cells), sys.modules[one.__module__], cfg.publish)
         if cells.missing:
             raise SystemExit(f"error: {missing_line(cells)} --run-dir {run.dir} --resume tries again.")
     return metrics
@@ -142,7 +165,7 @@ def run_grid(
 
 def learned_flags(cfg: Any, axes: tuple[str, ...]) -> dict[str, Any]:
     """The flags that a cell's numbers depend on, beside its seed and variant, as JSON has them."""
-    own = {*GridFlags.__dataclass_fields__, *axes}
+    own = {*GridFlags.__dataclass_fields__, *axes} - ({"quick"} if cfg.quick else set())
     return json.loads(json.dumps({name: x for name, x in asdict(cfg).items() if name not in own}, default=str))
 
 
@@ -319,8 +342,10 @@ def live(work: Work, link: Connection) -> None:
 # What is written.
 
 
-def write_results(run: Run, name: str, cells: Cells, page: Page) -> dict[str, float]:
-    """table.md, table.json, the figure and summary.json; returns the summary: each variant's means."""
+def write_results(
+    run: Run, name: str, cells: Cells, page: Page, module: ModuleType, publish: bool
+) -> dict[str, float]:
+    """table.md, table.json, the figure, page.md and summary.json; returns the summary: each variant's means."""
     (run.dir / "table.md").write_text(tables_markdown(page, cells), encoding="utf-8")
     summary = summarize(cells)
     write_json(run.dir / "table.json", summary)
@@ -328,6 +353,10 @@ def write_results(run: Run, name: str, cells: Cells, page: Page) -> dict[str, fl
         draw(page.panels, run.dir / f"{name}.svg")
         run.say(f"figure: {run.dir / f'{name}.svg'}")
     run.say(tables_markdown(page, cells))
+    run.say(f"page: {write_record(run.dir, name, module, cells, page, publish=publish and not cells.missing)}")
+    for claim in claims_of(module):
+        found, agrees = verdict_words(claim, decide(claim, cells))
+        run.say(f"{claim.text} ({claim.source}): {found}; agrees: {agrees or 'not made'}")
     metrics = {
         f"{variant}_{number}": math.nan if found["mean"] is None else found["mean"]
         for variant, numbers in summary["variants"].items()

@@ -1,6 +1,7 @@
 """The controlled world as a task: demonstrators with a ceiling, annotators who agree 73% of the time, true utility."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -62,17 +63,22 @@ class World:
         base: Pretrained | None = None,
         precision: Precision = FLOAT32,
         sizes: Sizes | None = None,
+        demonstrators: Demonstrators | None = None,
+        annotators: Annotators | None = None,
     ) -> None:
-        """`base` is the model to start from, by default a new one.
+        """`base` is the model to start from, by default a new one. `annotators` have their biases; their noise follows
+        from how often two of them agree.
 
         Raises UserError for a model whose vocabulary is not that of the world.
         """
         sizes = SIZES if sizes is None else sizes
-        self._seed, self._rng = seed, np.random.default_rng([seed, 0])
-        rng = self._rng
+        self._seed, self.rng = seed, np.random.default_rng([seed, 0])
+        self._demonstrators = Demonstrators() if demonstrators is None else demonstrators
+        self._annotators = replace(Annotators(noise=0.0) if annotators is None else annotators, noise=0.0)
+        rng = self.rng
         self.base = _new_model(sizes.layers, precision) if base is None else _with_words_of_the_world(base)
         self.max_new_tokens = ANSWER_LENGTH
-        self._sizes = sizes
+        self.sizes = sizes
 
         pairs, written = self._demonstrate(draw_problems(rng, sizes.demonstrations))
         self._demonstrations = pack_sequences(pairs, length=PACKED_LENGTH, pad_id=self.base.pad_id)
@@ -167,8 +173,8 @@ class World:
         """Annotators two of whom agree 73% of the time on pairs of the sampler's answers."""
         prompts = take(self._compared_heldout, np.repeat(np.arange(len(self._compared_heldout.row)), 2))
         answers = sampler(prompts, 2)
-        seen = Annotators(noise=0.0).perceive(self.judge(prompts, answers), self.base.read_answers(answers))
-        return Annotators(noise=calibrate_noise(seen.reshape(-1, 2) @ np.array([1.0, -1.0]), AGREEMENT))
+        seen = self._annotators.perceive(self.judge(prompts, answers), self.base.read_answers(answers))
+        return replace(self._annotators, noise=calibrate_noise(seen.reshape(-1, 2) @ np.array([1.0, -1.0]), AGREEMENT))
 
     def rank_texts(
         self, annotators: Annotators, prompts: Sequence[str], answers: Sequence[Sequence[str]], number: int
@@ -186,9 +192,9 @@ class World:
 
     def comparisons(self, sampler: Sampler) -> Comparisons:
         """The annotators' rankings of the sampler's answers. Each call asks annotators of their own."""
-        train, noise, _ = self._rank(sampler, 0, self._compared, self._sizes.ranked, None)
+        train, noise, _ = self._rank(sampler, 0, self._compared, self.sizes.ranked, None)
         heldout, _, facts = self._rank(sampler, 1, self._compared_heldout, 2, noise)
-        return Comparisons(train, self._lay(heldout), facts, self._lay, packed=False)
+        return Comparisons(train, self.lay(heldout), facts, self.lay, packed=False)
 
     def _rank(
         self, sampler: Sampler, number: int, prompts: Prompts, count: int, noise: float | None
@@ -196,12 +202,12 @@ class World:
         repeated = take(prompts, np.repeat(np.arange(len(prompts.row)), count))
         answers = sampler(repeated, number)
         texts = self.base.read_answers(answers)
-        perceived = Annotators(noise=0.0).perceive(self.judge(repeated, answers), texts).reshape(-1, count)
+        perceived = self._annotators.perceive(self.judge(repeated, answers), texts).reshape(-1, count)
         differences = perceived[:, 0] - perceived[:, 1]
         if noise is None:
             noise = calibrate_noise(differences, AGREEMENT)
-        annotators = Annotators(noise=noise)
-        ranks, again = (annotators.rank(self._rng, perceived) for _ in range(2))
+        annotators = replace(self._annotators, noise=noise)
+        ranks, again = (annotators.rank(self.rng, perceived) for _ in range(2))
         facts = {
             "annotator_noise": noise,
             "annotator_agreement_expected": agreement_rate(differences, noise),
@@ -216,7 +222,8 @@ class World:
         ]
         return rankings, noise, facts
 
-    def _lay(self, rankings: Sequence[RankedAnswers]) -> Rankings:
+    def lay(self, rankings: Sequence[RankedAnswers]) -> Rankings:
+        """The batch of some rankings."""
         return join_rankings(
             rankings, prompt_length=PROMPT_LENGTH, answer_length=ANSWER_LENGTH, pad_id=self.base.pad_id
         )
@@ -238,8 +245,8 @@ class World:
 
     def _demonstrate(self, problems: list[Problem]) -> tuple[list[tuple[list[int], list[int]]], np.ndarray]:
         """(prompt, answer) in ids, and the true utility of each answer."""
-        prompts, people = self._encode(problems), Demonstrators()
-        texts = [people.write(self._rng, p) for p in problems]
+        prompts = self._encode(problems)
+        texts = [self._demonstrators.write(self.rng, problem) for problem in problems]
         tokenizer = self.base.tokenizer
         answers = self._ids(texts)
         pairs = [

@@ -13,12 +13,15 @@ from experiments import dpo, iterate, ppo, reward_model, sft
 from experiments.ablations import (
     constitution,
     ensemble,
+    imitation,
     kl_coefficient,
     memory,
     methods,
     precision,
     preference_losses,
+    reward_data,
     rounds,
+    tails,
     verifiable,
 )
 from experiments.ablations.grid_results import Cells
@@ -38,8 +41,9 @@ PPO = ppo.PPO(steps=9, responses=8, epochs=1, minibatches=1)
 
 
 @pytest.fixture(autouse=True)
-def tiny_world(monkeypatch):
+def tiny_world(monkeypatch, tmp_path):
     monkeypatch.setattr(simulated, "SIZES", SIZES)
+    monkeypatch.chdir(tmp_path)  # what is common is kept there
 
 
 @pytest.fixture(scope="module")
@@ -384,3 +388,52 @@ def test_rounds(tmp_path):
     assert len(list((folder / "seed-0" / "disagreement").glob("round-*/comparisons.jsonl"))) == 2
     with pytest.raises(UserError, match="17 labels do not divide into 2 rounds"):
         rounds.Config(rounds=2, labels=17)
+
+
+def test_imitation(tmp_path):
+    """Fewer demonstrations are the first rows of all; the prompt is learned where it is to be."""
+    cfg = imitation.Config(run_dir=str(tmp_path / "run"), jobs=0, seeds=1, counts=(8, 128), sft=SFT)
+    imitation.main(cfg)
+    cells = cells_of(tmp_path / "run")
+    assert set(cells) == {f"{who}-number-{n}-answer" for who in ("careless", "careful") for n in (8, 128)} | {
+        "careless-number-128-all"
+    }
+    careless, careful = (cells[f"{who}-number-128-answer"] for who in ("careless", "careful"))
+    assert careful["demonstrators_utility"] > careless["demonstrators_utility"]
+    assert cells["careless-number-8-answer"]["epochs"] >= 8 * careless["epochs"]
+    (table,) = tables_of(tmp_path / "run")
+    assert len(table) == 2 + 5
+    rows = simulated.World(0).demonstrations().train
+    learned = imitation.with_prompts(rows)
+    for row in range(3):
+        for document in range(1, rows.segment_ids[row].max() + 1):
+            inside = np.flatnonzero(rows.segment_ids[row] == document)
+            assert learned.mask[row, inside[:-1]].all() and not learned.mask[row, inside[-1]]
+            assert rows.mask[row, inside[:-1]].sum() < len(inside) - 1
+    assert not learned.mask[rows.segment_ids == 0].any()
+
+
+def test_reward_data(tmp_path):
+    cfg = reward_data.Config(
+        run_dir=str(tmp_path / "run"), jobs=0, seeds=1, sizes=("2x8", "4x16"), n=8, prompts=32, sft=SFT,
+        reward_model=reward_model.RewardModel(epochs=1, prompts_per_step=8),
+    )  # fmt: skip
+    reward_data.main(cfg)
+    few, many = (cells_of(tmp_path / "run")[size] for size in ("2x8", "4x16"))
+    assert (few["labels"], many["labels"]) == (16, 64) and few["ceiling"] == many["ceiling"]
+    # The first of each pool is the same policy's answer; the best of more never has a lower proxy.
+    assert few["gold"][0] == many["gold"][0] and few["distance"] == many["distance"]
+    assert all(np.diff(cell["proxy"]).min() >= 0 and len(cell["gold"]) == 4 for cell in (few, many))
+
+
+def test_tails(tmp_path):
+    cfg = tails.Config(
+        run_dir=str(tmp_path / "run"), jobs=0, seeds=1, errors=("normal", "t1"), n=64, prompts=32, sft=SFT
+    )  # fmt: skip
+    tails.main(cfg)
+    light, heavy = (cells_of(tmp_path / "run")[error] for error in ("normal", "t1"))
+    assert light["start"] == heavy["start"] and heavy["proxy_3"] > 2 * light["proxy_3"]
+    assert all(np.diff([cell[f"proxy_{nats:g}"] for nats in tails.BUDGETS]).min() > 0 for cell in (light, heavy))
+    scores = np.random.default_rng(0).normal(size=(16, 256))
+    for nats in (0.3, 2.0):
+        assert tails.optimum(scores, tails.beta_for(scores, nats)).kl == pytest.approx(nats, abs=1e-6)

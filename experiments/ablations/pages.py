@@ -1,0 +1,104 @@
+"""The claims of all published ablations: README's table, what of it is older than its code, and whether it stands.
+
+    python experiments/ablations/pages.py            writes the table into README.md, and says what has changed since
+    python experiments/ablations/pages.py --check    decides each claim again from the stored numbers
+With --check the exit code is 1 where a claim, its verdict or README's table is not what is stored. An ablation's page
+is written by its own command, with --publish.
+"""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from experiments.ablations.claims import decide, verdict_words
+from experiments.ablations.records import RESULTS, ROOT, cells_of, changed_since, claims_of, read_record
+from experiments.flags import Flags
+from rlhf_jax.cli import run_main
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- claims: written by experiments/ablations/pages.py -->\n", "<!-- end of claims -->\n"
+
+
+@dataclass(frozen=True)
+class Config(Flags):
+    """The pages of all ablations."""
+
+    check: bool = False
+    """Write nothing; exit code 1 where something is not what is stored."""
+
+
+def published() -> Iterator[tuple[dict[str, Any], ModuleType]]:
+    """Each record with the module of its ablation, by name."""
+    for path in sorted(RESULTS.glob("*.json")):
+        record = read_record(path)
+        if record is not None:
+            yield record, module_of(record["ablation"])
+
+
+def module_of(name: str) -> ModuleType:
+    """The module of an ablation."""
+    return importlib.import_module(f"experiments.ablations.{name}")
+
+
+def claims_markdown() -> str:
+    """A row a claim, of all records."""
+    rows = [["claim", "source", "here", "agrees", "page"], ["---"] * 5]
+    for record, module in published():
+        cells, name = cells_of(record, module), record["ablation"]
+        for claim in claims_of(module):
+            found, agrees = verdict_words(claim, decide(claim, cells))
+            rows.append([claim.text, claim.source, found, agrees, f"[{name}.py](experiments/results/{name}.md)"])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def with_table(readme: str, table: str) -> str:
+    """README's text with the table between its marks."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + table + END + after
+
+
+def differences() -> list[str]:
+    """Where a stored verdict is not what the stored numbers and the claims of today say."""
+    found = []
+    for record, module in published():
+        cells, name = cells_of(record, module), record["ablation"]
+        now = [{"text": claim.text, "stands": verdict and verdict.stands}
+               for claim, verdict in ((claim, decide(claim, cells)) for claim in claims_of(module))]  # fmt: skip
+        found += [f"{name}: {claim['text']!r} is not stored with this verdict: {claim['stands']}"
+                  for claim in now if claim not in record["claims"]]  # fmt: skip
+        texts = [claim["text"] for claim in now]
+        found += [f"{name}: {claim['text']!r} is stored, and no claim any more" for claim in record["claims"]
+                  if claim["text"] not in texts]  # fmt: skip
+    if README.exists() and with_table(README.read_text(encoding="utf-8"), claims_markdown()) != README.read_text(
+        "utf-8"
+    ):
+        found.append("README.md: its table of claims is another one; pages.py writes it")
+    return found
+
+
+def main(cfg: Config) -> None:
+    """Writes README's table, or checks it. Raises SystemExit where --check finds a difference."""
+    for record, _ in published():
+        changed = changed_since(record)
+        since = f"{len(changed)} of {len(record['files'])} files have changed since: {', '.join(changed[:5])}"
+        made = f"{record['ablation']}: {record['day']}, {record['minutes']:g} minutes, {len(record['seeds'])} seeds"
+        print(f"{made}; {since + (', …' if len(changed) > 5 else '') if changed else 'of this code'}")
+    if cfg.check:
+        wrong = differences()
+        if wrong:
+            raise SystemExit("error: " + "\n".join(wrong))
+    else:
+        README.write_text(with_table(README.read_text(encoding="utf-8"), claims_markdown()), encoding="utf-8")
+    print(claims_markdown(), end="")
+
+
+if __name__ == "__main__":
+    run_main(main, Config)

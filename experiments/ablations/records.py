@@ -1,0 +1,144 @@
+"""A grid after its run's folder is gone: its page, its figure, and the numbers that decide its claims.
+
+`--publish` puts them into experiments/results/. A record has the hash of each file of this project that the run had
+imported, so that a page can say what has changed since.
+"""
+
+import ast
+import hashlib
+import inspect
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from experiments.ablations.claims import Claim, claims_table, decide
+from experiments.ablations.grid_results import Cells, Page, tables_markdown
+from rlhf_jax.folder import read_json, write_json
+from rlhf_jax.provenance import commit_in_words
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "experiments" / "results"
+
+
+def write_record(folder: Path, name: str, module: ModuleType, cells: Cells, page: Page, *, publish: bool) -> Path:
+    """Writes page.md and record.json to a run's folder, and into the results under the ablation's name to `publish`.
+
+    Returns the page that was written last.
+    """
+    sessions = read_json(folder / "run.json")["sessions"]
+    claims = claims_of(module)
+    record = {
+        "ablation": name,
+        "seeds": list(cells.seeds),
+        "variants": [variant._asdict() for variant in cells.variants],
+        "cells": [
+            {"seed": seed, "variant": cells.variants.index(variant), "values": numbers_only(values)}
+            for (seed, variant), values in cells.values.items()
+        ],
+        "claims": [{"text": claim.text, "stands": verdict and verdict.stands}
+                   for claim, verdict in ((claim, decide(claim, cells)) for claim in claims)],
+        "minutes": round(minutes(sessions), 1),
+        "commit": commit_in_words(sessions[-1]),
+        "day": str(sessions[-1]["start"])[:10],
+        "packages": {package: sessions[-1]["packages"][package] for package in ("jax", "numpy")},
+        "devices": sessions[-1]["devices"],
+        "files": imported_files(),
+    }  # fmt: skip
+    text = page_text(name, module, record, claims, cells, page)
+    (folder / "page.md").write_text(text, encoding="utf-8")
+    write_json(folder / "record.json", record)
+    if not publish:
+        return folder / "page.md"
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+    write_json(RESULTS / f"{name}.json", record)
+    if page.panels:
+        shutil.copyfile(folder / f"{name}.svg", RESULTS / f"{name}.svg")
+    return RESULTS / f"{name}.md"
+
+
+def page_text(
+    name: str, module: ModuleType, record: dict[str, Any], claims: Sequence[Claim], cells: Cells, page: Page
+) -> str:
+    """The page: what the file says of itself, its claims, its figure and tables, and how they were made."""
+    title, _, rest = inspect.cleandoc(module.__doc__ or name).partition("\n")
+    parts = [f"# {title}", rest.strip()]
+    if claims:
+        table = claims_table(claims, cells)
+        parts += ["## Claims", tables_markdown(Page([table]), cells)]
+    if page.panels:
+        parts.append(f"![{', '.join(panel.title for panel in page.panels)}]({name}.svg)")
+    parts += ["## Numbers", tables_markdown(page, cells)]
+    line = shlex.join(["python", f"experiments/ablations/{name}.py", *sys.argv[1:]])
+    packages = ", ".join(f"{package} {version}" for package, version in record["packages"].items())
+    parts.append(
+        f"Written by `{line}` in {record['minutes']:g} minutes on {record['devices']}, {record['day']}; commit"
+        f" {record['commit']}; {packages}."
+    )
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def claims_of(module: ModuleType) -> tuple[Claim, ...]:
+    """The claims of an ablation; () where it has none."""
+    return getattr(module, "CLAIMS", ())
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record of a results file; None where it is another kind of file."""
+    found = read_json(path)
+    return found if isinstance(found, dict) and "ablation" in found else None
+
+
+def cells_of(record: dict[str, Any], module: ModuleType) -> Cells:
+    """A record's cells."""
+    variants = tuple(module.Variant(**fields) for fields in record["variants"])
+    values = {(cell["seed"], variants[cell["variant"]]): cell["values"] for cell in record["cells"]}
+    return Cells(tuple(record["seeds"]), variants, values, {})
+
+
+def numbers_only(values: Any) -> dict[str, Any]:
+    """A cell's numbers, to six digits, without its curves."""
+    return {
+        name: None if x is None else float(f"{x:.6g}") for name, x in values.items() if not isinstance(x, list)
+    }  # fmt: skip
+
+
+def minutes(sessions: Sequence[dict[str, Any]]) -> float:
+    """Minutes of all sessions of a run; the last one goes on until now."""
+
+    def seconds(stamp: str | None) -> float:
+        return time.mktime(time.strptime(stamp, "%Y-%m-%dT%H:%M:%SZ") if stamp else time.gmtime())
+
+    return sum(seconds(one.get("end")) - seconds(one["start"]) for one in sessions) / 60
+
+
+def imported_files() -> dict[str, str]:
+    """The files of this project that this process has imported, and a hash of the code of each."""
+    paths = {Path(str(getattr(module, "__file__", None) or "")) for module in list(sys.modules.values())}
+    own = sorted(path.resolve() for path in paths if path.suffix == ".py" and path.resolve().is_relative_to(ROOT))
+    return {path.relative_to(ROOT).as_posix(): code_hash(path) for path in own}
+
+
+def code_hash(path: Path) -> str:
+    """A hash of a file's code: comments, docstrings and layout do not count."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
+            body[0] = ast.Expr(ast.Constant(0))
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
+
+
+def changed_since(record: dict[str, Any]) -> list[str]:
+    """The files that a record rests on and that are others now, or gone."""
+    return [name for name, was in record["files"].items()
+            if not (ROOT / name).exists() or code_hash(ROOT / name) != was]  # fmt: skip

@@ -1,0 +1,142 @@
+"""Reward models of more and fewer labels: their agreement, and how far the best of n can go by them.
+
+Ouyang et al. 2022, §3.5 (https://arxiv.org/abs/2203.02155) rank K answers to a prompt and learn all pairs at once.
+Gao et al. 2023 (https://arxiv.org/abs/2210.10760) find reward models of fewer than about 2,000 comparisons near
+chance, and that the best of n by a proxy gains R(d) = d(α − βd) of true reward at d = √KL, with an α that grows with
+the logarithm of the data. Here each seed has a world and an SFT policy of its own; the reward models learn parts of
+the same rankings.
+    python experiments/ablations/reward_data.py
+Expect about 20 minutes on 2 CPU cores for 5 seeds.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import numpy as np
+
+from experiments import reward_model
+from experiments.ablations.claims import Claim, minus, of
+from experiments.ablations.grid import GridFlags, run_grid
+from experiments.ablations.grid_results import Cells, Column, Page, Panel, curve_line, points_line, variants_table
+from experiments.ablations.worlds import AfterSFT, after_sft
+from experiments.reward_model import RewardModel
+from experiments.sft import SFT
+from rlhf_jax.best_of_n import best_of_n_metrics, powers_up_to, sample_pools
+from rlhf_jax.cli import run_main
+from rlhf_jax.data.preferences import reordered
+from rlhf_jax.data.tokens import take
+from rlhf_jax.diagnostics import best_of_n_fit
+from rlhf_jax.errors import at_least
+from rlhf_jax.log import Run
+from rlhf_jax.rewards.model import model_reward
+from rlhf_jax.tasks.measure import make_reward_scorer
+
+NO_END = -3.0
+COLUMNS = (
+    Column("labels", "labels", 0), Column("held-out agreement", "val_accuracy", 3), Column("ceiling", "ceiling", 3),
+    Column("above chance, share", "share_above_chance", 3), Column("best of n: most gained", "gain"),
+    Column("α", "alpha"), Column("β", "beta"), Column("R²", "r2"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config(GridFlags):
+    """Reward models of parts of the rankings, several seeds."""
+
+    sizes: tuple[str, ...] = ("2x250", "2x1000", "2x4000", "2x12000", "8x1000", "8x12000")
+    """ANSWERSxPROMPTS."""
+    n: int = 64
+    """The most answers of which the best is picked."""
+    prompts: int = 256
+    """Prompts on which it is."""
+    sft: SFT = field(default_factory=SFT)
+    reward_model: RewardModel = field(default_factory=RewardModel)
+
+    def __post_init__(self) -> None:
+        at_least(self, n=8, prompts=1)  # of fewer answers there is no curve to fit
+        super().__post_init__()
+
+
+class Variant(NamedTuple):
+    """How many answers to how many prompts are ranked."""
+
+    size: str
+
+
+def one(cfg: Config, begun: AfterSFT, seed: int, variant: Variant, run: Run) -> dict[str, Any]:
+    """A reward model, and the best of n by it."""
+    answers, prompts = map(int, variant.size.split("x"))
+    task, everything = begun.task, begun.comparisons
+    rankings = [reordered(ranking, range(answers)) for ranking in everything.train[:prompts]]
+    params, found = reward_model.train(
+        cfg.reward_model, begun.base, everything._replace(train=rankings), run, seed,
+        eval_batch_size=task.eval_batch_size, zero=task.demonstrations().validation,
+    )  # fmt: skip
+    reward = model_reward(begun.base.config, params, name="reward_model", weight=1.0)
+    score, judge = make_reward_scorer(task, [reward], NO_END), task.judge
+    heldout = take(task.prompts().heldout, slice(cfg.prompts))
+    sample = partial(begun.sampler, begun.base.params)
+    pools = list(sample_pools(sample, score, heldout, cfg.n, rows=task.eval_batch_size, judges={"utility": judge}))
+    pool = pools[0]._replace(
+        scores=np.concatenate([one.scores for one in pools]),
+        values={"utility": np.concatenate([one.values["utility"] for one in pools])},
+    )
+    curve = [best_of_n_metrics(pool, n) for n in powers_up_to(cfg.n)]
+    kl, gold = (np.array([point[name] for point in curve]) for name in ("kl_bound", "utility"))
+    fit = best_of_n_fit(kl, gold - gold[0])
+    own = {name.removeprefix("reward_model_"): value for name, value in found.items()}
+    return {
+        name: own[name] for name in ("val_accuracy", "ceiling", "share_above_chance")
+    } | {
+        "labels": answers * len(rankings), "log_labels": np.log10(answers * len(rankings)),
+        "gain": gold.max() - gold[0], "alpha": fit.alpha, "beta": fit.beta, "r2": fit.r2,
+        "distance": np.sqrt(kl), "gold": gold, "proxy": np.array([point["score"] for point in curve]),
+    }  # fmt: skip
+
+
+MOST = "8x12000"
+CLAIMS = (
+    Claim("few comparisons teach next to nothing", "Gao et al. 2023, §3.4", "near chance below about 2,000",
+          of("share_above_chance", size="2x250"), "of what can be had above chance, by 250 pairs", below=0.25),
+    Claim("more labels, better agreement", "Gao et al. 2023; Stiennon et al. 2020", "twice the data: 1.1 points more",
+          minus(of("val_accuracy", size="2x12000"), of("val_accuracy", size="2x1000")), "of agreement, 12 times the"
+          " labels", above=0.0, digits=3),
+    Claim("rankings of eight are worth pairs of as many labels", "Ouyang et al. 2022, §3.5",
+          "all pairs of K answers as one batch element: better and faster",
+          minus(of("val_accuracy", size="8x1000"), of("val_accuracy", size="2x4000")), "of agreement, 8,000 labels"
+          " each", above=0.0, digits=3),
+    Claim("α of the best of n grows with the data", "Gao et al. 2023, fig. 4", "about linear in its logarithm",
+          minus(of("alpha", size=MOST), of("alpha", size="2x1000")), above=0.0),
+    Claim("the best of n gains d(α − βd)", "Gao et al. 2023, eq. 1", "fits everywhere", of("r2", size=MOST), "R²",
+          above=0.9),
+)  # fmt: skip
+
+
+def present(cfg: Config, cells: Cells) -> Page:
+    """A row a size; agreement against labels, and true utility of the best of n against the distance."""
+    found = cells.finished()
+    shown = [points_line(cells, [one for one in found if one.size.startswith(answers)], "log_labels", "val_accuracy",
+                         f"{answers} answers") for answers in ("2", "8")
+             if any(one.size.startswith(answers) for one in found)]  # fmt: skip
+    curves = [curve_line(cells, variant, "distance", "gold", variant.size) for variant in found]
+    panels = [
+        Panel("Agreement", "log₁₀ labels", "held-out agreement", shown),
+        Panel("The best of n", "√KL, √nats", "true utility", curves),
+    ]
+    return Page([variants_table(cells, ["answers x prompts"], COLUMNS)], panels)
+
+
+def main(cfg: Config) -> dict[str, float]:
+    """Makes the grid; returns each size's means over seeds."""
+    variants = [Variant(size) for size in cfg.sizes]
+    return run_grid(cfg, "reward_data", variants, one, present, prepare=after_sft, axes=("sizes",))
+
+
+if __name__ == "__main__":
+    run_main(main, Config)
