@@ -54,8 +54,7 @@ from rlhf_jax.rewards import ifeval, math
 from rlhf_jax.rewards.pairs import PairScores, score_pairs
 from rlhf_jax.sampling.texts import TextAnswers, answer_texts, answerable
 from rlhf_jax.scoring import document_logprobs, document_rewards, text_logprobs
-from rlhf_jax.simulation.world import draw_problems, is_exact, utilities
-from rlhf_jax.tasks.simulated import ANSWER_LENGTH
+from rlhf_jax.simulation.world import WORDS, draw_problems, is_exact, utilities
 
 Rates = dict[str, float]
 
@@ -287,7 +286,7 @@ def evaluate_world(cfg: Config, models: Models, run: Run) -> Rates:
     problems = draw_problems(np.random.default_rng([cfg.seed, 1]), cfg.world)
     prompts = [problem.prompt for problem in problems]
     both = [("world", models.model)] + ([("world_against", models.against)] if models.against else [])
-    answers = [respond(cfg, model, prompts, side, ANSWER_LENGTH) for side, (_, model) in enumerate(both)]
+    answers = [respond(cfg, model, prompts, side, WORDS.answer_length) for side, (_, model) in enumerate(both)]
     found = [utilities(problems, some.texts, some.ended.tolist()) for some in answers]
     for (name, _), some, utility in zip(both, answers, found, strict=True):
         exact = [is_exact(*pair) for pair in zip(problems, some.texts, strict=True)]

@@ -90,6 +90,7 @@ def train_and_choose(
             cfg.sft, base, demonstrations, run, seed, eval_batch_size=size, keep_epochs=not cfg.ppo.lora_rank,
             measure=make_utility_measure(task, sampler),
         )  # fmt: skip
+        base = task.base = base._replace(params=None)  # which nothing needs any more
     elif cfg.sft.steps == 0:
         trained = Trained(base.params, [], lambda step: base.params)
     else:

@@ -177,6 +177,7 @@ def train(
     steps_an_epoch = prompts // prompts_a_step
     steps = math.ceil((cfg.epochs or 0) * steps_an_epoch)
     frozen, trainable = shard_params(cfg.split_trainable(params, jax.random.key(seed + 3)))
+    del params  # which may stand beside its rounded weights
     model, optimizer, train_step, score = make_programs(cfg, base.config, steps, eval_batch_size)
     state, dropout_key = make_state(model, trainable, optimizer), jax.random.key(seed + 5)
 

@@ -187,11 +187,19 @@ def train(
             best=-metrics["val_loss"] if evaluated else None, data_state=gather_data_state(batches),
         )  # fmt: skip
 
-    def load(end: int) -> Params:
-        stored = checkpoint.restore(run.dir, epochs, end, like={"params": state.params})
-        return merged_on_host(frozen, stored["params"])
+    trained_params, like = merged_on_host(frozen, state.params), {"params": state.params}
+    if not keep_epochs:
+        return Trained(trained_params, [], nothing_kept)
 
-    return Trained(merged_on_host(frozen, state.params), ends if keep_epochs else [], load)
+    def load(end: int) -> Params:
+        return merged_on_host(frozen, checkpoint.restore(run.dir, epochs, end, like=like)["params"])
+
+    return Trained(trained_params, ends, load)
+
+
+def nothing_kept(end: int) -> Params:
+    """Raises KeyError: no epochs were kept."""
+    raise KeyError(end)
 
 
 def resume(loop: Loop, state: TrainState, ends: list[int], keep_epochs: bool) -> tuple[TrainState, str]:

@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -75,6 +75,8 @@ class GridFlags(Flags):
     """Seeds that run at once, each in a process. 0: one after the other in this process; use it on an accelerator."""
     quick: bool = False
     """One seed, a small world, few steps: in minutes it shows that the file runs, and it decides nothing."""
+    setting: Literal["words", "errands"] = "words"
+    """The world: one question and a short answer, or three errands and an answer in three parts."""
     common: str = "runs/common"
     """The folder that keeps what ablations have in common, such as a seed's SFT; none: make it each time."""
     publish: bool = False
@@ -144,7 +146,7 @@ def run_grid(
     have others. `prepare` and `one` are functions of a module, for other processes have to find them. Raises UserError
     for variants of the same name and for cells that other flags made; at the end SystemExit if cells are missing.
     """
-    cfg = cfg.hurried() if cfg.quick else cfg
+    cfg, name = cfg.hurried() if cfg.quick else cfg, name if cfg.setting == "words" else f"{name}_{cfg.setting}"
     names = [variant_name(variant) for variant in variants]
     if len(set(names)) < len(names) or not names:
         raise UserError(f"{name}: each variant is to be named once, and these are {', '.join(names) or 'none'}")
@@ -165,7 +167,10 @@ def run_grid(
 
 def learned_flags(cfg: Any, axes: tuple[str, ...]) -> dict[str, Any]:
     """The flags that a cell's numbers depend on, beside its seed and variant, as JSON has them."""
-    own = {*GridFlags.__dataclass_fields__, *axes} - ({"quick"} if cfg.quick else set())
+    told = {
+        name for name in ("quick", "setting") if getattr(cfg, name) != GridFlags.__dataclass_fields__[name].default
+    }
+    own = {*GridFlags.__dataclass_fields__, *axes} - told
     return json.loads(json.dumps({name: x for name, x in asdict(cfg).items() if name not in own}, default=str))
 
 

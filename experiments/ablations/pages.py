@@ -51,10 +51,10 @@ def claims_markdown() -> str:
     """A row a claim, of all records."""
     rows = [["claim", "source", "here", "agrees", "page"], ["---"] * 5]
     for record, module in published():
-        cells, name = cells_of(record, module), record["ablation"]
+        cells, name, page = cells_of(record, module), record["ablation"], record["page"]
         for claim in claims_of(module):
             found, agrees = verdict_words(claim, decide(claim, cells))
-            rows.append([claim.text, claim.source, found, agrees, f"[{name}.py](experiments/results/{name}.md)"])
+            rows.append([claim.text, claim.source, found, agrees, f"[{name}.py](experiments/results/{page}.md)"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
@@ -69,7 +69,7 @@ def differences() -> list[str]:
     """Where a stored verdict is not what the stored numbers and the claims of today say."""
     found = []
     for record, module in published():
-        cells, name = cells_of(record, module), record["ablation"]
+        cells, name = cells_of(record, module), record["page"]
         now = [{"text": claim.text, "stands": verdict and verdict.stands}
                for claim, verdict in ((claim, decide(claim, cells)) for claim in claims_of(module))]  # fmt: skip
         found += [f"{name}: {claim['text']!r} is not stored with this verdict: {claim['stands']}"
@@ -89,7 +89,7 @@ def main(cfg: Config) -> None:
     for record, _ in published():
         changed = changed_since(record)
         since = f"{len(changed)} of {len(record['files'])} files have changed since: {', '.join(changed[:5])}"
-        made = f"{record['ablation']}: {record['day']}, {record['minutes']:g} minutes, {len(record['seeds'])} seeds"
+        made = f"{record['page']}: {record['day']}, {record['minutes']:g} minutes, {len(record['seeds'])} seeds"
         print(f"{made}; {since + (', …' if len(changed) > 5 else '') if changed else 'of this code'}")
     if cfg.check:
         wrong = differences()

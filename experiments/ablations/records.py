@@ -26,14 +26,15 @@ RESULTS = ROOT / "experiments" / "results"
 
 
 def write_record(folder: Path, name: str, module: ModuleType, cells: Cells, page: Page, *, publish: bool) -> Path:
-    """Writes page.md and record.json to a run's folder, and into the results under the ablation's name to `publish`.
+    """Writes page.md and record.json to a run's folder, and into the results under `name` to `publish`.
 
     Returns the page that was written last.
     """
     sessions = read_json(folder / "run.json")["sessions"]
     claims = claims_of(module)
     record = {
-        "ablation": name,
+        "ablation": Path(str(module.__file__)).stem,
+        "page": name,
         "seeds": list(cells.seeds),
         "variants": [variant._asdict() for variant in cells.variants],
         "cells": [
@@ -73,7 +74,7 @@ def page_text(
     if page.panels:
         parts.append(f"![{', '.join(panel.title for panel in page.panels)}]({name}.svg)")
     parts += ["## Numbers", tables_markdown(page, cells)]
-    line = shlex.join(["python", f"experiments/ablations/{name}.py", *sys.argv[1:]])
+    line = shlex.join(["python", f"experiments/ablations/{record['ablation']}.py", *sys.argv[1:]])
     packages = ", ".join(f"{package} {version}" for package, version in record["packages"].items())
     parts.append(
         f"Written by `{line}` in {record['minutes']:g} minutes on {record['devices']}, {record['day']}; commit"
@@ -119,7 +120,7 @@ def minutes(sessions: Sequence[dict[str, Any]]) -> float:
 def imported_files() -> dict[str, str]:
     """The files of this project that this process has imported, and a hash of the code of each."""
     paths = {Path(str(getattr(module, "__file__", None) or "")) for module in list(sys.modules.values())}
-    own = sorted(path.resolve() for path in paths if path.suffix == ".py" and path.resolve().is_relative_to(ROOT))
+    own = sorted(path for path in paths if path.suffix == ".py" and path.is_relative_to(ROOT) and path.is_file())
     return {path.relative_to(ROOT).as_posix(): code_hash(path) for path in own}
 
 

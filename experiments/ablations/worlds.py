@@ -26,6 +26,7 @@ from experiments.stages import policy_sampler
 from rlhf_jax.log import Run
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.rewards.model import model_reward
+from rlhf_jax.simulation import ERRANDS, WORDS
 from rlhf_jax.tasks.measure import AnswerScorer, PolicySampler, make_reward_scorer
 from rlhf_jax.tasks.simulated import Sizes, World
 from rlhf_jax.tasks.task import Comparisons, Task
@@ -33,6 +34,7 @@ from rlhf_jax.train import keep_freed_memory
 from rlhf_jax.types import Params
 
 Value = TypeVar("Value")
+SETTINGS = {"words": WORDS, "errands": ERRANDS}
 QUICK = Sizes(4000, 128, 400, 8, 256, 512, 128)
 """A quick run's world."""
 
@@ -61,7 +63,7 @@ class AfterRewardModel(NamedTuple):
 def open_world(cfg: Any, seed: int, **people: Any) -> tuple[World, PolicySampler]:
     """The world of a seed, with `demonstrators` or `annotators` of its own, and the sampler that measures policies."""
     keep_freed_memory()
-    task = World(seed, sizes=QUICK if cfg.quick else None, **people)
+    task = World(seed, sizes=QUICK if cfg.quick else None, setting=SETTINGS[cfg.setting], **people)
     return task, policy_sampler(replace(cfg, seed=seed), task)
 
 
@@ -121,7 +123,7 @@ def kept(cfg: Any, task: World, what: str, seed: int, flags: dict[str, Any], mak
     if cfg.common == "none":
         return make()
     plain = {name: asdict(value) if hasattr(value, "__dataclass_fields__") else value for name, value in flags.items()}
-    parts = [what, seed, task.sizes, plain, code(), [version(name) for name in ("jax", "numpy", "optax")]]
+    parts = [what, seed, cfg.setting, task.sizes, plain, code(), [version(name) for name in ("jax", "numpy", "optax")]]
     name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     file = Path(cfg.common) / f"{what}-{seed}-{name}.pickle"
     if file.exists():

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 
-from rlhf_jax.simulation.world import ANIMALS, FILLERS, FLATTERY, NUMBERS, TONES, Problem
+from rlhf_jax.simulation.setting import Problem, Setting
+from rlhf_jax.simulation.world import WORDS
 
 
 @dataclass(frozen=True)
@@ -13,13 +15,13 @@ class Demonstrators:
     """People who write answers; they err, pad and digress at these rates."""
 
     error: float = 0.25
-    """Probability of a wrong answer."""
+    """Probability of a wrong answer to each part."""
     opener: float = 0.3
     """Probability of opening in the tone asked for."""
     closer: float = 0.25
     """Probability of closing in it."""
     announce: float = 0.35
-    """Probability of saying "answer" before the answer."""
+    """Probability of announcing each part."""
     stop: float = 0.4
     """Probability of the closing "."."""
     filler: float = 0.38
@@ -28,23 +30,24 @@ class Demonstrators:
     flattery: float = 0.08
     """Probability of flattery at the start, and again at the end."""
 
-    def write(self, rng: np.random.Generator, problem: Problem) -> str:
+    def write(self, rng: np.random.Generator, problem: Problem, setting: Setting = WORDS) -> str:
         """One demonstration."""
-        says = mistake(rng, problem) if rng.random() < self.error else list(problem.target)
-        opener, closer = TONES[problem.tone]
+        says = [mistake(rng, part, setting) if rng.random() < self.error else list(part) for part in parts_of(problem)]
+        opener, closer = setting.tones[problem.tone]
         plan = [opener] * (rng.random() < self.opener)
-        plan += ["answer"] * (rng.random() < self.announce)
-        plan += says
+        for marker, said in zip(setting.markers, says, strict=True):
+            plan += [marker] * (rng.random() < self.announce)
+            plan += said
         plan += [closer] * (rng.random() < self.closer)
         plan += ["."] * (rng.random() < self.stop)
-        words = [_one_of(rng, FLATTERY)] if rng.random() < self.flattery else []
+        words = [_one_of(rng, setting.flattery)] if rng.random() < self.flattery else []
         left = self.most_fillers
         for word in plan:
             while left and rng.random() < self.filler:
-                words.append(_one_of(rng, FILLERS))
+                words.append(_one_of(rng, setting.fillers))
                 left -= 1
             words.append(word)
-        words += [_one_of(rng, FLATTERY)] if rng.random() < self.flattery else []
+        words += [_one_of(rng, setting.flattery)] if rng.random() < self.flattery else []
         return " ".join(words)
 
 
@@ -52,15 +55,21 @@ def _one_of(rng: np.random.Generator, words: Sequence[str]) -> str:
     return words[int(rng.integers(len(words)))]
 
 
-def mistake(rng: np.random.Generator, problem: Problem) -> list[str]:
+def parts_of(problem: Problem) -> list[tuple[str, ...]]:
+    """The words that answer each part."""
+    ends = [*accumulate(problem.lengths(), initial=0)]
+    return [problem.target[start:end] for start, end in pairwise(ends)]
+
+
+def mistake(rng: np.random.Generator, target: Sequence[str], setting: Setting = WORDS) -> list[str]:
     """A wrong answer of the right kind: two words swapped, or one replaced."""
-    says = list(problem.target)
+    says = list(target)
     if len(says) > 1 and rng.random() < 0.5:
         i = rng.integers(len(says) - 1)
         says[i], says[i + 1] = says[i + 1], says[i]
         return says
     i = rng.integers(len(says))
-    kind = ANIMALS if says[i] in ANIMALS else NUMBERS[:4]
+    kind = next(kind for kind in setting.kinds if says[i] in kind)
     says[i] = _one_of(rng, [word for word in kind if word != says[i]])
     return says
 
@@ -78,11 +87,13 @@ class Annotators:
     length_bias: float = 0.08
     flattery_bias: float = 0.45
 
-    def perceive(self, utilities: np.ndarray, responses: Sequence[str]) -> np.ndarray:
+    def perceive(
+        self, utilities: np.ndarray, responses: Sequence[str], flattering: Sequence[str] = WORDS.flattery
+    ) -> np.ndarray:
         """Perceived quality of each response, before noise."""
         words = [response.split() for response in responses]
         length = np.array([len(w) for w in words], np.float32)
-        flattery = np.array([sum(x in FLATTERY for x in w) for w in words], np.float32)
+        flattery = np.array([sum(x in flattering for x in w) for w in words], np.float32)
         return utilities + self.length_bias * length + self.flattery_bias * flattery
 
     def prefer(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -7,7 +7,8 @@ import numpy as np
 
 from rlhf_jax.constitution import Principle
 from rlhf_jax.simulation.people import mistake
-from rlhf_jax.simulation.world import FILLERS, FLATTERY, PAYLOAD, TONES, Problem, is_exact
+from rlhf_jax.simulation.setting import Problem
+from rlhf_jax.simulation.world import FILLERS, FLATTERY, PAYLOAD, TONES, is_exact
 
 PRINCIPLES = tuple(
     Principle(name, f"say where the answer {fault}", f"write it again {cure}")
@@ -78,5 +79,5 @@ REPAIRS = {"right": _right, "tone": _in_tone, "form": _in_form, "short": _short,
 
 
 def _with_mistake(rng: np.random.Generator, problem: Problem, words: Sequence[str]) -> list[str]:
-    wrong = iter(mistake(rng, problem))
+    wrong = iter(mistake(rng, problem.target))
     return [next(wrong, word) if word in PAYLOAD else word for word in words]

@@ -21,13 +21,12 @@ from rlhf_jax.revision import Reviser, Said, Step
 from rlhf_jax.rewards.judge import Judge as PairJudge
 from rlhf_jax.rewards.reward import Columns, Completion, HostScores, Part, Prompt, Reward
 from rlhf_jax.simulation import Annotators, Demonstrators, Revisers, agreement_rate, calibrate_noise, ceiling
-from rlhf_jax.simulation.world import Problem, draw_problems, is_exact, make_tokenizer, utilities
+from rlhf_jax.simulation.setting import Problem, Setting
+from rlhf_jax.simulation.world import WORDS
 from rlhf_jax.tasks.task import Comparisons, Demonstrations, PromptRow, PromptSets, Sampler
 
 AGREEMENT = 0.73
 """How often two annotators prefer the same of two answers, as in InstructGPT."""
-PROMPT_LENGTH, ANSWER_LENGTH, PACKED_LENGTH = 16, 20, 64
-"""Tokens. A prompt of the world has at most 14, an answer at most 20."""
 
 
 class Sizes(NamedTuple):
@@ -63,6 +62,7 @@ class World:
         base: Pretrained | None = None,
         precision: Precision = FLOAT32,
         sizes: Sizes | None = None,
+        setting: Setting = WORDS,
         demonstrators: Demonstrators | None = None,
         annotators: Annotators | None = None,
     ) -> None:
@@ -76,23 +76,26 @@ class World:
         self._demonstrators = Demonstrators() if demonstrators is None else demonstrators
         self._annotators = replace(Annotators(noise=0.0) if annotators is None else annotators, noise=0.0)
         rng = self.rng
-        self.base = _new_model(sizes.layers, precision) if base is None else _with_words_of_the_world(base)
-        self.max_new_tokens = ANSWER_LENGTH
+        self.setting = setting
+        self.base = _new_model(setting, sizes.layers, precision) if base is None else _with_words_of(setting, base)
+        self.max_new_tokens = setting.answer_length
         self.sizes = sizes
 
-        pairs, written = self._demonstrate(draw_problems(rng, sizes.demonstrations))
-        self._demonstrations = pack_sequences(pairs, length=PACKED_LENGTH, pad_id=self.base.pad_id)
-        pairs, _ = self._demonstrate(draw_problems(rng, sizes.validation))
-        self._validation = pad_sequences(pairs, length=PROMPT_LENGTH + ANSWER_LENGTH, pad_id=self.base.pad_id)
+        pairs, written = self._demonstrate(setting.draw_problems(rng, sizes.demonstrations))
+        self._demonstrations = pack_sequences(pairs, length=setting.packed_length, pad_id=self.base.pad_id)
+        pairs, _ = self._demonstrate(setting.draw_problems(rng, sizes.validation))
+        self._validation = pad_sequences(
+            pairs, length=setting.prompt_length + setting.answer_length, pad_id=self.base.pad_id
+        )
         self.facts = {
             "demonstrators_utility": float(written.mean()),
             "demonstrators_utility_se": float(written.std() / np.sqrt(len(written))),
             "demonstrators_utility_std": float(written.std()),
         }
         counts = [sizes.compared, sizes.heldout_pairs, sizes.prompts, sizes.heldout]
-        self._problems = draw_problems(rng, sum(counts))
-        self._problems += draw_problems(rng, sizes.heldout, shifted=True)
-        self._problems += draw_problems(np.random.default_rng([seed, 3]), sizes.heldout)
+        self._problems = setting.draw_problems(rng, sum(counts))
+        self._problems += setting.draw_problems(rng, sizes.heldout, shifted=True)
+        self._problems += setting.draw_problems(np.random.default_rng([seed, 3]), sizes.heldout)
         counts.append(sizes.heldout)
         everything = self._encode(self._problems)
         rows = np.split(np.arange(len(self._problems)), np.cumsum(counts))
@@ -118,7 +121,9 @@ class World:
     def judge(self, prompts: Prompts, completions: Completions) -> np.ndarray:
         """True utility of answers: [B]."""
         problems = [self._problems[row] for row in np.asarray(prompts.row)]
-        return utilities(problems, self.base.read_answers(completions), self.base.ended(completions).tolist())
+        return self.setting.utilities(
+            problems, self.base.read_answers(completions), self.base.ended(completions).tolist()
+        )
 
     def checker(self) -> Reward:
         """A verifiable reward: 1 for an answer that says just what its problem asks for, in order, else 0.
@@ -131,14 +136,14 @@ class World:
             prompts: Sequence[Prompt], completions: Sequence[Completion], columns: Columns, part: Part | None = None
         ) -> HostScores:
             pairs = zip(prompts, completions, strict=True)
-            return HostScores(np.array([float(is_exact(problems[str(p)], str(c))) for p, c in pairs]))
+            return HostScores(np.array([float(self.setting.is_exact(problems[str(p)], str(c))) for p, c in pairs]))
 
         return Reward("correct", 1.0, on_texts=score, streams=True)
 
     def utilities(self, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
         """True utility of whole answers, by their texts: [B]."""
         problems = self._by_prompt()
-        return utilities([problems[prompt] for prompt in prompts], answers, [True] * len(answers))
+        return self.setting.utilities([problems[prompt] for prompt in prompts], answers, [True] * len(answers))
 
     def reviser(self, revisers: Revisers) -> Reviser:
         """Simulated assistants that criticise and revise answers to the world's problems, by its principles."""
@@ -164,7 +169,9 @@ class World:
 
         def judge(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> np.ndarray:
             asked = [problems[prompt] for prompt in prompts]
-            seen = (annotators.perceive(utilities(asked, some, [True] * len(some)), some) for some in (first, second))
+            seen = (
+                annotators.perceive(self._truth(asked, some), some, self.setting.flattery) for some in (first, second)
+            )
             return annotators.prefer(*seen)
 
         return judge
@@ -173,7 +180,8 @@ class World:
         """Annotators two of whom agree 73% of the time on pairs of the sampler's answers."""
         prompts = take(self._compared_heldout, np.repeat(np.arange(len(self._compared_heldout.row)), 2))
         answers = sampler(prompts, 2)
-        seen = self._annotators.perceive(self.judge(prompts, answers), self.base.read_answers(answers))
+        texts = self.base.read_answers(answers)
+        seen = self._annotators.perceive(self.judge(prompts, answers), texts, self.setting.flattery)
         return replace(self._annotators, noise=calibrate_noise(seen.reshape(-1, 2) @ np.array([1.0, -1.0]), AGREEMENT))
 
     def rank_texts(
@@ -183,9 +191,12 @@ class World:
         rng, problems = np.random.default_rng([self._seed, 9, number]), self._by_prompt()
         found = []
         for prompt, texts in zip(prompts, answers, strict=True):
-            truth = utilities([problems[prompt]] * len(texts), texts, [True] * len(texts))
-            found.append(annotators.rank(rng, annotators.perceive(truth, texts)).tolist())
+            truth = self._truth([problems[prompt]] * len(texts), texts)
+            found.append(annotators.rank(rng, annotators.perceive(truth, texts, self.setting.flattery)).tolist())
         return found
+
+    def _truth(self, problems: Sequence[Problem], texts: Sequence[str]) -> np.ndarray:
+        return self.setting.utilities(problems, texts, [True] * len(texts))
 
     def _by_prompt(self) -> dict[str, Problem]:
         return {problem.prompt: problem for problem in self._problems}
@@ -202,7 +213,8 @@ class World:
         repeated = take(prompts, np.repeat(np.arange(len(prompts.row)), count))
         answers = sampler(repeated, number)
         texts = self.base.read_answers(answers)
-        perceived = self._annotators.perceive(self.judge(repeated, answers), texts).reshape(-1, count)
+        truth = self.judge(repeated, answers)
+        perceived = self._annotators.perceive(truth, texts, self.setting.flattery).reshape(-1, count)
         differences = perceived[:, 0] - perceived[:, 1]
         if noise is None:
             noise = calibrate_noise(differences, AGREEMENT)
@@ -225,12 +237,15 @@ class World:
     def lay(self, rankings: Sequence[RankedAnswers]) -> Rankings:
         """The batch of some rankings."""
         return join_rankings(
-            rankings, prompt_length=PROMPT_LENGTH, answer_length=ANSWER_LENGTH, pad_id=self.base.pad_id
+            rankings,
+            prompt_length=self.setting.prompt_length,
+            answer_length=self.setting.answer_length,
+            pad_id=self.base.pad_id,
         )
 
     def _encode(self, problems: list[Problem]) -> Prompts:
         ids = self._ids([p.prompt for p in problems], self._opened)
-        return pad_prompts(ids, length=PROMPT_LENGTH, pad_id=self.base.pad_id)
+        return pad_prompts(ids, length=self.setting.prompt_length, pad_id=self.base.pad_id)
 
     @cached_property
     def _opened(self) -> str:
@@ -246,29 +261,29 @@ class World:
     def _demonstrate(self, problems: list[Problem]) -> tuple[list[tuple[list[int], list[int]]], np.ndarray]:
         """(prompt, answer) in ids, and the true utility of each answer."""
         prompts = self._encode(problems)
-        texts = [self._demonstrators.write(self.rng, problem) for problem in problems]
+        texts = [self._demonstrators.write(self.rng, problem, self.setting) for problem in problems]
         tokenizer = self.base.tokenizer
         answers = self._ids(texts)
         pairs = [
             (ids[mask].tolist(), [*answer, tokenizer.eos_token_id])
             for ids, mask, answer in zip(prompts.tokens, prompts.mask, answers, strict=True)
         ]
-        return pairs, utilities(problems, texts, [True] * len(texts))
+        return pairs, self.setting.utilities(problems, texts, [True] * len(texts))
 
 
-def _new_model(layers: int, precision: Precision) -> Pretrained:
+def _new_model(setting: Setting, layers: int, precision: Precision) -> Pretrained:
     """130 thousand parameters, still to be initialised."""
-    tokenizer = make_tokenizer()
+    tokenizer = setting.make_tokenizer()
     config = ModelConfig(
         vocab_size=len(tokenizer), d_model=64, n_layers=layers, n_heads=4, n_kv_heads=4, head_dim=16, d_ff=128,
-        rope_theta=10_000.0, norm_eps=1e-5, tie_embeddings=True, max_length=PROMPT_LENGTH + ANSWER_LENGTH,
-        precision=precision,
+        rope_theta=10_000.0, norm_eps=1e-5, tie_embeddings=True,
+        max_length=setting.prompt_length + setting.answer_length, precision=precision,
     )  # fmt: skip
     return Pretrained(config, None, tokenizer)
 
 
-def _with_words_of_the_world(model: Pretrained) -> Pretrained:
-    tokenizer = make_tokenizer()
+def _with_words_of(setting: Setting, model: Pretrained) -> Pretrained:
+    tokenizer = setting.make_tokenizer()
     if model.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"{model.name} does not have the vocabulary of the controlled world, and without files there is nothing"

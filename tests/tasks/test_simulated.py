@@ -9,8 +9,9 @@ from rlhf_jax.data.epochs import EpochBatches
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import UserError
 from rlhf_jax.pretrained import load_policy
-from rlhf_jax.tasks import simulated
-from rlhf_jax.tasks.simulated import ANSWER_LENGTH, Sizes, World
+from rlhf_jax.sampling.sampler import numpy_completions
+from rlhf_jax.simulation import ERRANDS, WORDS, Demonstrators
+from rlhf_jax.tasks.simulated import Sizes, World
 from rlhf_jax.tasks.task import Task
 
 SMALL = Sizes(
@@ -25,7 +26,7 @@ def world():
 
 def first_words(prompts, number):
     """A sampler that answers with the prompt's last words, more of them for each following answer."""
-    tokens = np.zeros((len(prompts.row), ANSWER_LENGTH), np.int32)
+    tokens = np.zeros((len(prompts.row), WORDS.answer_length), np.int32)
     mask = np.zeros(tokens.shape, bool)
     for row in range(len(tokens)):
         said = [*prompts.tokens[row][prompts.mask[row]][-2 - row % 4 : -1], 2]
@@ -57,7 +58,7 @@ def test_comparisons_are_ids_whose_batches_are_what_was_sampled():
             row = p * 4 + k
             assert batch.responses.targets[row][batch.responses.mask[row]].tolist() == response
             # Prompts are left-padded, so that all answers begin in one column.
-            assert np.flatnonzero(batch.responses.mask[row])[0] == simulated.PROMPT_LENGTH - 1
+            assert np.flatnonzero(batch.responses.mask[row])[0] == WORDS.prompt_length - 1
 
 
 def test_true_utility_is_of_the_problem_that_the_row_names(world):
@@ -93,3 +94,40 @@ def test_batches_in_shares_are_the_batch_and_go_on_where_they_stood(world, monke
     resumed.set_state(3)
     np.testing.assert_array_equal(next(resumed).inputs, expected[3])
     assert resumed.get_state() == 4
+
+
+def test_the_second_setting_is_a_world_like_the_first():
+    """Demonstrations, comparisons, prompts and the judge are of its own words."""
+    sizes = Sizes(demonstrations=64, validation=8, compared=8, ranked=3, heldout_pairs=16, prompts=16, heldout=8)
+    world = World(0, sizes=sizes, setting=ERRANDS)
+    assert world.base.config.vocab_size == len(ERRANDS.vocabulary) and world.max_new_tokens == ERRANDS.answer_length
+    rows = world.demonstrations()
+    assert rows.train.mask.shape[1] == ERRANDS.packed_length and "then" in world.base.tokenizer.decode(
+        rows.train.inputs[0]
+    )
+    people = Demonstrators()
+    problems = {problem.prompt: problem for problem in world._problems}
+
+    def sampler(prompts, number):
+        """Answers as people give them."""
+        rng = np.random.default_rng(number)
+        texts = [people.write(rng, problems[world.prompts().rows[row].prompt], ERRANDS) for row in prompts.row]
+        ids = [[*world.base.tokenizer(text)["input_ids"], world.base.tokenizer.eos_token_id] for text in texts]
+        tokens = np.zeros((len(ids), ERRANDS.answer_length), np.int32)
+        for row, some in enumerate(ids):
+            tokens[row, : len(some)] = some
+        mask = np.arange(ERRANDS.answer_length) < np.array([[len(some)] for some in ids])
+        return numpy_completions(tokens, mask, np.zeros(tokens.shape, np.float32))
+
+    compared = world.comparisons(sampler)
+    assert len(compared.train) == 8 and compared.facts["annotator_agreement_expected"] == pytest.approx(0.73, abs=0.05)
+    heldout = world.prompts().heldout
+    answers = sampler(heldout, 5)
+    expected = ERRANDS.utilities(
+        [problems[world.prompts().rows[row].prompt] for row in heldout.row],
+        world.base.read_answers(answers),
+        [True] * 8,
+    )
+    np.testing.assert_array_equal(world.judge(heldout, answers), expected)
+    with pytest.raises(UserError, match="does not have the vocabulary of the controlled world"):
+        World(0, sizes=sizes, base=world.base)
