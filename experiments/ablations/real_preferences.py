@@ -127,17 +127,18 @@ def commands(cfg: Config, folder: Path) -> list[Command]:
     for name in [one.name for one in made] if cfg.preferences else []:
         flags = ("--reward-model", str(folder / name / "reward_model"), "--preferences", *cfg.preferences)
         made += [Command(f"{name}-test", "evaluate.py", (*flags, "--limit", str(cfg.limit), "--max-length", "512"))]
-    flags = ("--model", cfg.model, "--reward-model", chooser, "--watch", judge, "--prompts", heldout, "--n", "16")
-    made += [Command(BEST, "best_of_n.py", (*flags, "--max-length", "192", "--max-new-tokens", "64"))]
-    flags = ("--reward-model", judge, "--preferences", str(folder / BEST / "pairs.jsonl"), "--max-length", "512")
-    made += [Command(f"{BEST}-test", "evaluate.py", flags)]
     if cfg.ifeval or cfg.text:
         made += [Command("start-test", "evaluate.py", ("--model", cfg.model, *tests))]
-    made += [preference("dpo"), beside_start("dpo"), preference("simpo"), beside_start("simpo")]
+    made += [preference("dpo"), beside_start("dpo")]
     short = ("--max-length", "128", "--max-new-tokens", "64")
     scored = ("--reward-model", chooser, "--watch", judge, *start[:-2], *short)
     following = ("--steps", str(cfg.steps), "--epochs", "1")
     made += [Command("ppo", "ppo.py", (*scored, "--prompts", prompts, *following)), beside_start("ppo")]
+    flags = ("--model", cfg.model, "--reward-model", chooser, "--watch", judge, "--prompts", heldout, "--n", "16")
+    made += [Command(BEST, "best_of_n.py", (*flags, "--max-length", "192", "--max-new-tokens", "64"))]
+    flags = ("--reward-model", judge, "--preferences", str(folder / BEST / "pairs.jsonl"), "--max-length", "512")
+    made += [Command(f"{BEST}-test", "evaluate.py", flags)]
+    made += [preference("simpo"), beside_start("simpo")]
     return made
 
 
