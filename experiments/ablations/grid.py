@@ -39,7 +39,7 @@ from experiments.ablations.grid_results import (
     tables_markdown,
     variant_name,
 )
-from experiments.ablations.records import claims_of, write_record
+from experiments.ablations.records import claims_of, write_files, write_record
 from experiments.flags import Flags
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.folder import flat, read_json, write_json
@@ -152,6 +152,7 @@ def run_grid(
         raise UserError(f"{name}: each variant is to be named once, and these are {', '.join(names) or 'none'}")
     with Run(cfg.run_dir, cfg, name=name, resume=cfg.resume) as run:
         run.keep_folder()
+        write_files(run.dir)
         works = [
             Work(name, cfg, learned_flags(cfg, axes), seed, list(variants), run.dir / f"seed-{seed}", prepare, one)
             for seed in range(cfg.seed, cfg.seed + cfg.seeds)

@@ -23,6 +23,8 @@ from rlhf_jax.provenance import commit_in_words
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
+FILES = "files.json"
+"""A run's own: the code that it began with, which may be other code when it is resumed."""
 
 
 def write_record(folder: Path, name: str, module: ModuleType, cells: Cells, page: Page, *, publish: bool) -> Path:
@@ -44,11 +46,11 @@ def write_record(folder: Path, name: str, module: ModuleType, cells: Cells, page
         "claims": [{"text": claim.text, "stands": verdict and verdict.stands}
                    for claim, verdict in ((claim, decide(claim, cells)) for claim in claims)],
         "minutes": round(minutes(sessions), 1),
-        "commit": commit_in_words(sessions[-1]),
+        "commit": ", ".join(dict.fromkeys(map(commit_in_words, sessions))),
         "day": str(sessions[-1]["start"])[:10],
         "packages": {package: sessions[-1]["packages"][package] for package in ("jax", "numpy")},
         "devices": sessions[-1]["devices"],
-        "files": imported_files(),
+        "files": read_json(folder / FILES),
     }  # fmt: skip
     text = page_text(name, module, record, claims, cells, page)
     (folder / "page.md").write_text(text, encoding="utf-8")
@@ -115,6 +117,12 @@ def minutes(sessions: Sequence[dict[str, Any]]) -> float:
         return time.mktime(time.strptime(stamp, "%Y-%m-%dT%H:%M:%SZ") if stamp else time.gmtime())
 
     return sum(seconds(one.get("end")) - seconds(one["start"]) for one in sessions) / 60
+
+
+def write_files(folder: Path) -> None:
+    """Writes the hashes of this process's code to a run's folder, if they are not there."""
+    if not (folder / FILES).exists():
+        write_json(folder / FILES, imported_files())
 
 
 def imported_files() -> dict[str, str]:
