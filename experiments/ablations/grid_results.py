@@ -157,12 +157,15 @@ def missing_line(cells: Cells) -> str:
     return f"{len(each)} of {len(each) + len(cells.values)} cells are missing: {'; '.join(each)}."
 
 
+def table_markdown(table: Table) -> str:
+    """A table as people read it."""
+    rows = [list(table.heads), ["---"] * len(table.heads), *table.rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def tables_markdown(page: "Page", cells: Cells) -> str:
     """Tables as people read them, what the intervals are, and which cells are missing."""
-    parts = []
-    for table in page.tables:
-        rows = [list(table.heads), ["---"] * len(table.heads), *table.rows]
-        parts.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    parts = [table_markdown(table) for table in page.tables]
     many = "Each ± is half of a 95% interval over seeds, by Student's t."
     parts.append(f"{len(cells.seeds)} seeds. {many}" if len(cells.seeds) > 1 else "One seed: there are no intervals.")
     return "\n\n".join([*parts, *filter(None, [missing_line(cells)])]) + "\n"

@@ -7,6 +7,7 @@ imported, so that a page can say what has changed since.
 import ast
 import hashlib
 import inspect
+import re
 import shlex
 import shutil
 import sys
@@ -17,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from experiments.ablations.claims import Claim, claims_table, decide
-from experiments.ablations.grid_results import Cells, Page, tables_markdown
+from experiments.ablations.grid_results import Cells, Page, table_markdown, tables_markdown
 from rlhf_jax.folder import read_json, write_json
 from rlhf_jax.provenance import commit_in_words
 
@@ -69,13 +70,13 @@ def page_text(
 ) -> str:
     """The page: what the file says of itself, its claims, its figure and tables, and how they were made."""
     title, _, rest = inspect.cleandoc(module.__doc__ or name).partition("\n")
-    parts = [f"# {title}", rest.strip()]
+    said = re.sub(r"\n((?:    .*\n?)+)", r"\n\n\1\n", rest.strip() + "\n").strip()  # commands in a block of their own
+    parts = [f"# {title}", said]
     if claims:
-        table = claims_table(claims, cells)
-        parts += ["## Claims", tables_markdown(Page([table]), cells)]
+        parts += ["## Claims", table_markdown(claims_table(claims, cells))]
     if page.panels:
         parts.append(f"![{', '.join(panel.title for panel in page.panels)}]({name}.svg)")
-    parts += ["## Numbers", tables_markdown(page, cells)]
+    parts += ["## Numbers", tables_markdown(page, cells).strip()]
     line = shlex.join(["python", f"experiments/ablations/{record['ablation']}.py", *sys.argv[1:]])
     packages = ", ".join(f"{package} {version}" for package, version in record["packages"].items())
     parts.append(
