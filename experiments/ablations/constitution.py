@@ -21,6 +21,7 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 import numpy as np
 
 from experiments import constitutional
+from experiments.ablations.claims import Claim, minus, of
 from experiments.ablations.grid import GridFlags, run_grid
 from experiments.ablations.grid_results import Cells, Column, Page, Panel, points_line, variants_table
 from experiments.ablations.worlds import world_with_sft
@@ -128,6 +129,22 @@ def measured(begun: Begun, policy: Params) -> dict[str, Any]:
         "fillers": np.mean([sum(word in FILLERS for word in some) for some in words]),
         "right": right(prompts, [" ".join(some) for some in words], {}).scores.mean(),
     }  # fmt: skip
+
+
+CLAIMS = (
+    Claim("each revision is better", "Bai et al. 2022, fig. 5", "harmlessness rises with revisions, by less each time",
+          minus(of("utility", stage="revisions", dose=2), of("utility", stage="revisions", dose=0)),
+          "of true utility by two", above=0.0),
+    Claim("the second helps less than the first", "Bai et al. 2022, fig. 5", "most comes of the first",
+          minus(minus(of("utility", stage="revisions", dose=2), of("utility", stage="revisions", dose=1)),
+                minus(of("utility", stage="revisions", dose=1), of("utility", stage="revisions", dose=0))),
+          "of true utility", below=0.0),
+    Claim("a judge's bias reaches the policy", "Perez et al. 2022; Sharma et al. 2023", "sycophancy is rewarded",
+          minus(of("flattery", stage="bias", dose=1), of("flattery", stage="bias", dose=0)),
+          "flattering words an answer", above=0.1),
+    Claim("while it still agrees with the truth", "Sharma et al. 2023", "preference data is mostly right",
+          of("judge", stage="bias", dose=1), "of pairs", above=0.85, digits=3),
+)  # fmt: skip
 
 
 def present(cfg: Config, cells: Cells) -> Page:

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.ablations.claims import Claim, Numbers, minus, of
 from experiments.ablations.grid import GridFlags, run_grid
 from experiments.ablations.grid_results import Cells, Column, Page, Panel, curve_line, seeds_table, variants_table
 from experiments.ablations.kl_coefficient import curved, curves_of, make_train
@@ -132,6 +133,24 @@ def one(cfg: Config, prepared: Prepared, seed: int, variant: Variant, run: Run) 
     policies = ("sft", begun.base.params), ("ppo", policy)
     found = prepared.facts | compare_policies(run, begun.task, *policies, begun.sampler, scorer)
     return found | curved(seen[0], *curves_of(begun.task, *seen))
+
+
+def ends_above_one(combination: str) -> Numbers:
+    """True utility at the end of PPO without a KL term, above that against one reward model."""
+    return minus(of("ppo_utility", combination=combination, beta=0.0), of("ppo_utility", combination="one", beta=0.0))
+
+
+CLAIMS = (
+    Claim("the least of four rewards is over-optimised less", "Coste et al. 2023", "worst-case: not at all",
+          ends_above_one("min"), "of true utility above one reward model's, β = 0", above=0.0),
+    Claim("so is mean − λ·std", "Coste et al. 2023", "uncertainty-weighted optimisation removes it",
+          ends_above_one("lower"), "of true utility above one reward model's, β = 0", above=0.0),
+    Claim("averaged weights beat one model", "Ramé et al. 2024 (WARM)", "79% wins against one",
+          ends_above_one("weights"), "of true utility above one reward model's, β = 0", above=0.0),
+    Claim("with a small KL term PPO against the least is not over-optimised", "Coste et al. 2023", "no peak",
+          minus(of("peak", combination="min", beta=0.1), of("ppo_utility", combination="min", beta=0.1)),
+          "of true utility from its peak", below=0.2),
+)  # fmt: skip
 
 
 def present(cfg: Config, cells: Cells) -> Page:

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments import ppo
+from experiments.ablations.claims import Claim, minus, of
 from experiments.ablations.grid import GridFlags, run_grid
 from experiments.ablations.grid_results import (
     Cells,
@@ -156,6 +157,30 @@ def curved(metrics: Metrics, kl: np.ndarray, utility: np.ndarray) -> dict[str, A
     }
     ends = {"peak": curves["utility"].max(), "end": curves["utility"][-1], "kl": metrics["kl_k1"][-5:].mean()}
     return curves | ends
+
+
+FREE, HELD = {"beta": 0.0}, {"beta": 0.1}
+CLAIMS = (
+    Claim("imitation caps at its demonstrators", "Stiennon et al. 2020; Ouyang et al. 2022", "preferences pass them",
+          minus(of("sft_utility", **HELD), of("demonstrators_utility", **HELD)), "true utility of SFT above theirs",
+          below=0.0),
+    Claim("PPO with a KL term passes them", "Ouyang et al. 2022", "labelers prefer it to SFT and to demonstrations",
+          minus(of("ppo_utility", **HELD), of("demonstrators_utility", **HELD)), "true utility above theirs",
+          above=0.0),
+    Claim("a reward model nears what annotators' noise allows", "Ouyang et al. 2022, §3.5", "69.6% where people agree"
+          " on 72.6%", of("reward_model_share_above_chance", **HELD), "of what can be had above chance", above=0.8,
+          digits=3),
+    Claim("without the KL term true utility turns down", "Gao et al. 2023, fig. 1", "peaks and falls",
+          minus(of("peak", **FREE), of("end", **FREE)), "of true utility from its peak", above=0.2),
+    Claim("while the proxy is higher than ever", "Gao et al. 2023, fig. 1", "rises on",
+          minus(of("ppo_score", **FREE), of("ppo_score", **HELD)), "of proxy above that at β = 0.1", above=0.0),
+    Claim("its gain is d(α − β log d)", "Gao et al. 2023, eq. 2", "fits everywhere", of("gao_r2", **FREE), "R²",
+          above=0.8),
+    Claim("good runs end 5 to 15 nats away", "Gao et al. 2023; Bai et al. 2022", "√KL of 2 to 5", of("kl", **HELD),
+          "nats at β = 0.1", above=5.0, below=15.0, digits=1),
+    Claim("a large β keeps the policy where it was", "Stiennon et al. 2020, fig. 5", "β trades reward for KL",
+          of("kl", beta=10.0), "nats at β = 10", below=0.5),
+)  # fmt: skip
 
 
 def present(cfg: Config, cells: Cells) -> Page:

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments import dpo, ipo, kto, orpo, simpo
+from experiments.ablations.claims import Claim, Numbers, minus, of
 from experiments.ablations.grid import GridFlags, run_grid
 from experiments.ablations.grid_results import Cells, Column, Page, Panel, points_line, variants_table
 from experiments.ablations.worlds import AfterSFT, after_sft
@@ -108,6 +109,23 @@ def one(cfg: Config, begun: AfterSFT, seed: int, variant: Variant, run: Run) -> 
     policies = ("sft", begun.base.params), ("policy", trained.params)
     ends = compare_policies(run, task, *policies, begun.sampler, make_token_scorer(task, trained.reward))
     return trained.metrics | ends | {"peak_utility": max(logged)}
+
+
+def fallen(loss: str, beta: float) -> Numbers:
+    """How far true utility ends below its peak."""
+    return minus(of("peak_utility", loss=loss, beta=beta), of("policy_utility", loss=loss, beta=beta))
+
+
+CLAIMS = (
+    Claim("DPO with a small β is over-optimised", "Rafailov et al. 2024, fig. 2", "the win rate peaks and falls",
+          fallen("dpo", 0.01), "of true utility from its peak", above=0.1),
+    Claim("with a large β it is not", "Rafailov et al. 2024, fig. 2", "it stays near the reference",
+          fallen("dpo", 0.3), "of true utility from its peak", below=0.1),
+    Claim("the policy leaves the reference further", "Rafailov et al. 2023", "β holds it there",
+          minus(of("kl_k1", loss="dpo", beta=0.01), of("kl_k1", loss="dpo", beta=0.3)), "nats", above=2.0, digits=1),
+    Claim("DPO lowers the chosen answers' likelihood, too", "Razin et al. 2024; Rafailov et al. 2024", "both fall",
+          of("val_chosen_change", loss="dpo", beta=0.1), "nats a chosen answer", below=0.0, digits=1),
+)  # fmt: skip
 
 
 def present(cfg: Config, cells: Cells) -> Page:

@@ -11,6 +11,7 @@ import pytest
 
 from experiments import dpo, iterate, ppo, reward_model, sft
 from experiments.ablations import (
+    claims,
     constitution,
     ensemble,
     imitation,
@@ -19,6 +20,7 @@ from experiments.ablations import (
     methods,
     precision,
     preference_losses,
+    records,
     reward_data,
     rounds,
     tails,
@@ -72,6 +74,24 @@ def cells_of(folder):
     return {path.stem: json.loads(path.read_text())["values"] for path in folder.glob("seed-*/*.json")}
 
 
+def check_claims(module, folder):
+    """Every claim names fields of the variants and numbers that some cell has, whichever variants were made."""
+    made = records.cells_of(json.loads((folder / "record.json").read_text()), module)
+    everything = {name: value for cell in made.values.values() for name, value in cell.items()}
+    cells = made._replace(values=dict.fromkeys(made.values, everything))
+
+    def some_variant(cells, **fields):
+        assert set(fields) <= set(module.Variant._fields), fields
+        return cells.finished()[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claims, "variant_of", some_variant)
+        for claim in module.CLAIMS:
+            assert set(claim.numbers(cells)) == set(made.seeds), claim
+            assert np.isfinite(claim.above) or np.isfinite(claim.below), claim
+    assert len({claim.text for claim in module.CLAIMS}) == len(module.CLAIMS) > 2
+
+
 def tables_of(folder):
     text = (folder / "table.md").read_text(encoding="utf-8")
     return [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
@@ -95,6 +115,7 @@ def test_kl_coefficient(tmp_path):
     assert [row.split(" | ")[0] for row in betas[2:]] == ["| 0", "| 1"]
     figure = (folder / "kl_coefficient.svg").read_text()
     assert "d(α − β log d), R²" in figure and "demonstrators" in figure
+    check_claims(kl_coefficient, folder)
 
 
 def test_ensemble(tmp_path):
@@ -112,6 +133,7 @@ def test_ensemble(tmp_path):
     assert seeds[2].startswith("| 0 | ") and " |  |" not in "".join(seeds + rows)
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| min"]
     assert "Truth, β = 0" in (folder / "ensemble.svg").read_text()
+    check_claims(ensemble, folder)
 
 
 def test_the_figure_fits_the_curve_that_it_draws():
@@ -181,6 +203,7 @@ def test_preference_losses(tmp_path):
         # At the reference: log 2 of a pair, σ(0) of a single answer.
         np.testing.assert_allclose(rows[0]["loss"], {"dpo": np.log(2), "kto": 0.5}[loss], atol=1e-5)
     assert (folder / "preference_losses.svg").exists()
+    check_claims(preference_losses, folder)
 
 
 def test_losses_are_crossed_with_their_numbers():
@@ -372,6 +395,7 @@ def test_constitution(tmp_path, monkeypatch):
     learned = [json.loads(line) for line in open(folder / "seed-0" / "revisions-dose-1" / "revisions.jsonl")]
     first = [row["revisions"][0]["revision"] for row in chains if not row["unlearned"]]
     assert [row["completion"] for row in learned] == first
+    check_claims(constitution, folder)
 
 
 def test_rounds(tmp_path):
@@ -411,6 +435,7 @@ def test_imitation(tmp_path):
             assert learned.mask[row, inside[:-1]].all() and not learned.mask[row, inside[-1]]
             assert rows.mask[row, inside[:-1]].sum() < len(inside) - 1
     assert not learned.mask[rows.segment_ids == 0].any()
+    check_claims(imitation, tmp_path / "run")
 
 
 def test_reward_data(tmp_path):
@@ -424,6 +449,7 @@ def test_reward_data(tmp_path):
     # The first of each pool is the same policy's answer; the best of more never has a lower proxy.
     assert few["gold"][0] == many["gold"][0] and few["distance"] == many["distance"]
     assert all(np.diff(cell["proxy"]).min() >= 0 and len(cell["gold"]) == 4 for cell in (few, many))
+    check_claims(reward_data, tmp_path / "run")
 
 
 def test_tails(tmp_path):
@@ -437,3 +463,5 @@ def test_tails(tmp_path):
     scores = np.random.default_rng(0).normal(size=(16, 256))
     for nats in (0.3, 2.0):
         assert tails.optimum(scores, tails.beta_for(scores, nats)).kl == pytest.approx(nats, abs=1e-6)
+
+    check_claims(tails, tmp_path / "run")
