@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -135,6 +136,11 @@ def imported_files() -> dict[str, str]:
 
 def code_hash(path: Path) -> str:
     """A hash of a file's code: comments, docstrings and layout do not count."""
+    return _code_hash(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _code_hash(path: Path, _: int) -> str:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)

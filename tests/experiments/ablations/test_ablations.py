@@ -18,6 +18,7 @@ from experiments.ablations import (
     kl_coefficient,
     memory,
     methods,
+    ppo_details,
     precision,
     preference_losses,
     records,
@@ -465,3 +466,21 @@ def test_tails(tmp_path):
         assert tails.optimum(scores, tails.beta_for(scores, nats)).kl == pytest.approx(nats, abs=1e-6)
 
     check_claims(tails, tmp_path / "run")
+
+
+def test_ppo_details(tmp_path):
+    """Each variant differs from the default in its flag alone; RLOO has as many answers."""
+    cfg = ppo_details.Config(
+        run_dir=str(tmp_path / "run"), jobs=0, seeds=1, parts=("default", "critic_from_the_policy", "rloo"), sft=SFT,
+        ppo=PPO, reward_model=reward_model.RewardModel(epochs=1, prompts_per_step=8),
+    )  # fmt: skip
+    ppo_details.main(cfg)
+    cells = cells_of(tmp_path / "run")
+    assert len({cell["sft_utility"] for cell in cells.values()}) == 1
+    assert all(len(cell["curve"]) == PPO.steps for cell in cells.values())
+    assert cells["default"]["explained_first"] != cells["critic_from_the_policy"]["explained_first"]
+    assert cells["rloo"]["explained_first"] is None
+    flags = {name: replace(PPO, **changes) for name, changes in ppo_details.CHANGES.items()}
+    changed = {name: [x for x in vars(PPO) if getattr(some, x) != getattr(PPO, x)] for name, some in flags.items()}
+    assert changed == {name: list(changes) for name, changes in ppo_details.CHANGES.items()} | {"one_epoch": []}
+    check_claims(ppo_details, tmp_path / "run")
