@@ -31,6 +31,7 @@ from experiments.stages import open_rewards, open_task, policy_sampler
 from rlhf_jax.best_of_n import best_of_n_metrics, powers_up_to, sample_pools
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
 from rlhf_jax.data.tokens import take
+from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import from_first
 from rlhf_jax.log import Run
 from rlhf_jax.revision import asked_in
@@ -89,8 +90,14 @@ def measure(
 
 
 def write_pairs(best: Path, file: Path) -> int:
-    """Writes the best answers with a random one beside each as comparisons, where they differ; returns how many."""
-    rows = [row for row in read_rows(best) if row["completion"] != row["blind"]]
+    """Writes the best answers with a random one beside each as comparisons, where they differ; returns how many.
+
+    Raises UserError for best answers of an older version, which have no random ones.
+    """
+    rows = list(read_rows(best))
+    if any("blind" not in row for row in rows):
+        raise UserError(f"{best} was written by an older version, without random answers: take another --run-dir")
+    rows = [row for row in rows if row["completion"] != row["blind"]]
     pairs = [
         asked_in(row) | {"chosen": row["completion"], "rejected": row["blind"], "row": row["row"]} for row in rows
     ]

@@ -248,22 +248,39 @@ def log_revisions(run: Run, world: World, most: int = 2000) -> None:
         run.log("chains", number, {"utility": utility, "words": np.mean([len(text.split()) for text in texts])})
 
 
-def watch_revisions(cfg: Config, run: Run, batch_size: int) -> dict[str, float]:
+def load_watched(cfg: Config, run: Run) -> dict[str, Pretrained]:
+    """The watched reward models by their names.
+
+    Raises UserError for one that cannot be read, and for two of the same name.
+    """
+    run.inputs(watch=names(cfg.watch))
+    found: dict[str, Pretrained] = {}
+    for folder in names(cfg.watch):
+        name, model = Path(folder).name, load_reward_model(folder, cfg.layout())
+        if name in found:
+            raise UserError(f"--watch: two models are called {name!r}: their metrics could not be told apart")
+        for note in model.notes:
+            run.say(note)
+        found[name] = model
+    return found
+
+
+def watch_revisions(cfg: Config, run: Run, watched: dict[str, Pretrained], batch_size: int) -> dict[str, float]:
     """How often each watched reward model scores a revision higher than the answer, by the revision's number.
 
-    A revision that repeats the answer makes no pair. Raises UserError for a model that cannot be read.
+    A revision that repeats the answer makes no pair.
     """
     chains = [row for row in read_rows(run.dir / "chains.jsonl") if all(texts_of(row))]
     metrics: dict[str, float] = {}
-    run.inputs(watch=names(cfg.watch))
-    for folder in names(cfg.watch):
-        name, model = Path(folder).name, load_reward_model(folder, cfg.layout())
-        for note in model.notes:
-            run.say(note)
+    for name, model in watched.items():
         score, length = partial(document_rewards, model, batch_size=batch_size), model.config.max_length
         for number in range(1, cfg.revisions + 1):
             pairs = [revised_pair(row, number) for row in chains]
-            found = score_pairs(score, f"revision {number}", pairs, model.tokenizer, max_length=length)
+            try:
+                found = score_pairs(score, f"revision {number}", pairs, model.tokenizer, max_length=length)
+            except UserError as error:  # it only measures
+                run.warn(f"{name} cannot be asked about revision {number}: {error}")
+                continue
             for note in found.notes:
                 run.say(note)
             rate, count = win_rate(found.chosen, found.rejected), len(found.kept)
@@ -361,6 +378,7 @@ def show_chains(run: Run) -> None:
 def main(cfg: Config) -> dict[str, float]:
     """Revises, learns, compares, learns again, and exports both policies; returns the metrics."""
     with run_with_report(cfg, "constitutional", CONSTITUTIONAL_REPORT) as run:
+        watched = load_watched(cfg, run)
         task = open_task(cfg, run, first="sft")
         sampler, drawing = policy_sampler(cfg, task), policy_sampler(cfg, task, cfg.temperature)
         data = own_data(cfg, task, run)
@@ -373,7 +391,7 @@ def main(cfg: Config) -> dict[str, float]:
             write_revisions(run, run.dir / "chains.jsonl")
             if isinstance(task, World):
                 log_revisions(run, task)
-            preferred = watch_revisions(cfg, run, task.eval_batch_size)
+            preferred = watch_revisions(cfg, run, watched, task.eval_batch_size)
             revised = task.base._replace(params=learn_revisions(cfg, task, data, run))
             compare_answers(task, run, drawing, revised.params, assistant, cfg.seed)
             metrics = task.facts | preferred | assistant.metrics()

@@ -91,6 +91,7 @@ def train_and_choose(
             measure=make_utility_measure(task, sampler),
         )  # fmt: skip
         base = task.base = base._replace(params=None)  # which nothing needs any more
+        task.finish()
     elif cfg.sft.steps == 0:
         trained = Trained(base.params, [], lambda step: base.params)
     else:

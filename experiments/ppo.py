@@ -496,7 +496,7 @@ def train(
             step_key = jax.random.fold_in(key, step)
             asked = narrowed(take(prompts.train, np.asarray(draw(cfg, len(prompts.train.row), step_key))))
             state, metrics, completions = iteration(state, frozen, asked, step_key)
-            completions = to_host(completions)
+            completions, metrics = to_host((completions, metrics))  # which waits for the update
             sampled, seconds = int(completions.mask.sum()), time.perf_counter() - began
             loop.watch_skipped(step, metrics["skipped"] + metrics["value_skipped"], (asked, completions))
             evaluated = (step + 1) % 20 == 0 or loop.is_last(step)

@@ -30,11 +30,11 @@ class Claim(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """A claim's number, and whether it stands: None where its interval does not decide it."""
+    """A claim's number, and whether it stands: None where its interval does not decide it, and for one seed."""
 
     mean: float
     half: float
-    """NaN for one seed, of which the number alone decides."""
+    """NaN for one seed, which decides nothing."""
     seeds: int
     stands: bool | None
 
@@ -48,8 +48,7 @@ def decide(claim: Claim, cells: Cells) -> Verdict | None:
     if not numbers:
         return None
     mean, half = (float(x) for x in mean_interval(numbers))
-    around = half if np.isfinite(half) else 0.0
-    low, high, stands = mean - around, mean + around, None
+    low, high, stands = mean - half, mean + half, None
     if low > claim.above and high < claim.below:
         stands = True
     elif high <= claim.above or low >= claim.below:
@@ -65,6 +64,12 @@ def verdict_words(claim: Claim, verdict: Verdict | None) -> tuple[str, str]:
     found += f" ± {verdict.half:.{claim.digits}f}" if np.isfinite(verdict.half) else " (one seed)"
     agrees = {True: "yes", False: "no", None: "not decided"}[verdict.stands]
     return f"{found}{' ' * bool(claim.unit)}{claim.unit}", agrees
+
+
+def verdicts(claims: Sequence[Claim], cells: Cells) -> list[dict[str, Any]]:
+    """Each claim's text, and whether it stands: "not made" where its cells were not."""
+    decided = [(claim, decide(claim, cells)) for claim in claims]
+    return [{"text": claim.text, "stands": "not made" if one is None else one.stands} for claim, one in decided]
 
 
 def bounds(claim: Claim) -> str:
@@ -101,14 +106,9 @@ def minus(first: Numbers, second: Numbers) -> Numbers:
     return numbers
 
 
-def over(first: Numbers, second: Numbers) -> Numbers:
-    """The ratio of two numbers, seed by seed."""
-
-    def numbers(cells: Cells) -> dict[int, float]:
-        one, other = first(cells), second(cells)
-        return {seed: one[seed] / other[seed] for seed in one if seed in other}
-
-    return numbers
+def times(factor: float, some: Numbers) -> Numbers:
+    """So many times a number, seed by seed."""
+    return lambda cells: {seed: factor * number for seed, number in some(cells).items()}
 
 
 def variant_of(cells: Cells, **fields: Any) -> Any:

@@ -22,9 +22,10 @@ import numpy as np
 
 from experiments import constitutional
 from experiments.ablations.claims import Claim, minus, of
-from experiments.ablations.grid import GridFlags, run_grid
+from experiments.ablations.grid import GridFlags, only_words, run_grid
 from experiments.ablations.grid_results import Cells, Column, Page, Panel, points_line, variants_table
 from experiments.ablations.worlds import world_with_sft
+from experiments.dpo import DPO
 from experiments.sft import SFT
 from rlhf_jax.cli import run_main
 from rlhf_jax.log import Run
@@ -71,14 +72,15 @@ class Begun(NamedTuple):
     revised: Pretrained
 
 
-def flags_of(seed: int) -> constitutional.Config:
+def flags_of(cfg: Config, seed: int) -> constitutional.Config:
     """The flags of a seed's runs."""
-    return constitutional.Config(seed=seed, revisions=MOST)
+    short: Any = {"sft": SFT(steps=50), "dpo": DPO(steps=10)} if cfg.quick else {}
+    return constitutional.Config(seed=seed, revisions=MOST, **short)
 
 
-def learn(seed: int, task: World, run: Run, chains: Path, revision: int) -> Params:
+def learn(cfg: Config, seed: int, task: World, run: Run, chains: Path, revision: int) -> Params:
     """SFT on one revision of all answers."""
-    flags = flags_of(seed)
+    flags = flags_of(cfg, seed)
     constitutional.write_revisions(run, chains, revision)
     return constitutional.learn_revisions(flags, task, constitutional.own_data(flags, task, run), run)
 
@@ -87,9 +89,9 @@ def prepare(cfg: Config, seed: int, run: Run) -> Begun:
     """A world, SFT, four revisions of its answers, and SFT on the second ones."""
     task, sampler = world_with_sft(cfg, seed, run)
     assistant = constitutional.world_assistant(task, Annotators(noise=constitutional.NOISE), Revisers())
-    constitutional.revise_prompts(flags_of(seed), task, run, sampler, assistant, seed)
+    constitutional.revise_prompts(flags_of(cfg, seed), task, run, sampler, assistant, seed)
     chains = run.dir / "chains.jsonl"
-    revised = task.base._replace(params=learn(seed, task, run, chains, SECOND))
+    revised = task.base._replace(params=learn(cfg, seed, task, run, chains, SECOND))
     return Begun(task, sampler, chains, revised)
 
 
@@ -97,9 +99,9 @@ def one(cfg: Config, begun: Begun, seed: int, variant: Variant, run: Run) -> dic
     """A policy after so many revisions, or after DPO on the labels of a judge with that bias."""
     task, sampler = begun.task, begun.sampler
     if variant.stage == "revisions":
-        found = measured(begun, learn(seed, task, run, begun.chains, int(variant.dose)))
+        found = measured(begun, learn(cfg, seed, task, run, begun.chains, int(variant.dose)))
         return found | {"dose": variant.dose}
-    flags = flags_of(seed)
+    flags = flags_of(cfg, seed)
     people = Annotators(noise=constitutional.NOISE, length_bias=0.0, flattery_bias=variant.dose)
     assistant = constitutional.world_assistant(task, people, Revisers())
     constitutional.compare_answers(task, run, sampler, begun.revised.params, assistant, seed)
@@ -164,6 +166,7 @@ def present(cfg: Config, cells: Cells) -> Page:
 
 def main(cfg: Config) -> dict[str, float]:
     """Makes the grid; returns each dose's means over seeds."""
+    only_words(cfg)
     variants = [Variant("revisions", float(number)) for number in cfg.revisions]
     variants += [Variant("bias", bias) for bias in cfg.biases]
     return run_grid(cfg, "constitution", variants, one, present, prepare=prepare, axes=("revisions", "biases"))

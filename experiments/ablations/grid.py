@@ -130,6 +130,14 @@ class Done(NamedTuple):
     seconds: float
 
 
+def only_words(cfg: GridFlags, quick: bool = True) -> None:
+    """Raises UserError for a setting that an ablation cannot have, and for --quick unless it may be `quick`."""
+    if cfg.setting != "words":
+        raise UserError(f"--setting {cfg.setting} is not used here: this ablation knows the words of the first world")
+    if cfg.quick and not quick:
+        raise UserError("--quick is not used here")
+
+
 def run_grid(
     cfg: Any,
     name: str,

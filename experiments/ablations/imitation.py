@@ -28,10 +28,12 @@ from rlhf_jax.batches import Tokens
 from rlhf_jax.cli import run_main
 from rlhf_jax.data.epochs import EpochBatches
 from rlhf_jax.data.tokens import take
+from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.simulation import Demonstrators
 from rlhf_jax.tasks.measure import make_utility_measure
+from rlhf_jax.tasks.simulated import SIZES
 
 CAREFUL = Demonstrators(error=0.12, filler=0.19, flattery=0.04)
 COLUMNS = (
@@ -46,7 +48,14 @@ class Config(GridFlags):
     """SFT on more and fewer demonstrations, of more and less careful people, with and without the prompt."""
 
     counts: tuple[int, ...] = (250, 1000, 4000, 32_000)
+    """Demonstrations; the world has 32,000."""
     sft: SFT = field(default_factory=lambda: SFT(steps=1500))
+
+    def __post_init__(self) -> None:
+        """Raises UserError for more demonstrations than there are."""
+        super().__post_init__()
+        if not self.counts or min(self.counts) < 1 or max(self.counts) > SIZES.demonstrations:
+            raise UserError(f"--counts are from 1 to {SIZES.demonstrations}, the demonstrations of the world")
 
 
 class Variant(NamedTuple):
@@ -76,7 +85,7 @@ def one(cfg: Config, prepared: None, seed: int, variant: Variant, run: Run) -> d
     people = CAREFUL if variant.people == "careful" else Demonstrators()
     task, sampler = open_world(cfg, seed, demonstrators=people)
     found = task.demonstrations()
-    rows = max(1, round(found.train.mask.shape[0] * min(1.0, variant.number / max(cfg.counts))))
+    rows = max(1, round(found.train.mask.shape[0] * min(1.0, variant.number / task.sizes.demonstrations)))
     train = take(found.train, slice(rows))
     train = with_prompts(train) if variant.learned == "all" else train
     data = found._replace(train=train, batches=lambda size, seed: EpochBatches(train, size, seed), rows=rows)
@@ -90,7 +99,7 @@ def one(cfg: Config, prepared: None, seed: int, variant: Variant, run: Run) -> d
     return task.facts | {
         "utility": measure(trained.params, 100)["utility"], "val_loss": losses[-1], "epochs": steps[-1],
         "number": variant.number, "loss_epoch": steps[losses.argmin()], "utility_epoch": steps[utilities.argmax()],
-        "utility_after_least_loss": utilities[losses.argmin() :].max() - utilities[losses.argmin()],
+        "utility_after_least_loss": utilities[losses.argmin() :].mean() - utilities[losses.argmin()],
         "loss_after_its_least": losses[-1] - losses.min(),
     }  # fmt: skip
 

@@ -39,7 +39,7 @@ from experiments import (
     rloo,
 )
 from experiments.ablations import preference_losses
-from experiments.ablations.grid import GridFlags, run_grid
+from experiments.ablations.grid import GridFlags, only_words, run_grid
 from experiments.ablations.grid_results import (
     Cells,
     Column,
@@ -347,6 +347,7 @@ def present(cfg: Config, cells: Cells) -> Page:
 
 def main(cfg: Config) -> dict[str, float]:
     """Makes the grid; returns each method's means over seeds."""
+    only_words(cfg, quick=False)
     variants = [Variant(name) for name in cfg.methods]
     return run_grid(cfg, "methods", variants, one, present, prepare=prepare, axes=("methods",))
 

@@ -17,10 +17,11 @@ from typing import Any
 if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from experiments.ablations.claims import decide, verdict_words
+from experiments.ablations.claims import decide, verdict_words, verdicts
 from experiments.ablations.records import RESULTS, ROOT, cells_of, changed_since, claims_of, read_record
 from experiments.flags import Flags
 from rlhf_jax.cli import run_main
+from rlhf_jax.errors import UserError
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- claims: written by experiments/ablations/pages.py -->\n", "<!-- end of claims -->\n"
@@ -59,7 +60,10 @@ def claims_markdown() -> str:
 
 
 def with_table(readme: str, table: str) -> str:
-    """README's text with the table between its marks."""
+    """README's text with the table between its marks. Raises UserError unless both are there, once."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        marks = f"{BEGIN.strip()} {END.strip()}"
+        raise UserError(f"README.md: the marks of its table of claims are not there once each: {marks}")
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
     return before + BEGIN + table + END + after
@@ -70,8 +74,7 @@ def differences() -> list[str]:
     found = []
     for record, module in published():
         cells, name = cells_of(record, module), record["page"]
-        now = [{"text": claim.text, "stands": verdict and verdict.stands}
-               for claim, verdict in ((claim, decide(claim, cells)) for claim in claims_of(module))]  # fmt: skip
+        now = verdicts(claims_of(module), cells)
         found += [f"{name}: {claim['text']!r} is not stored with this verdict: {claim['stands']}"
                   for claim in now if claim not in record["claims"]]  # fmt: skip
         texts = [claim["text"] for claim in now]

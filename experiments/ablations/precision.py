@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import ppo, reward_model, sft
-from experiments.ablations.grid import GridFlags, run_grid
+from experiments.ablations.grid import GridFlags, only_words, run_grid
 from experiments.ablations.grid_results import Cells, Column, Page, Panel, Table, curve_line, differences_table, listed
 from experiments.flags import (
     PRECISIONS,
@@ -166,6 +166,7 @@ def present(cfg: Config, cells: Cells) -> Page:
 
 def main(cfg: Config) -> dict[str, float]:
     """Makes the grid; returns each precision's means over seeds. Raises UserError for --precision."""
+    only_words(cfg, quick=False)
     if cfg.precision != "float32":
         raise UserError("--precision is not read here: give --precisions")
     return run_grid(cfg, "precision", [Variant(name) for name in cfg.precisions], one, present)

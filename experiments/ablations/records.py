@@ -5,6 +5,7 @@ imported, so that a page can say what has changed since.
 """
 
 import ast
+import calendar
 import hashlib
 import inspect
 import re
@@ -18,8 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from experiments.ablations.claims import Claim, claims_table, decide
+from experiments.ablations.claims import Claim, claims_table, verdicts
 from experiments.ablations.grid_results import Cells, Page, table_markdown, tables_markdown
+from rlhf_jax.errors import UserError
 from rlhf_jax.folder import read_json, write_json
 from rlhf_jax.provenance import commit_in_words
 
@@ -32,7 +34,7 @@ FILES = "files.json"
 def write_record(folder: Path, name: str, module: ModuleType, cells: Cells, page: Page, *, publish: bool) -> Path:
     """Writes page.md and record.json to a run's folder, and into the results under `name` to `publish`.
 
-    Returns the page that was written last.
+    Returns the page that was written last. Raises UserError for results to publish that leave a claim out.
     """
     sessions = read_json(folder / "run.json")["sessions"]
     claims = claims_of(module)
@@ -45,8 +47,7 @@ def write_record(folder: Path, name: str, module: ModuleType, cells: Cells, page
             {"seed": seed, "variant": cells.variants.index(variant), "values": numbers_only(values)}
             for (seed, variant), values in cells.values.items()
         ],
-        "claims": [{"text": claim.text, "stands": verdict and verdict.stands}
-                   for claim, verdict in ((claim, decide(claim, cells)) for claim in claims)],
+        "claims": verdicts(claims, cells),
         "minutes": round(minutes(sessions), 1),
         "commit": ", ".join(dict.fromkeys(map(commit_in_words, sessions))),
         "day": str(sessions[-1]["start"])[:10],
@@ -59,6 +60,8 @@ def write_record(folder: Path, name: str, module: ModuleType, cells: Cells, page
     write_json(folder / "record.json", record)
     if not publish:
         return folder / "page.md"
+    if lacking := [one["text"] for one in record["claims"] if one["stands"] == "not made"]:
+        raise UserError(f"{name} is not published: no cells were made that decide {lacking[0]!r}")
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
     write_json(RESULTS / f"{name}.json", record)
     if page.panels:
@@ -113,12 +116,13 @@ def numbers_only(values: Any) -> dict[str, Any]:
 
 
 def minutes(sessions: Sequence[dict[str, Any]]) -> float:
-    """Minutes of all sessions of a run; the last one goes on until now."""
+    """Minutes of a run's sessions; the last one goes on until now, and one that was killed is not counted."""
 
     def seconds(stamp: str | None) -> float:
-        return time.mktime(time.strptime(stamp, "%Y-%m-%dT%H:%M:%SZ") if stamp else time.gmtime())
+        return calendar.timegm(time.strptime(stamp, "%Y-%m-%dT%H:%M:%SZ")) if stamp else time.time()
 
-    return sum(seconds(one.get("end")) - seconds(one["start"]) for one in sessions) / 60
+    told = [one for one in sessions if one.get("end") or one is sessions[-1]]
+    return sum(seconds(one.get("end")) - seconds(one["start"]) for one in told) / 60
 
 
 def write_files(folder: Path) -> None:
@@ -143,15 +147,15 @@ def code_hash(path: Path) -> str:
 def _code_hash(path: Path, _: int) -> str:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            body[0] = ast.Expr(ast.Constant(0))
+        for name, some in ast.iter_fields(node):
+            if isinstance(some, list) and some and isinstance(some[0], ast.stmt):
+                setattr(node, name, [statement for statement in some if not is_text(statement)])
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
+
+
+def is_text(statement: ast.stmt) -> bool:
+    """Whether a statement is a text alone: the docstring of a module, a function or a field."""
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
 def changed_since(record: dict[str, Any]) -> list[str]:

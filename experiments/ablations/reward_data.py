@@ -32,10 +32,11 @@ from rlhf_jax.cli import run_main
 from rlhf_jax.data.preferences import reordered
 from rlhf_jax.data.tokens import take
 from rlhf_jax.diagnostics import best_of_n_fit
-from rlhf_jax.errors import at_least
+from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.log import Run
 from rlhf_jax.rewards.model import model_reward
 from rlhf_jax.tasks.measure import make_reward_scorer
+from rlhf_jax.tasks.simulated import SIZES
 
 NO_END = -3.0
 COLUMNS = (
@@ -59,7 +60,14 @@ class Config(GridFlags):
     reward_model: RewardModel = field(default_factory=RewardModel)
 
     def __post_init__(self) -> None:
+        """Raises UserError for sizes that are none, and for too few answers."""
         at_least(self, n=8, prompts=1)  # of fewer answers there is no curve to fit
+        for size in self.sizes:
+            answers, _, prompts = size.partition("x")
+            if not (answers.isdecimal() and prompts.isdecimal()):
+                raise UserError(f"--sizes: {size!r} is not ANSWERSxPROMPTS, as in 8x1000")
+            if not (2 <= int(answers) <= SIZES.ranked and 1 <= int(prompts) <= SIZES.compared):
+                raise UserError(f"--sizes: {size!r} is not within 2x1 and the world's {SIZES.ranked}x{SIZES.compared}")
         super().__post_init__()
 
 

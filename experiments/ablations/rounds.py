@@ -20,7 +20,7 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 import numpy as np
 
 from experiments import iterate
-from experiments.ablations.grid import GridFlags, run_grid
+from experiments.ablations.grid import GridFlags, only_words, run_grid
 from experiments.ablations.grid_results import Cells, Column, Page, Panel, curve_line, smooth, variants_table
 from experiments.ablations.worlds import world_with_sft
 from experiments.ppo import PPO
@@ -103,6 +103,7 @@ def present(cfg: Config, cells: Cells) -> Page:
 
 def main(cfg: Config) -> dict[str, float]:
     """Makes the grid; returns each plan's means over seeds."""
+    only_words(cfg, quick=False)
     variants = [Variant(name) for name in cfg.plans]
     return run_grid(cfg, "rounds", variants, one, present, prepare=world_with_sft, axes=("plans",))
 

@@ -123,7 +123,8 @@ def kept(cfg: Any, task: World, what: str, seed: int, flags: dict[str, Any], mak
     if cfg.common == "none":
         return make()
     plain = {name: asdict(value) if hasattr(value, "__dataclass_fields__") else value for name, value in flags.items()}
-    parts = [what, seed, cfg.setting, task.sizes, plain, code(), [version(name) for name in ("jax", "numpy", "optax")]]
+    made_by = [version(name) for name in ("jax", "numpy", "optax", "flax")] + [jax.devices()[0].device_kind]
+    parts = [what, seed, cfg.setting, task.sizes, plain, code(), made_by]
     name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     file = Path(cfg.common) / f"{what}-{seed}-{name}.pickle"
     if file.exists():
@@ -141,6 +142,6 @@ def kept(cfg: Any, task: World, what: str, seed: int, flags: dict[str, Any], mak
 
 @cache
 def code() -> str:
-    """A hash of the code of the library and the experiments; ablations do not count."""
-    files = [*sorted((ROOT / "rlhf_jax").rglob("*.py")), *sorted((ROOT / "experiments").glob("*.py"))]
+    """A hash of the code of the library, the experiments and this file; ablations do not count."""
+    files = [*sorted((ROOT / "rlhf_jax").rglob("*.py")), *sorted((ROOT / "experiments").glob("*.py")), Path(__file__)]
     return hashlib.sha256("".join(map(code_hash, files)).encode()).hexdigest()

@@ -46,7 +46,8 @@ def encode_many(
     following = list(islice(rows, 1))
     if following and (processes > 1 or hosts.many()):
         with _encoding(tokenizer, max_length, processes) as encode:
-            yield from settled(_in_chunks(chain(following, rows), encode, 2 * processes), rejects)
+            ahead = max(2, 2 * processes // hosts.place()[1])  # each is a chunk for every host
+            yield from settled(_in_chunks(chain(following, rows), encode, ahead), rejects)
     else:
         yield from encode_rows(chain(following, rows), tokenizer, max_length, rejects)
 
@@ -80,13 +81,13 @@ def _in_chunks(rows: Iterator[Read], encode: Encode, ahead: int) -> Iterator[tup
 
 
 def _of_all(found: Callable[[], list[Outcome]]) -> list[Outcome]:
-    """The outcomes of all hosts. Raises UserError in each where it is raised in one."""
+    """The outcomes of all hosts. Raises UserError in each where an error is raised in one."""
     if not hosts.many():
         return found()
     try:
         said: Any = found()
-    except UserError as error:
-        said = error
+    except Exception as error:
+        said = error if isinstance(error, UserError) else UserError(f"{type(error).__name__}: {error}")
     heard = [pickle.loads(some) for some in hosts.gather_bytes(pickle.dumps(said, protocol=5))]
     for some in heard:
         if isinstance(some, UserError):

@@ -1,6 +1,7 @@
 """Rows that cannot be used: where they stand, why, and whether that stops the run or is counted and written down."""
 
 import json
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -9,6 +10,8 @@ from rlhf_jax.errors import UserError
 
 SHOWN = 5
 """Line numbers that a summary names for each reason."""
+PENDING = 1000
+"""Rejected rows that are kept until they have a file; of others only the counts."""
 LONGEST = 4000
 """Characters of a rejected row that are written down."""
 
@@ -72,7 +75,8 @@ class Rejects:
         if detail:
             entry["detail"] = detail
         if self._path is None:
-            self._pending.append(entry)
+            if len(self._pending) < PENDING:  # the others are counted only
+                self._pending.append(entry)
         else:
             _append(self._path, [entry])
 
@@ -100,13 +104,19 @@ class Rejects:
 
     def told(self) -> dict[str, Any]:
         """All that another one has to `hear`, as JSON values, where nothing is written to a file."""
-        return {**self.changes(), "rejected": self._pending}
+        counts = [[source, reason, count.rows] for (source, reason), count in self._rejected.items()]
+        return {**self.changes(), "rejected": self._pending, "counts": counts}
 
     def hear(self, told: dict[str, Any]) -> None:
         """Counts what another one's `told` tells."""
         for entry in told["rejected"]:
             place = Place(entry["source"], entry["line"])
             self.reject(place, entry["reason"], entry["row"], detail=entry.get("detail", ""))
+        shown = Counter((entry["source"], entry["reason"]) for entry in told["rejected"])
+        for source, reason, rows in told.get("counts", ()):
+            before, more = self._rejected.get((source, reason), _Count(0, ())), rows - shown[source, reason]
+            if more > 0:
+                self._rejected[source, reason] = before._replace(rows=before.rows + more)
         self.add(told)
 
     def write_to(self, path: str | Path, *, sources: Collection[str] | None = None) -> None:

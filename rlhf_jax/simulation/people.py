@@ -66,8 +66,9 @@ def mistake(rng: np.random.Generator, target: Sequence[str], setting: Setting = 
     says = list(target)
     if len(says) > 1 and rng.random() < 0.5:
         i = rng.integers(len(says) - 1)
-        says[i], says[i + 1] = says[i + 1], says[i]
-        return says
+        if says[i] != says[i + 1]:
+            says[i], says[i + 1] = says[i + 1], says[i]
+            return says
     i = rng.integers(len(says))
     kind = next(kind for kind in setting.kinds if says[i] in kind)
     says[i] = _one_of(rng, [word for word in kind if word != says[i]])

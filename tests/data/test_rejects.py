@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from rlhf_jax.data import rejects
 from rlhf_jax.data.rejects import Place, Rejects
 from rlhf_jax.errors import UserError
 
@@ -91,3 +92,17 @@ def test_a_row_that_is_nested_too_deeply_to_be_written_is_counted_all_the_same(t
     rejects.reject(Place("f", 1), "deep", {"a": nested})
     rejects.write_to(tmp_path / "rejected.jsonl")
     assert json.loads((tmp_path / "rejected.jsonl").read_text())["line"] == 1
+
+
+def test_what_another_host_has_left_out_is_counted_beyond_the_rows_that_it_keeps(monkeypatch):
+    monkeypatch.setattr(rejects, "PENDING", 2)
+    other, own = Rejects("skip"), Rejects("skip")
+    for line in range(1, 6):
+        other.reject(Place("a", line), "odd" if line % 2 else "even", {})
+    other.note(Place("a", 7), "shorter")
+    other.use(Place("a", 7))
+    own.reject(Place("a", 8), "odd", {})
+    told = json.loads(json.dumps(other.told()))
+    assert len(told["rejected"]) == 2
+    own.hear(told)
+    assert own.counts() == {"odd": 4, "even": 2} and own.notes() == {"shorter": 1} and own.used == {"a": 1}

@@ -15,8 +15,10 @@ from experiments.sft import SFT
 from rlhf_jax import revision
 from rlhf_jax.constitution import read_constitution
 from rlhf_jax.errors import UserError
+from rlhf_jax.log import Run
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import from_language_model, load_hf, save_hf_reward_model
+from rlhf_jax.pretrained import load_policy
 
 FLAGS = {"eval_batch_size": 64, "sft": SFT(steps=2, batch_size=8), "dpo": DPO(steps=2, batch_size=8)}
 
@@ -109,6 +111,35 @@ def test_on_real_text_with_demonstrations_and_comparisons(stories, tmp_path, mon
         "demonstrations.jsonl",
     }
     assert np.isfinite(metrics["constitutional_kl"])
+
+
+def test_watched_models_are_read_before_anything_is_sampled(stories, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"why {n}?"}) + "\n" for n in range(8)))
+    cfg = constitutional.Config(
+        run_dir=str(tmp_path / "run"), model=stories, prompts=str(prompts), max_length=256, max_new_tokens=8
+    )
+    config, params = load_hf(stories)
+    rewards = from_language_model(params, jax.random.key(1), config)
+    for name in ("a", "b"):
+        tokenizer = AutoTokenizer.from_pretrained(stories)
+        save_hf_reward_model(tmp_path / name / "reward_model", config, rewards, tokenizer=tokenizer)
+    for folders, message in ((("a", "b"), "two models are called 'reward_model'"), (("no",), "no/reward_model")):
+        watch = tuple(str(tmp_path / name / "reward_model") for name in folders)
+        with pytest.raises(UserError, match=message):
+            constitutional.main(replace(cfg, watch=watch, run_dir=str(tmp_path / f"run-{folders[0]}")))
+        assert not (tmp_path / f"run-{folders[0]}" / "chains.jsonl").exists()
+
+
+def test_a_watched_model_that_cannot_be_asked_ends_nothing(stories, tmp_path, capsys):
+    """Where every revision repeats the answer there is no pair."""
+    row = {"row": 0, "prompt": "p", "answer": "a", "revisions": [{"revision": "a"}], "unlearned": ""}
+    cfg = constitutional.Config(model=stories, revisions=1, prompts="f")
+    with Run(tmp_path / "run", cfg, name="constitutional") as run:
+        (run.dir / "chains.jsonl").write_text(json.dumps(row) + "\n")
+        watched = {"rm": load_policy(stories)}
+        assert constitutional.watch_revisions(cfg, run, watched, 8) == {}
+    assert "rm cannot be asked about revision 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_people_write_all_parts_and_err_in_each():
     np.testing.assert_allclose(right, 0.5, atol=0.05)
     marked = [np.mean([marker in words for words in told]) for marker in ERRANDS.markers]
     np.testing.assert_allclose(marked, people.announce, atol=0.05)
-    for target, kind in ((("dun", "blue"), COLOURS), (("0", "5"), DIGITS)):
+    for target, kind in ((("dun", "blue"), COLOURS), (("0", "5"), DIGITS), (("jade", "jade"), COLOURS)):
         wrong = [tuple(mistake(rng, target, ERRANDS)) for _ in range(50)]
         assert target not in wrong and all(set(words) <= set(kind) for words in wrong)
 

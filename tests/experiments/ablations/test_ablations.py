@@ -384,7 +384,7 @@ def test_a_peak_is_that_of_what_came_after_it_began():
 def test_constitution(tmp_path, monkeypatch):
     folder, flags_of = tmp_path / "run", constitution.flags_of
     short = {"sft": SFT, "dpo": dpo.DPO(steps=2, batch_size=8)}
-    monkeypatch.setattr(constitution, "flags_of", lambda seed: replace(flags_of(seed), **short))
+    monkeypatch.setattr(constitution, "flags_of", lambda cfg, seed: replace(flags_of(cfg, seed), **short))
     cfg = constitution.Config(run_dir=str(folder), jobs=0, seeds=1, revisions=(1,), biases=(9.0,), sft=SFT)
     metrics = constitution.main(cfg)
     cells = cells_of(folder)
@@ -415,8 +415,9 @@ def test_rounds(tmp_path):
         rounds.Config(rounds=2, labels=17)
 
 
-def test_imitation(tmp_path):
+def test_imitation(tmp_path, monkeypatch):
     """Fewer demonstrations are the first rows of all; the prompt is learned where it is to be."""
+    monkeypatch.setattr(imitation, "SIZES", SIZES)
     cfg = imitation.Config(run_dir=str(tmp_path / "run"), jobs=0, seeds=1, counts=(8, 128), sft=SFT)
     imitation.main(cfg)
     cells = cells_of(tmp_path / "run")

@@ -1,15 +1,18 @@
 """Claims are decided by their intervals; records keep what decides them; pages say what is no longer so."""
 
+import calendar
 import json
+import os
 import sys
+import time
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from experiments.ablations import pages, records, worlds
-from experiments.ablations.claims import Claim, bounds, decide, minus, of, over, verdict_words
+from experiments.ablations import constitution, imitation, pages, precision, records, reward_data, tails, worlds
+from experiments.ablations.claims import Claim, bounds, decide, minus, of, times, verdict_words
 from experiments.ablations.grid import GridFlags, run_grid
 from experiments.ablations.grid_results import Cells, Column, Line, Page, Panel, variants_table
 from experiments.ppo import PPO
@@ -77,12 +80,12 @@ def test_a_claim_stands_where_its_whole_interval_does(bound, stands):
 
 def test_numbers_of_cells():
     assert minus(of("y", dose=2.0), of("y", dose=1.0))(CELLS) == {0: 1.0, 1: 2.0, 2: 3.0}
-    assert over(of("y", dose=2.0), of("y", dose=1.0))(CELLS) == {0: 2.0, 1: 2.0, 2: 2.0}
+    assert times(0.5, of("y", dose=2.0))(CELLS) == {0: 1.0, 1: 2.0, 2: 3.0}
     claim = Claim("c", "s", "p", of("y", dose=3.0), above=0.0)
     assert decide(claim, CELLS) is None and verdict_words(claim, None) == ("not made", "")
     alone = CELLS._replace(seeds=(1,))
     claim = Claim("c", "s", "p", of("y", dose=1.0), "nats", above=1.0, below=3.0)
-    assert verdict_words(claim, decide(claim, alone)) == ("2.00 (one seed) nats", "yes")
+    assert verdict_words(claim, decide(claim, alone)) == ("2.00 (one seed) nats", "not decided")
     assert bounds(claim) == "above 1 and below 3"
 
 
@@ -140,6 +143,59 @@ def test_pages_write_readmes_table_and_check_what_is_stored(published, capsys, m
         pages.main(pages.Config(check=True))
 
 
+def test_what_leaves_a_claim_out_is_not_published(published):
+    """The page that was there stays."""
+    before = (published / "test_claims.md").read_bytes()
+    with pytest.raises(UserError, match="test_claims is not published: no cells were made that decide 'more is more'"):
+        run_grid(
+            Config(run_dir=str(published / "part"), publish=True), "test_claims", [Variant(1.0)], one, present
+        )  # fmt: skip
+    assert (published / "test_claims.md").read_bytes() == before
+
+
+@pytest.mark.parametrize("readme", ["no marks", pages.BEGIN, pages.BEGIN * 2 + pages.END, pages.END])
+def test_a_readme_without_its_marks_is_left_alone(published, readme):
+    (published / "README.md").write_text(readme)
+    with pytest.raises(UserError, match="the marks of its table of claims"):
+        pages.main(pages.Config())
+    assert (published / "README.md").read_text() == readme
+
+
+def test_minutes_are_those_of_sessions_that_ended_and_of_this_one(monkeypatch):
+    """Whatever the zone of the machine is."""
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    monkeypatch.setattr(records.time, "time", lambda: calendar.timegm((2026, 7, 2, 10, 30, 0)))
+    ended = {"start": "2026-07-01T08:00:00Z", "end": "2026-07-01T08:12:00Z"}
+    killed, now = {"start": "2026-07-01T09:00:00Z", "end": None}, {"start": "2026-07-02T10:00:00Z", "end": None}
+    assert records.minutes([ended, killed, now]) == 42.0
+    assert records.minutes([ended]) == 12.0
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_an_ablation_of_the_first_world_is_not_asked_about_the_second():
+    with pytest.raises(UserError, match="--setting errands is not used here"):
+        constitution.main(constitution.Config(setting="errands"))
+    with pytest.raises(UserError, match="--quick is not used here"):
+        precision.main(precision.Config(quick=True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (lambda: imitation.Config(counts=(1000, 64_000)), "--counts are from 1 to 32000"),
+        (lambda: reward_data.Config(sizes=("16x100",)), "'16x100' is not within 2x1 and the world's 8x12000"),
+        (lambda: reward_data.Config(sizes=("2-100",)), "is not ANSWERSxPROMPTS"),
+        (lambda: tails.Config(errors=("t",)), "'t' is neither normal nor tN"),
+        (lambda: tails.Config(n=8), "n is 8"),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_is_trained(flags, message):
+    with pytest.raises(UserError, match=message):
+        flags()
+
+
 def test_what_is_published_here_is_what_its_numbers_say():
     """README's table and each stored verdict, of the checkout."""
     assert pages.differences() == []
@@ -148,8 +204,10 @@ def test_what_is_published_here_is_what_its_numbers_say():
 def test_code_is_what_it_does(tmp_path):
     file = tmp_path / "x.py"
     hashes = []
-    for text in ('"""One."""\nx = 1\n', '"""Two."""\n\n# a note\nx  =  1\n', '"""Two."""\nx = 2\n'):
+    same = '"""One."""\nx = 1\n', '"""Two."""\n\n# a note\nx  =  1\n"""Of x."""\n'
+    for number, text in enumerate((*same, '"""Two."""\nx = 2\n')):
         file.write_text(text)
+        os.utime(file, ns=(number, number))
         hashes.append(records.code_hash(file))
     assert hashes[0] == hashes[1] != hashes[2]
 
