@@ -111,16 +111,16 @@ def one(cfg: Config, begun: AfterSFT, seed: int, variant: Variant, run: Run) -> 
     return trained.metrics | ends | {"peak_utility": max(logged)}
 
 
-def fallen(loss: str, beta: float) -> Numbers:
-    """How far true utility ends below its peak."""
-    return minus(of("peak_utility", loss=loss, beta=beta), of("policy_utility", loss=loss, beta=beta))
+def ends_above(beta: float, other: float) -> Numbers:
+    """True utility of DPO at one β above that at another."""
+    return minus(of("policy_utility", loss="dpo", beta=beta), of("policy_utility", loss="dpo", beta=other))
 
 
 CLAIMS = (
     Claim("DPO with a small β is over-optimised", "Rafailov et al. 2024, fig. 2", "the win rate peaks and falls",
-          fallen("dpo", 0.01), "of true utility from its peak", above=0.1),
-    Claim("with a large β it is not", "Rafailov et al. 2024, fig. 2", "it stays near the reference",
-          fallen("dpo", 0.3), "of true utility from its peak", below=0.1),
+          ends_above(0.01, 0.1), "of true utility, β = 0.01 above 0.1", below=0.0),
+    Claim("with a large β it stays behind, too", "Rafailov et al. 2024, fig. 2", "it stays near the reference",
+          ends_above(1.0, 0.1), "of true utility, β = 1 above 0.1", below=0.0),
     Claim("the policy leaves the reference further", "Rafailov et al. 2023", "β holds it there",
           minus(of("kl_k1", loss="dpo", beta=0.01), of("kl_k1", loss="dpo", beta=0.3)), "nats", above=2.0, digits=1),
     Claim("DPO lowers the chosen answers' likelihood, too", "Razin et al. 2024; Rafailov et al. 2024", "both fall",
