@@ -42,28 +42,23 @@ from experiments.flags import (
     PromptFlags,
     RunFlags,
     SamplingFlags,
-    names,
     refuse_forms,
     refuse_without_files,
 )
-from experiments.judging import load_judge, open_judge
+from experiments.judging import load_judge, load_watched, open_judge, watch_revisions
 from experiments.reports import CONSTITUTIONAL_REPORT
 from experiments.sft import SFT
 from experiments.stages import again_defaults, open_own, open_task, policy_sampler, train_preference
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
 from rlhf_jax.constitution import SHIPPED, Principle, read_constitution
-from rlhf_jax.data.conversations import message
-from rlhf_jax.data.formats import Comparison
 from rlhf_jax.data.pairs import paired
-from rlhf_jax.data.rejects import Place
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import UserError, at_least
-from rlhf_jax.evaluate import rate_metrics, win_rate
 from rlhf_jax.export import export_policy
 from rlhf_jax.hosts import from_first
 from rlhf_jax.log import Run
 from rlhf_jax.preference import Trained
-from rlhf_jax.pretrained import Pretrained, load_reward_model
+from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.revision import (
     Reviser,
     as_conversation,
@@ -78,9 +73,7 @@ from rlhf_jax.revision import (
     texts_of,
 )
 from rlhf_jax.rewards.judge import both_orders, comparing, in_words
-from rlhf_jax.rewards.pairs import score_pairs
 from rlhf_jax.row_file import read_rows, write_parts
-from rlhf_jax.scoring import document_rewards
 from rlhf_jax.simulation import PRINCIPLES, Annotators, Revisers
 from rlhf_jax.tasks.measure import PolicySampler, compare_policies, make_policy_measure, make_token_scorer
 from rlhf_jax.tasks.simulated import World
@@ -246,54 +239,6 @@ def log_revisions(run: Run, world: World, most: int = 2000) -> None:
     for number, texts in enumerate(zip(*map(texts_of, rows), strict=True)):
         utility = world.utilities([row["prompt"] for row in rows], texts).mean()
         run.log("chains", number, {"utility": utility, "words": np.mean([len(text.split()) for text in texts])})
-
-
-def load_watched(cfg: Config, run: Run) -> dict[str, Pretrained]:
-    """The watched reward models by their names.
-
-    Raises UserError for one that cannot be read, and for two of the same name.
-    """
-    run.inputs(watch=names(cfg.watch))
-    found: dict[str, Pretrained] = {}
-    for folder in names(cfg.watch):
-        name, model = Path(folder).name, load_reward_model(folder, cfg.layout())
-        if name in found:
-            raise UserError(f"--watch: two models are called {name!r}: their metrics could not be told apart")
-        for note in model.notes:
-            run.say(note)
-        found[name] = model
-    return found
-
-
-def watch_revisions(cfg: Config, run: Run, watched: dict[str, Pretrained], batch_size: int) -> dict[str, float]:
-    """How often each watched reward model scores a revision higher than the answer, by the revision's number.
-
-    A revision that repeats the answer makes no pair.
-    """
-    chains = [row for row in read_rows(run.dir / "chains.jsonl") if all(texts_of(row))]
-    metrics: dict[str, float] = {}
-    for name, model in watched.items():
-        score, length = partial(document_rewards, model, batch_size=batch_size), model.config.max_length
-        for number in range(1, cfg.revisions + 1):
-            pairs = [revised_pair(row, number) for row in chains]
-            try:
-                found = score_pairs(score, f"revision {number}", pairs, model.tokenizer, max_length=length)
-            except UserError as error:  # it only measures
-                run.warn(f"{name} cannot be asked about revision {number}: {error}")
-                continue
-            for note in found.notes:
-                run.say(note)
-            rate, count = win_rate(found.chosen, found.rejected), len(found.kept)
-            metrics |= rate_metrics(f"{name}_prefers_revision_{number}", rate, count)
-            run.say(f"{name} prefers revision {number} to the answer in {rate.rate:.0%} of {count} chains")
-    return metrics
-
-
-def revised_pair(row: dict[str, Any], number: int) -> Comparison:
-    """A revision of a chain and its answer, as if the revision were preferred."""
-    texts = texts_of(row)
-    answers = tuple((message("assistant", texts[side]),) for side in (number, 0))
-    return Comparison(as_conversation(row["prompt"]), answers, (0, 1), Place("chains.jsonl", row["row"] + 1))
 
 
 def own_data(cfg: Config, task: Task, run: Run) -> TextTask:

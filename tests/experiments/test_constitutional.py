@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from experiments import constitutional
+from experiments import constitutional, judging
 from experiments.dpo import DPO
 from experiments.sft import SFT
 from rlhf_jax import revision
@@ -89,7 +89,7 @@ def test_on_real_text_with_demonstrations_and_comparisons(stories, tmp_path, mon
     rewards = from_language_model(params, jax.random.key(1), config)
     save_hf_reward_model(tmp_path / "watching", config, rewards, tokenizer=AutoTokenizer.from_pretrained(stories))
     # Its taste is known here: it likes the longer one.
-    monkeypatch.setattr(constitutional, "document_rewards", lambda model, documents, batch_size: np.array(
+    monkeypatch.setattr(judging, "document_rewards", lambda model, documents, batch_size: np.array(
         [float(len(response)) for _, response in documents]))  # fmt: skip
     metrics = constitutional.main(replace(cfg, watch=str(tmp_path / "watching")))
     folder = tmp_path / "run"
@@ -138,7 +138,7 @@ def test_a_watched_model_that_cannot_be_asked_ends_nothing(stories, tmp_path, ca
     with Run(tmp_path / "run", cfg, name="constitutional") as run:
         (run.dir / "chains.jsonl").write_text(json.dumps(row) + "\n")
         watched = {"rm": load_policy(stories)}
-        assert constitutional.watch_revisions(cfg, run, watched, 8) == {}
+        assert judging.watch_revisions(cfg, run, watched, 8) == {}
     assert "rm cannot be asked about revision 1" in capsys.readouterr().out
 
 
