@@ -1,23 +1,21 @@
 """Real text as a task: demonstrations, comparisons, prompts and labelled answers from files or the Hub."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from rlhf_jax.batches import PackedRankings, Prompts, RankedAnswers, Tokens
-from rlhf_jax.data.encode import encode_rows
 from rlhf_jax.data.encoders import default_processes, encode_many
 from rlhf_jax.data.formats import Text
-from rlhf_jax.data.heldout import split_by_hash, split_by_opening, split_head, split_rows
+from rlhf_jax.data.heldout import split_by_hash, split_by_opening, split_rows
 from rlhf_jax.data.lazy import Lazy, joined, picked
 from rlhf_jax.data.loader import document_batches, mix_once, streamed_batches
 from rlhf_jax.data.pairs import Examples, labelled
 from rlhf_jax.data.preferences import pack_rankings, pad_rankings, reordered, shuffled
-from rlhf_jax.data.rejects import OnBadRow, Place, Rejects
+from rlhf_jax.data.rejects import OnBadRow, Rejects
 from rlhf_jax.data.rows import (
     Read,
     as_prompt,
@@ -48,19 +46,17 @@ from rlhf_jax.models import count_weights
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.scoring import rows_at_once
 from rlhf_jax.sharding import host_share
+from rlhf_jax.tasks.streams import StreamedSource
 from rlhf_jax.tasks.task import Comparisons, Demonstrations, PromptRow, PromptSets, Sampler
 
 if TYPE_CHECKING:
     import grain
 
-    from rlhf_jax.data.iterators import Pass
 
 HEAD_TOKENS = 2**22
 """Tokens of packed demonstrations that are made into arrays, for PPO-ptx: of more, as many rows are drawn."""
 WINDOW = 1024
 """Rows among which a stream is shuffled, where nobody says more."""
-STREAM_HEAD = 2560
-"""Documents at the beginning of a streamed source of which some are held out."""
 LONGEST, NEW_TOKENS = 1024, 128
 """Tokens of prompt and answer together, and of a sampled answer, where nobody says more."""
 SECONDS = 10.0
@@ -231,17 +227,17 @@ class TextTask:
     def _stream_demonstrations(self) -> Demonstrations:
         """Only the first of each source in memory, for validation and PPO-ptx; the rest is read when it is needed."""
         source = self._sources["demonstrations"]
-        opened, head, validation = [], [], []
+        counted, found = self._rejects if self._run.first else self._elsewhere, []
         for name, form in zip(source.names, self._formats(source, streaming=True), strict=True):
             rows = partial(read_rows, name, form, columns=source.columns, streaming=True, limit=self._limit)
-            tokenizer = copy.deepcopy(self.base.tokenizer)  # a thread of its own reads each source
-            policy = self._rejects.policy
-            begin = encode_rows(rows(Rejects(policy)), self.base.tokenizer, self._max_length, Rejects(policy))
-            first = [(read.row.place, ids) for read, ids in islice(begin, STREAM_HEAD)]
-            kept, out = split_head(first, budget=self._budget)
-            validation += [ids for _, ids in out]
-            head += [ids for _, ids in kept]
-            opened.append(partial(self._stream, rows, tokenizer, {place for place, _ in out}))
+            # The first rows of a source are those of one order.
+            one = StreamedSource(
+                rows, self.base.tokenizer, self._max_length, budget=self._budget, counted=counted,
+                in_order=self._limit is not None,
+            )  # fmt: skip
+            found.append(one)
+        head = [ids for one in found for ids in one.head]
+        validation = [ids for one in found for ids in one.validation]
         if not head:
             raise UserError(f"{', '.join(source.names)}: too few rows to train on some and hold out others")
         pad_id, weights = self.base.pad_id, source.weights or None
@@ -249,25 +245,13 @@ class TextTask:
         def batches(batch_size: int, seed: int) -> "grain.DatasetIterator[Tokens]":
             share = host_share()
             return streamed_batches(
-                opened, batch_size=batch_size // share[1], length=self._max_length, pad_id=pad_id, seed=seed,
-                weights=weights, shard=share, window=self._window,
+                [one.open for one in found], batch_size=batch_size // share[1], length=self._max_length,
+                pad_id=pad_id, seed=seed, weights=weights, shard=share, window=self._window,
             )  # fmt: skip
 
         packed = pack_sequences(head, length=self._max_length, pad_id=pad_id)
         self._announce(packed)
         return Demonstrations(packed, self._pad(validation), batches, None)
-
-    def _stream(
-        self, rows: Any, tokenizer: Any, heldout: set[Place], start: int, one: "Pass"
-    ) -> Iterator[tuple[int, Document]]:
-        """(number, ids) of a pass's rows from `start` on. What cannot be used is counted in the first pass only."""
-        counted = self._rejects if self._run.first else self._elsewhere
-        rejects = counted if one.number == 0 else Rejects("skip")
-        order = one.order if self._limit is None else None  # the first rows of a source are those of one order
-        read_ones = rows(rejects, start=start, order=order, shard=one.shard)
-        for read, ids in encode_rows(read_ones, tokenizer, self._max_length, rejects):
-            if read.row.place not in heldout:
-                yield read.number, ids
 
     def _compared(self) -> tuple[Stored, Stored]:
         """Training and held-out comparisons; no conversation begins alike in both."""

@@ -15,7 +15,7 @@ from rlhf_jax.data.heldout import split_by_hash
 from rlhf_jax.data.rejects import Place, Rejects
 from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run
-from rlhf_jax.tasks import text
+from rlhf_jax.tasks import streams, text
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -178,7 +178,7 @@ def test_a_mixture_of_conversations_and_plain_text(files, tmp_path, capsys):
 
 
 def test_a_stream_counts_bad_rows_as_it_meets_them(files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(text, "STREAM_HEAD", 20)
+    monkeypatch.setattr(streams, "STREAM_HEAD", 20)
     with open(files["demonstrations"], "a") as file:
         file.write("\n".join(BAD_ROWS) + "\n")
     train_sft(files, tmp_path / "run", on_bad_row="skip", streaming=True, steps=20)
@@ -355,8 +355,8 @@ def test_a_users_mistake_in_the_data_is_one_line(files, tmp_path, monkeypatch, c
 def test_each_streamed_source_has_a_tokenizer_of_its_own(files, tmp_path, monkeypatch):
     """A thread reads each, and a call of a tokenizer sets how it reads: two threads would change it for each other."""
     used = []
-    encode = text.encode_rows
-    monkeypatch.setattr(text, "encode_rows", lambda rows, own, *more: used.append(own) or encode(rows, own, *more))
+    encode = streams.encode_rows
+    monkeypatch.setattr(streams, "encode_rows", lambda rows, own, *more: used.append(own) or encode(rows, own, *more))
     again = lines(tmp_path / "again.jsonl", [{"prompt": f"who {n}?", "completion": f"he {n}"} for n in range(30)])
     given = {name: files[name] for name in SFT_FILES} | {"demonstrations": (files["demonstrations"], again)}
     task = task_of(sft.Config(**given, streaming=True), tmp_path / "task")
