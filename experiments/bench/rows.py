@@ -92,7 +92,7 @@ def build(row: str, shape: str) -> Work:
     from rlhf_jax.optimizers import adamw
     from rlhf_jax.sampling import generate
     from rlhf_jax.scoring import answer_logprobs, response_rewards, sft_objective
-    from rlhf_jax.train import keep_freed_memory, make_state, make_train_step
+    from rlhf_jax.train import give_back_freed_memory, keep_freed_memory, make_state, make_train_step
 
     large = row == "vocabulary"
     remat: Any = row in TRAINING
@@ -108,6 +108,7 @@ def build(row: str, shape: str) -> Work:
     model, scalar = Transformer(config), ScalarModel(config)
     key = jax.random.key(0)
     params = jax.jit(lambda: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])()
+    give_back_freed_memory(params)  # as the experiments do with a model of that size
 
     def ids(seed: int, rows: int, length: int) -> Any:
         return np.random.default_rng(seed).integers(2, config.vocab_size, (rows, length), np.int32)
