@@ -48,6 +48,7 @@ from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.rewards.model import model_reward
 from rlhf_jax.rewards.python import Limits, parse, python_reward
 from rlhf_jax.sharding import create, host_share, make_mesh, shard_host_rows, to_host
+from rlhf_jax.simulation import make_tokenizer
 from rlhf_jax.tasks import simulated
 from rlhf_jax.tasks.task import Demonstrations, PromptSets
 from rlhf_jax.trackers import torch_hidden
@@ -197,7 +198,7 @@ def agree():
 
 def encode_in_shares(number, count):
     """Each encodes a part of the rows, and has all of them."""
-    tokenizer, begun = simulated.make_tokenizer(), []
+    tokenizer, begun = make_tokenizer(), []
     rows = [Read(n, Text(" ".join(["a"] * (n % 5 + 1)), Place("rows", n)), {}) for n in range(11)]
     own = encoders.outcome
     with pytest.MonkeyPatch.context() as patch:
