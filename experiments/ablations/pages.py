@@ -55,7 +55,8 @@ def claims_markdown() -> str:
         cells, name, page = cells_of(record, module), record["ablation"], record["page"]
         for claim in claims_of(module):
             found, agrees = verdict_words(claim, decide(claim, cells))
-            rows.append([claim.text, claim.source, found, agrees, f"[{name}.py](experiments/results/{page}.md)"])
+            text = claim.text if page == name else f"{claim.text} ({page.removeprefix(name + '_')})"
+            rows.append([text, claim.source, found, agrees, f"[{name}.py](experiments/results/{page}.md)"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
