@@ -1,3 +1,3 @@
 """The alignment of language models as pure JAX functions."""
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
