@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.ablations import records
 from experiments.flags import Flags
 from rlhf_jax.errors import UserError
 from rlhf_jax.folder import read_json
@@ -117,11 +118,8 @@ def page(folder: Path, made: Sequence[Command], parts: Sequence[str]) -> str:
 
 
 def minutes(folder: Path, name: str) -> float:
-    """Minutes of all sessions of a run."""
-    sessions = read_json(folder / name / "run.json")["sessions"]
-    stamps = [[time.mktime(time.strptime(one[end], "%Y-%m-%dT%H:%M:%SZ")) for end in ("start", "end")]
-              for one in sessions if one.get("end")]  # fmt: skip
-    return sum(end - start for start, end in stamps) / 60
+    """Minutes of the sessions of a run that has ended."""
+    return records.minutes(read_json(folder / name / "run.json")["sessions"])
 
 
 def lines_of(file: Path) -> Iterator[dict[str, Any]]:

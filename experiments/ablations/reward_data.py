@@ -11,7 +11,6 @@ Expect about 20 minutes on 2 CPU cores for 5 seeds.
 
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from experiments.ablations.grid_results import Cells, Column, Page, Panel, curve
 from experiments.ablations.worlds import AfterSFT, after_sft
 from experiments.reward_model import RewardModel
 from experiments.sft import SFT
+from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.best_of_n import best_of_n_metrics, powers_up_to, sample_pools
 from rlhf_jax.cli import run_main
 from rlhf_jax.data.preferences import reordered
@@ -77,9 +77,26 @@ class Variant(NamedTuple):
     size: str
 
 
-def one(cfg: Config, begun: AfterSFT, seed: int, variant: Variant, run: Run) -> dict[str, Any]:
+class Prepared(NamedTuple):
+    """A seed's world and SFT, held-out prompts, each n times, and an answer to each: all models pick among these."""
+
+    begun: AfterSFT
+    heldout: Prompts
+    answers: Completions
+
+
+def prepare(cfg: Config, seed: int, run: Run) -> Prepared:
+    """A world, SFT, comparisons, and the answers that the best is picked of."""
+    begun = after_sft(cfg, seed, run)
+    heldout = take(begun.task.prompts().heldout, slice(cfg.prompts))
+    repeated = take(heldout, np.arange(len(heldout.row)).repeat(cfg.n))
+    return Prepared(begun, heldout, begun.sampler(begun.base.params, repeated, 0))
+
+
+def one(cfg: Config, prepared: Prepared, seed: int, variant: Variant, run: Run) -> dict[str, Any]:
     """A reward model, and the best of n by it."""
     answers, prompts = map(int, variant.size.split("x"))
+    begun, heldout, sampled = prepared
     task, everything = begun.task, begun.comparisons
     rankings = [reordered(ranking, range(answers)) for ranking in everything.train[:prompts]]
     params, found = reward_model.train(
@@ -88,13 +105,9 @@ def one(cfg: Config, begun: AfterSFT, seed: int, variant: Variant, run: Run) -> 
     )  # fmt: skip
     reward = model_reward(begun.base.config, params, name="reward_model", weight=1.0)
     score, judge = make_reward_scorer(task, [reward], NO_END), task.judge
-    heldout = take(task.prompts().heldout, slice(cfg.prompts))
-    sample = partial(begun.sampler, begun.base.params)
-    pools = list(sample_pools(sample, score, heldout, cfg.n, rows=task.eval_batch_size, judges={"utility": judge}))
-    pool = pools[0]._replace(
-        scores=np.concatenate([one.scores for one in pools]),
-        values={"utility": np.concatenate([one.values["utility"] for one in pools])},
-    )
+    (pool,) = sample_pools(
+        lambda *_: sampled, score, heldout, cfg.n, rows=len(sampled.mask), judges={"utility": judge}
+    )  # fmt: skip
     curve = [best_of_n_metrics(pool, n) for n in powers_up_to(cfg.n)]
     kl, gold = (np.array([point[name] for point in curve]) for name in ("kl_bound", "utility"))
     fit = best_of_n_fit(kl, gold - gold[0])
@@ -143,7 +156,7 @@ def present(cfg: Config, cells: Cells) -> Page:
 def main(cfg: Config) -> dict[str, float]:
     """Makes the grid; returns each size's means over seeds."""
     variants = [Variant(size) for size in cfg.sizes]
-    return run_grid(cfg, "reward_data", variants, one, present, prepare=after_sft, axes=("sizes",))
+    return run_grid(cfg, "reward_data", variants, one, present, prepare=prepare, axes=("sizes",))
 
 
 if __name__ == "__main__":

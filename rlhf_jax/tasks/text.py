@@ -318,18 +318,21 @@ class TextTask:
         # Prompts of a file of prompts are encoded; those too long for an answer behind them lose turns here.
         encoded = source is not None and not suffix
         sizes = np.fromiter(map(len, rows.ids), int, len(rows.ids)) if encoded else np.full(len(rows.ids), length + 1)
-        numbers, others = (np.flatnonzero(some).tolist() for some in (sizes <= length, sizes > length))
+        numbers, others = (np.flatnonzero(some) for some in (sizes <= length, sizes > length))
         ids: Sequence[Any] = picked(rows.ids, numbers)
-        if others:
-            again = self._encode_again(map(asked, others), length, quiet)
-            ids, numbers = joined([ids, again.ids]), numbers + [read.number for read in again.reads]
+        longest = int(sizes[numbers].max(initial=0))
+        if len(others):
+            again = self._encode_again(map(asked, map(int, others)), length, quiet)
+            count = len(again.ids)
+            ids, longest = joined([ids, again.ids]), max(longest, *map(len, again.ids), 0)
+            numbers = np.concatenate([numbers, np.fromiter((read.number for read in again.reads), int, count)])
         for reason, count in {**quiet.notes(), **quiet.counts()}.items():
             self._run.say(f"prompts to answer: {reason}: {count} of {len(rows.ids)}")
-        if not numbers:
+        if not len(numbers):
             raise UserError(f"{self._name('prompts')}: no prompt fits into {length} tokens; raise --max-length")
         order = np.argsort(numbers)
-        ids, places = picked(ids, order), np.asarray(numbers)[order]
-        width = bucket(max(map(len, ids)), longest=length)
+        ids, places = picked(ids, order), numbers[order]
+        width = bucket(longest, longest=length)
 
         def row(at: int) -> PromptRow:
             read = asked(int(places[at]))
