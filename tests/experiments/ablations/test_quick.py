@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
-NAMES = ("tails", "imitation", "reward_data", "kl_coefficient", "ppo_details", "constitution", "preference_losses")
+NAMES = ("tails", "imitation", "reward_data", "kl_coefficient", "ppo_details", "constitution", "preference_losses",
+         "verifiable")  # fmt: skip
 """The ensemble is left out: it takes minutes."""
 
 
