@@ -26,7 +26,7 @@ from experiments.stages import policy_sampler
 from rlhf_jax.log import Run
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.rewards.model import model_reward
-from rlhf_jax.simulation import ERRANDS, WORDS
+from rlhf_jax.simulation import ERRANDS, WORDS, Demonstrators
 from rlhf_jax.tasks.measure import AnswerScorer, PolicySampler, make_reward_scorer
 from rlhf_jax.tasks.simulated import Sizes, World
 from rlhf_jax.tasks.task import Comparisons, Task
@@ -70,18 +70,18 @@ def open_world(cfg: Any, seed: int, **people: Any) -> tuple[World, PolicySampler
 def world_with_sft(cfg: Any, seed: int, run: Run, **people: Any) -> tuple[World, PolicySampler]:
     """The world of a seed with a model that `cfg.sft` has trained, and the sampler that measures policies in it."""
     task, sampler = open_world(cfg, seed, **people)
-    task.base = task.base._replace(params=sft_params(cfg, task, seed, run, people))
+    task.base = task.base._replace(params=sft_params(cfg, task, seed, run, people.get("demonstrators")))
     return task, sampler
 
 
-def sft_params(cfg: Any, task: World, seed: int, run: Run, people: dict[str, Any]) -> Params:
+def sft_params(cfg: Any, task: World, seed: int, run: Run, demonstrators: Demonstrators | None) -> Params:
     """The world's new model as `cfg.sft` trains it."""
 
     def make() -> Params:
         size = task.eval_batch_size
         return sft.train(cfg.sft, task.base, task.demonstrations(), run, seed, eval_batch_size=size).params
 
-    return kept(cfg, task, "sft", seed, {"sft": cfg.sft, **people}, make)
+    return kept(cfg, task, "sft", seed, {"sft": cfg.sft, "demonstrators": demonstrators}, make)
 
 
 def after_sft(cfg: Any, seed: int, run: Run, **people: Any) -> AfterSFT:
