@@ -2,7 +2,7 @@
 
 Ziegler et al. 2019, §2.2 (https://arxiv.org/abs/1909.08593) multiply β by 1 + clip(KL / target − 1, ±0.2) · batch /
 horizon. The controller fails on purpose where the horizon is so long that β hardly moves, where it is so short that β
-swings, and where the batch is so small that β follows the noise of its KL. A target beyond what is good is hacking: the
+swings, and where the batch is so small that β follows the noise of its KL. A far target is hacking instead: the
 reward rises and the true utility falls, with answers that differ. A learning rate of ten times is collapse: prompts
 get each other's answers. Each seed has a world, an SFT policy and a reward model of its own.
     python experiments/ablations/adaptive_kl.py
