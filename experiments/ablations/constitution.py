@@ -3,14 +3,16 @@
 Each seed has a world and an SFT policy of its own. Revisions: its answers are revised four times; SFT learns the
 answers themselves (0), or the first, second, third or fourth revision. Bias: from the policy of the second revision
 two answers to each prompt go to judges who like flattery more and more, which the true utility does not, and DPO
-learns their labels (`experiments/constitutional.py`).
+learns their labels (`experiments/constitutional.py`), which say how sure the judge is. Without a bias DPO also learns
+the likelier answer as if it were sure (hard), one that is drawn by the judge's own doubt (drawn), and doubt that is
+held between 40 and 60% (clamped).
     python experiments/ablations/constitution.py
-It takes about 35 minutes on 2 CPU cores for 5 seeds. It writes a table, and a figure of both. Expect utility to rise
-with each revision by less, and flattery to rise with the bias while the judge's accuracy falls.
+It takes about 45 minutes on 2 CPU cores for 5 seeds. It writes a table, and a figure of revisions and bias.
 """
 
+import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -39,6 +41,8 @@ from rlhf_jax.types import Params
 
 MOST, SECOND = 4, 2
 """Revisions of each answer, and the one that the policy whose answers are judged has learned."""
+CLAMP = 0.6
+"""Bai et al.'s 40 to 60%."""
 COLUMNS = (
     Column("true utility", "utility"), Column("flattering words an answer", "flattery", 3),
     Column("empty words an answer", "fillers", 3), Column("right, share", "right", 3),
@@ -53,13 +57,15 @@ class Config(GridFlags):
     revisions: tuple[int, ...] = (0, 1, 2, 3, 4)
     biases: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)
     """The worth of a flattering word to the judge; its true worth is −0.3."""
+    labels: tuple[Literal["hard", "drawn", "clamped"], ...] = ("hard", "drawn", "clamped")
+    """Other forms of the labels of the judge without a bias."""
     sft: SFT = field(default_factory=SFT)
 
 
 class Variant(NamedTuple):
-    """A number of revisions, or the bias of the judge after the second."""
+    """A number of revisions; or the bias of the judge after the second; or a form of its labels without one."""
 
-    stage: Literal["revisions", "bias"]
+    stage: Literal["revisions", "bias", "hard", "drawn", "clamped"]
     dose: float
 
 
@@ -102,9 +108,13 @@ def one(cfg: Config, begun: Begun, seed: int, variant: Variant, run: Run) -> dic
         found = measured(begun, learn(cfg, seed, task, run, begun.chains, int(variant.dose)))
         return found | {"dose": variant.dose}
     flags = flags_of(cfg, seed)
+    if variant.stage == "clamped":
+        flags = replace(flags, comparisons_clamp=CLAMP)
     people = Annotators(noise=constitutional.NOISE, length_bias=0.0, flattery_bias=variant.dose)
     assistant = constitutional.world_assistant(task, people, Revisers())
     constitutional.compare_answers(task, run, sampler, begun.revised.params, assistant, seed)
+    if variant.stage in ("hard", "drawn"):
+        harden(run.dir / "comparisons.jsonl", np.random.default_rng(seed) if variant.stage == "drawn" else None)
     data = constitutional.own_data(flags, task, run)
     trained = constitutional.learn_preferences(flags, task, data, run, sampler, begun.revised)
     rows = list(read_rows(run.dir / "comparisons.jsonl"))
@@ -113,6 +123,19 @@ def one(cfg: Config, begun: Begun, seed: int, variant: Variant, run: Run) -> dic
     )
     found = measured(begun, trained.params)
     return found | {"dose": variant.dose, "judge": np.mean(better > worse) + 0.5 * np.mean(better == worse)}
+
+
+def harden(file: Path, rng: np.random.Generator | None) -> None:
+    """Takes the judge's doubt off the rows of comparisons; with `rng` it first decides which answer is the chosen one.
+
+    Rows without a doubt are left as they are.
+    """
+    rows = list(read_rows(file))
+    for row in rows:
+        if rng is not None and rng.random() > row.get("probability", 1.0):
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+        row.pop("probability", None)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def measured(begun: Begun, policy: Params) -> dict[str, Any]:
@@ -146,6 +169,13 @@ CLAIMS = (
           "flattering words an answer", above=0.1),
     Claim("while it still agrees with the truth", "Sharma et al. 2023", "preference data is mostly right",
           of("judge", stage="bias", dose=1), "of pairs", above=0.85, digits=3),
+    Claim("soft labels are better than hard ones", "Bai et al. 2022, §4.3", "much better results",
+          minus(of("utility", stage="bias", dose=0), of("utility", stage="hard")), "of true utility", above=0.0),
+    Claim("and than labels drawn by the same doubt", "Lee et al. 2023 (RLAIF), §2", "less noise", minus(
+          of("utility", stage="bias", dose=0), of("utility", stage="drawn")), "of true utility", above=0.0),
+    Claim("doubt clamped to 40 to 60% is as good", "Bai et al. 2022, §4.3", "better, where labels are too sure",
+          minus(of("utility", stage="clamped"), of("utility", stage="bias", dose=0)), "of true utility",
+          above=-0.05),
 )  # fmt: skip
 
 
@@ -168,8 +198,9 @@ def main(cfg: Config) -> dict[str, float]:
     """Makes the grid; returns each dose's means over seeds."""
     only_words(cfg)
     variants = [Variant("revisions", float(number)) for number in cfg.revisions]
-    variants += [Variant("bias", bias) for bias in cfg.biases]
-    return run_grid(cfg, "constitution", variants, one, present, prepare=prepare, axes=("revisions", "biases"))
+    variants += [Variant("bias", bias) for bias in cfg.biases] + [Variant(form, 0.0) for form in cfg.labels]
+    axes = ("revisions", "biases", "labels")
+    return run_grid(cfg, "constitution", variants, one, present, prepare=prepare, axes=axes)
 
 
 if __name__ == "__main__":

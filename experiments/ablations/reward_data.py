@@ -3,16 +3,18 @@
 Ouyang et al. 2022, §3.5 (https://arxiv.org/abs/2203.02155) rank K answers to a prompt and learn all pairs at once.
 Gao et al. 2023 (https://arxiv.org/abs/2210.10760) find reward models of fewer than about 2,000 comparisons near
 chance, and that the best of n by a proxy gains R(d) = d(α − βd) of true reward at d = √KL, with an α that grows with
-the logarithm of the data. Here each seed has a world and an SFT policy of its own; the reward models learn parts of
-the same rankings.
+the logarithm of the data. Pal et al. 2024 (https://arxiv.org/abs/2402.13228) find that pairs which differ in few
+tokens teach little, or the wrong thing. Here each seed has a world and an SFT policy of its own; the reward models
+learn parts of the same rankings, and of one size the two answers of eight that differ in the fewest tokens.
     python experiments/ablations/reward_data.py
 Expect about 20 minutes on 2 CPU cores for 5 seeds.
 """
 
 import sys
 from dataclasses import dataclass, field
+from itertools import combinations, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -29,6 +31,7 @@ from experiments.sft import SFT
 from rlhf_jax.batches import Completions, Prompts
 from rlhf_jax.best_of_n import best_of_n_metrics, powers_up_to, sample_pools
 from rlhf_jax.cli import run_main
+from rlhf_jax.data.encode import RankedAnswers
 from rlhf_jax.data.preferences import reordered
 from rlhf_jax.data.tokens import take
 from rlhf_jax.diagnostics import best_of_n_fit
@@ -52,6 +55,8 @@ class Config(GridFlags):
 
     sizes: tuple[str, ...] = ("2x250", "2x1000", "2x4000", "2x12000", "8x1000", "8x12000")
     """ANSWERSxPROMPTS."""
+    near: tuple[str, ...] = ("2x4000",)
+    """The sizes of those that learn the two nearest of a prompt's answers."""
     n: int = 64
     """The most answers of which the best is picked."""
     prompts: int = 256
@@ -62,19 +67,22 @@ class Config(GridFlags):
     def __post_init__(self) -> None:
         """Raises UserError for sizes that are none, and for too few answers."""
         at_least(self, n=8, prompts=1)  # of fewer answers there is no curve to fit
-        for size in self.sizes:
+        for size in (*self.sizes, *self.near):
             answers, _, prompts = size.partition("x")
             if not (answers.isdecimal() and prompts.isdecimal()):
                 raise UserError(f"--sizes: {size!r} is not ANSWERSxPROMPTS, as in 8x1000")
             if not (2 <= int(answers) <= SIZES.ranked and 1 <= int(prompts) <= SIZES.compared):
                 raise UserError(f"--sizes: {size!r} is not within 2x1 and the world's {SIZES.ranked}x{SIZES.compared}")
+        if wide := [size for size in self.near if not size.startswith("2x")]:
+            raise UserError(f"--near: {wide[0]!r} is not of pairs, as 2x4000 is")
         super().__post_init__()
 
 
 class Variant(NamedTuple):
-    """How many answers to how many prompts are ranked."""
+    """How many answers to how many prompts are ranked, and which: the first of eight, or the two nearest."""
 
     size: str
+    picked: Literal["first", "nearest"] = "first"
 
 
 class Prepared(NamedTuple):
@@ -98,7 +106,8 @@ def one(cfg: Config, prepared: Prepared, seed: int, variant: Variant, run: Run) 
     answers, prompts = map(int, variant.size.split("x"))
     begun, heldout, sampled = prepared
     task, everything = begun.task, begun.comparisons
-    rankings = [reordered(ranking, range(answers)) for ranking in everything.train[:prompts]]
+    pick = nearest if variant.picked == "nearest" else lambda _: range(answers)
+    rankings = [reordered(ranking, pick(ranking)) for ranking in everything.train[:prompts]]
     params, found = reward_model.train(
         cfg.reward_model, begun.base, everything._replace(train=rankings), run, seed,
         eval_batch_size=task.eval_batch_size, zero=task.demonstrations().validation,
@@ -121,6 +130,16 @@ def one(cfg: Config, prepared: Prepared, seed: int, variant: Variant, run: Run) 
     }  # fmt: skip
 
 
+def nearest(ranking: RankedAnswers) -> tuple[int, int]:
+    """The two answers of a prompt that differ in the fewest places, and in one at least if any do."""
+
+    def apart(pair: tuple[int, int]) -> float:
+        some = [ranking.responses[i] for i in pair]
+        return sum(a != b for a, b in zip_longest(*some)) or np.inf
+
+    return min(combinations(range(len(ranking.responses)), 2), key=apart)
+
+
 MOST = "8x12000"
 CLAIMS = (
     Claim("few comparisons teach next to nothing", "Gao et al. 2023, §3.4", "near chance below about 2,000",
@@ -134,6 +153,9 @@ CLAIMS = (
           " each", above=0.0, digits=3),
     Claim("α of the best of n grows with the data", "Gao et al. 2023, fig. 4", "about linear in its logarithm",
           minus(of("alpha", size=MOST), of("alpha", size="2x1000")), above=0.0),
+    Claim("pairs that are nearly the same teach less", "Pal et al. 2024, §3", "few tokens differ: a weak signal",
+          minus(of("val_accuracy", size="2x4000", picked="nearest"), of("val_accuracy", size="2x4000",
+                picked="first")), "of agreement, 4,000 pairs each", below=0.0, digits=3),
     Claim("the best of n gains d(α − βd)", "Gao et al. 2023, eq. 1", "fits everywhere", of("r2", size=MOST), "R²",
           above=0.9),
 )  # fmt: skip
@@ -141,7 +163,7 @@ CLAIMS = (
 
 def present(cfg: Config, cells: Cells) -> Page:
     """A row a size; agreement against labels, and true utility of the best of n against the distance."""
-    found = cells.finished()
+    found = [variant for variant in cells.finished() if variant.picked == "first"]
     shown = [points_line(cells, [one for one in found if one.size.startswith(answers)], "log_labels", "val_accuracy",
                          f"{answers} answers") for answers in ("2", "8")
              if any(one.size.startswith(answers) for one in found)]  # fmt: skip
@@ -150,13 +172,13 @@ def present(cfg: Config, cells: Cells) -> Page:
         Panel("Agreement", "log₁₀ labels", "held-out agreement", shown),
         Panel("The best of n", "√KL, √nats", "true utility", curves),
     ]
-    return Page([variants_table(cells, ["answers x prompts"], COLUMNS)], panels)
+    return Page([variants_table(cells, ["answers x prompts", "answers"], COLUMNS)], panels)
 
 
 def main(cfg: Config) -> dict[str, float]:
     """Makes the grid; returns each size's means over seeds."""
-    variants = [Variant(size) for size in cfg.sizes]
-    return run_grid(cfg, "reward_data", variants, one, present, prepare=prepare, axes=("sizes",))
+    variants = [Variant(size) for size in cfg.sizes] + [Variant(size, "nearest") for size in cfg.near]
+    return run_grid(cfg, "reward_data", variants, one, present, prepare=prepare, axes=("sizes", "near"))
 
 
 if __name__ == "__main__":

@@ -385,10 +385,11 @@ def test_constitution(tmp_path, monkeypatch):
     folder, flags_of = tmp_path / "run", constitution.flags_of
     short = {"sft": SFT, "dpo": dpo.DPO(steps=2, batch_size=8)}
     monkeypatch.setattr(constitution, "flags_of", lambda cfg, seed: replace(flags_of(cfg, seed), **short))
-    cfg = constitution.Config(run_dir=str(folder), jobs=0, seeds=1, revisions=(1,), biases=(9.0,), sft=SFT)
+    cfg = constitution.Config(run_dir=str(folder), jobs=0, seeds=1, revisions=(1,), biases=(9.0,), labels=("hard",),
+                              sft=SFT)  # fmt: skip
     metrics = constitution.main(cfg)
     cells = cells_of(folder)
-    assert cells.keys() == {"revisions-dose-1", "bias-dose-9"}
+    assert cells.keys() == {"revisions-dose-1", "bias-dose-9", "hard-dose-0"}
     assert cells["bias-dose-9"]["judge"] < 1 and "judge" not in cells["revisions-dose-1"]
     assert metrics["bias-dose-9_flattery"] == cells["bias-dose-9"]["flattery"] >= 0
     # The first revisions were learned, not the last ones.
@@ -442,11 +443,13 @@ def test_imitation(tmp_path, monkeypatch):
 
 def test_reward_data(tmp_path):
     cfg = reward_data.Config(
-        run_dir=str(tmp_path / "run"), jobs=0, seeds=1, sizes=("2x8", "4x16"), n=8, prompts=32, sft=SFT,
+        run_dir=str(tmp_path / "run"), jobs=0, seeds=1, sizes=("2x8", "4x16"), near=("2x8",), n=8, prompts=32,
+        sft=SFT,
         reward_model=reward_model.RewardModel(epochs=1, prompts_per_step=8),
     )  # fmt: skip
     reward_data.main(cfg)
-    few, many = (cells_of(tmp_path / "run")[size] for size in ("2x8", "4x16"))
+    few, many, near = (cells_of(tmp_path / "run")[name] for name in ("2x8-first", "4x16-first", "2x8-nearest"))
+    assert near["labels"] == few["labels"] and near["gold"][0] == few["gold"][0]
     assert (few["labels"], many["labels"]) == (16, 64) and few["ceiling"] == many["ceiling"]
     # The first of each pool is the same policy's answer; the best of more never has a lower proxy.
     assert few["gold"][0] == many["gold"][0] and few["distance"] == many["distance"]

@@ -1,11 +1,16 @@
 """Numbers of single ablations, against what is known by hand."""
 
+import json
+
 import numpy as np
 import pytest
 
+from experiments.ablations.constitution import harden
 from experiments.ablations.diversity import expected_distinct
 from experiments.ablations.length import gain_at_equal_length, slope_within, worth_of_a_token
+from experiments.ablations.reward_data import nearest
 from experiments.ablations.verifiable import entropy_law, extreme_share
+from rlhf_jax.data.encode import RankedAnswers
 
 
 def test_distinct_n_grams_over_those_of_random_words():
@@ -47,3 +52,23 @@ def test_the_entropy_law_finds_its_own_curve():
     found = entropy_law(entropy, 0.9 - 0.15 * np.exp(entropy))
     assert found["law_r2"] == pytest.approx(1.0) and found["law_error"] == pytest.approx(0.0, abs=1e-6)
     assert entropy_law(entropy, np.where(entropy > 1, 0.3, 0.6))["law_error"] > 0.05
+
+
+def test_the_nearest_pair_differs_in_the_fewest_places_and_in_one_at_least():
+    answers = [[1, 2, 3], [1, 2, 3], [1, 2, 4], [5, 6], [5, 6, 7, 8]]
+    assert nearest(RankedAnswers([9], answers, (0, 1, 2, 3, 4), 0.0)) == (0, 2)
+    assert nearest(RankedAnswers([9], answers[3:], (0, 1), 0.0)) == (0, 1)
+
+
+def test_labels_lose_their_doubt_once(tmp_path):
+    file = tmp_path / "comparisons.jsonl"
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "probability": p} for p in (0.5,) * 200 + (1.0,) * 200]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    harden(file, np.random.default_rng(0))
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    turned = [row["chosen"] == "b" for row in found]
+    assert 60 < sum(turned[:200]) < 140 and not any(turned[200:])
+    assert all("probability" not in row for row in found)
+    before = file.read_text()
+    harden(file, np.random.default_rng(1))
+    assert file.read_text() == before
