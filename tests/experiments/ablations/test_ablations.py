@@ -75,10 +75,11 @@ def cells_of(folder):
     return {path.stem: json.loads(path.read_text())["values"] for path in folder.glob("seed-*/*.json")}
 
 
-def check_claims(module, folder):
-    """Every claim names fields of the variants and numbers that some cell has, whichever variants were made."""
+def check_claims(module, folder, **numbers):
+    """Every claim names fields of the variants and numbers that some cell has, or these, whichever variants were made."""
     made = records.cells_of(json.loads((folder / "record.json").read_text()), module)
     everything = {name: value for cell in made.values.values() for name, value in cell.items()}
+    everything |= numbers
     cells = made._replace(values=dict.fromkeys(made.values, everything))
 
     def some_variant(cells, **fields):
@@ -412,6 +413,7 @@ def test_rounds(tmp_path):
     assert 8 < cells["disagreement"]["labels"] <= 16 and len(cells["disagreement"]["utility_curve"]) == 5
     assert metrics["disagreement_policy_utility"] == cells["disagreement"]["policy_utility"]
     assert len(list((folder / "seed-0" / "disagreement").glob("round-*/comparisons.jsonl"))) == 2
+    check_claims(rounds, folder, utility_at_6=0.0)
     with pytest.raises(UserError, match="17 labels do not divide into 2 rounds"):
         rounds.Config(rounds=2, labels=17)
 
