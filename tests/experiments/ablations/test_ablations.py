@@ -76,7 +76,7 @@ def cells_of(folder):
 
 
 def check_claims(module, folder, **numbers):
-    """Every claim names fields of the variants and numbers that some cell has, or these, whichever variants were made."""
+    """Every claim names fields of the variants, and numbers that some cell has or these, whichever there are."""
     made = records.cells_of(json.loads((folder / "record.json").read_text()), module)
     everything = {name: value for cell in made.values.values() for name, value in cell.items()}
     everything |= numbers
