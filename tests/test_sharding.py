@@ -119,6 +119,31 @@ def test_the_heads_kernel_and_its_gradient_travel_once_and_not_with_each_chunk(n
     assert all("while" not in where for where in origins)
 
 
+def weights_gathered_for_sampling(mesh):
+    """Shapes that PPO's sampler gathers before it reads anything."""
+    found = collectives(stepped("ppo", mesh).program)
+    return [shape for kind, shapes, where in found if where.endswith("jit(_generate)/sharding_constraint")
+            for shape in shapes if kind == "all-gather"]  # fmt: skip
+
+
+@pytest.mark.parametrize("mesh", [MIXED_MESH])
+def test_the_sampler_gathers_each_weight_once_and_nothing_of_it_for_a_token(mesh):
+    tensor = make_mesh(mesh).shape["tensor"]
+    width, outs = MODEL.d_model, (MODEL.head_dim * MODEL.n_heads, MODEL.head_dim * MODEL.n_kv_heads, MODEL.d_ff)
+    heads, keys, hidden = (out // tensor for out in outs)
+    into = [(width, out) for out in (heads, keys, keys, hidden, hidden)]
+    whole = [(MODEL.n_layers, *shape) for shape in (*into, (heads, width), (hidden, width))]
+    whole.append((MODEL.vocab_size // tensor, width))
+    assert sorted(weights_gathered_for_sampling(mesh)) == sorted(whole)
+    # Rows of the slots, and never a weight: all that a token sends is smaller than the smallest one.
+    sent_for_a_token = [
+        shape for _, shapes, where in collectives(stepped("ppo", mesh).program) for shape in shapes
+        if "jit(_generate)/while" in where
+    ]  # fmt: skip
+    assert sent_for_a_token and all(np.prod(shape) <= ROWS * MODEL.vocab_size for shape in sent_for_a_token)
+    assert not {squeezed(shape) for shape in sent_for_a_token} & {squeezed(shape[1:]) for shape in whole[:-1]}
+
+
 @pytest.mark.parametrize("mesh", [MIXED_MESH])
 def test_an_iteration_of_ppo_sends_little_more(mesh):
     """To draw, each device gets whole logits of rows of its own; to look words up, columns of all rows' embeddings
@@ -127,7 +152,8 @@ def test_an_iteration_of_ppo_sends_little_more(mesh):
     embeddings = ROWS * LENGTH * 16 // (sizes["data"] * sizes["fsdp"] ** 2)
     gathered = {some for some in predicted("sft", mesh) if some[0] == "all-gather"}
     vocabulary, depths = {96, 96 // sizes["tensor"]}, {16, 16 // sizes["fsdp"]}
-    for kind, shape in sent("ppo", mesh) - gathered:
+    placed = {("all-gather", squeezed(shape)) for shape in weights_gathered_for_sampling(mesh)}
+    for kind, shape in sent("ppo", mesh) - gathered - placed:
         if vocabulary & set(shape):
             drawn = kind == "all-to-all" and np.prod(shape) <= ROWS * 96
             assert drawn or (kind == "all-reduce" and depths & set(shape)), (kind, shape)

@@ -15,11 +15,20 @@ from rlhf_jax.models import Transformer, init_cache
 from rlhf_jax.sampling.decoder import cache_apart, decoder_of
 from rlhf_jax.sampling.draw import choose
 from rlhf_jax.sampling.ends import EosId, eos_ids, is_end
+from rlhf_jax.sampling.layout import sampling_layout
+from rlhf_jax.sharding import shard_batch
 from rlhf_jax.types import ScalarLike
 
 
 @partial(jax.jit, static_argnames=("model", "max_new_tokens", "greedy", "top_k", "eos_id", "pad_id"))
-def _generate(
+def _generate(model: Transformer, params: Any, *arrays: Any, **numbers: Any) -> tuple[Completions, Array]:
+    """`_sample` in the layout of sampling; what it gives lies where a batch does on the mesh that is set."""
+    with sampling_layout(model.config, params) as placed:
+        found = _sample(model, placed, *shard_batch(arrays), **numbers)
+    return shard_batch(found)
+
+
+def _sample(
     model: Transformer,
     params: Any,
     prompts: Array,

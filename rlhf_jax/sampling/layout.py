@@ -1,0 +1,83 @@
+"""The layout in which answers are sampled: copies of the weights, each cut along "tensor" alone.
+
+Along "fsdp" every device would gather the whole model for each token. So the weights are placed once for all tokens,
+as they are computed with, on a mesh of the same devices in the same order: "fsdp" goes over into "data", and into
+"tensor" where a copy would take more than a part of a device's memory.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from rlhf_jax.axes import MESH_AXES
+from rlhf_jax.models import ModelConfig
+from rlhf_jax.sharding import constrain_params
+from rlhf_jax.types import Params
+
+SHARE = 1 / 3
+"""The part of a device that a copy of the weights may take. The rest has what training holds, and the cache."""
+MEMORY: Mapping[str, float] = {"TPU v4": 32e9, "TPU v5 lite": 16e9, "TPU v5": 95e9, "TPU v6 lite": 32e9}
+"""Bytes of a device by its kind, for compilers of devices that are not there; others are asked."""
+
+
+def sampling_mesh(mesh: AbstractMesh, config: ModelConfig, size: float) -> AbstractMesh:
+    """The mesh on which a model samples whose weights are so many bytes, of the same devices in the same order.
+
+    Its "fsdp" is 1. Its "tensor" is that of the mesh, or the least multiple by a power of two with which a copy fits
+    into `SHARE` of a device, as far as the keys' heads and the devices divide. Where the memory is not known, it fits.
+    """
+    devices, tensor, memory = math.prod(mesh.axis_sizes), mesh.shape["tensor"], device_memory(mesh)
+    while memory is not None and size / tensor > SHARE * memory:
+        if devices % (2 * tensor) or config.n_kv_heads % (2 * tensor):
+            break
+        tensor *= 2
+    return mesh.update(axis_sizes=(devices // tensor, 1, tensor))
+
+
+def device_memory(mesh: AbstractMesh) -> float | None:
+    """Bytes of one of the mesh's devices; None where nobody tells."""
+    device = mesh.abstract_device
+    if device is None or device.platform == "cpu":
+        return None
+    if device.device_kind in MEMORY:
+        return MEMORY[device.device_kind]
+    here = [one for one in jax.local_devices() if one.device_kind == device.device_kind]
+    stats = here[0].memory_stats() if here else None
+    return float(stats["bytes_limit"]) if stats and "bytes_limit" in stats else None
+
+
+def as_computed(config: ModelConfig, params: Params) -> Params:
+    """The weights in the dtype that products of them have anyway: nothing that is sampled changes.
+
+    Adapters, norms and biases stay what they are, and so does a head, or an embedding that is one, which is read in
+    another dtype; int8 stays int8.
+    """
+    compute, head = config.precision.compute, config.precision.head
+    names = {"kernel"} | ({"embedding"} if head == compute or not config.tie_embeddings else set())
+    names |= {"head"} if head == compute else set()
+
+    def of_leaf(path: tuple[Any, ...], leaf: Any) -> Any:
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(compute) if floating and str(getattr(path[-1], "key", "")) in names else leaf
+
+    return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+
+@contextmanager
+def sampling_layout(config: ModelConfig, params: Params) -> Iterator[Params]:
+    """Gives the weights as they are computed with, placed for sampling; what is traced within lies as they do.
+
+    For use inside `jit`, where the mesh has no devices. Without a mesh of ours nothing is placed.
+    """
+    params, mesh = as_computed(config, params), jax.sharding.get_abstract_mesh()
+    if mesh.axis_names != MESH_AXES:
+        yield params
+        return
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    with jax.sharding.use_abstract_mesh(sampling_mesh(mesh, config, size)):
+        yield constrain_params(params)
