@@ -38,8 +38,8 @@ from rlhf_jax.diagnostics import best_of_n_fit
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.log import Run
 from rlhf_jax.rewards.model import model_reward
-from rlhf_jax.tasks.measure import make_reward_scorer
-from rlhf_jax.tasks.simulated import SIZES
+from rlhf_jax.tasks.measure import AnswerScorer, make_reward_scorer
+from rlhf_jax.tasks.simulated import SIZES, World
 
 NO_END = -3.0
 COLUMNS = (
@@ -113,18 +113,27 @@ def one(cfg: Config, prepared: Prepared, seed: int, variant: Variant, run: Run) 
         eval_batch_size=task.eval_batch_size, zero=task.demonstrations().validation,
     )  # fmt: skip
     reward = model_reward(begun.base.config, params, name="reward_model", weight=1.0)
-    score, judge = make_reward_scorer(task, [reward], NO_END), task.judge
-    (pool,) = sample_pools(
-        lambda *_: sampled, score, heldout, cfg.n, rows=len(sampled.mask), judges={"utility": judge}
-    )  # fmt: skip
-    curve = [best_of_n_metrics(pool, n) for n in powers_up_to(cfg.n)]
-    kl, gold = (np.array([point[name] for point in curve]) for name in ("kl_bound", "utility"))
-    fit = best_of_n_fit(kl, gold - gold[0])
+    picked = best_of_pool(task, make_reward_scorer(task, [reward], NO_END), heldout, sampled, cfg.n)
     own = {name.removeprefix("reward_model_"): value for name, value in found.items()}
     return {
         name: own[name] for name in ("val_accuracy", "ceiling", "share_above_chance")
     } | {
-        "labels": answers * len(rankings), "log_labels": np.log10(answers * len(rankings)),
+        "labels": answers * len(rankings), "log_labels": np.log10(answers * len(rankings)), **picked,
+    }  # fmt: skip
+
+
+def best_of_pool(task: World, score: AnswerScorer, heldout: Prompts, sampled: Completions, n: int) -> dict[str, Any]:
+    """The best of 1, 2, 4, … n by a score, from n answers to each held-out prompt: true utility, and Gao et al.'s fit.
+
+    Distances are in √nats; gains are of true utility, above that of one answer.
+    """
+    (pool,) = sample_pools(
+        lambda *_: sampled, score, heldout, n, rows=len(sampled.mask), judges={"utility": task.judge}
+    )  # fmt: skip
+    curve = [best_of_n_metrics(pool, number) for number in powers_up_to(n)]
+    kl, gold = (np.array([point[name] for point in curve]) for name in ("kl_bound", "utility"))
+    fit = best_of_n_fit(kl, gold - gold[0])
+    return {
         "gain": gold.max() - gold[0], "alpha": fit.alpha, "beta": fit.beta, "r2": fit.r2,
         "distance": np.sqrt(kl), "gold": gold, "proxy": np.array([point["score"] for point in curve]),
     }  # fmt: skip
