@@ -92,7 +92,10 @@ def turns_of(loop: Instruction, computations: dict[str, list[Instruction]], othe
 
 
 def sent(program: str, *, otherwise: Turns = lambda _: 1) -> Sent:
-    """The collectives of a program. One that runs in steps, beside others' work, has one channel and counts once."""
+    """The collectives of a program. One that runs in steps, beside others' work, has one channel and counts once.
+
+    Its steps may lie in a loop of that work; how often it runs, its first and last step say, which lie outside.
+    """
     entry, computations = parse(program)
     channels: dict[str, tuple[int, str, float]] = {}
 
@@ -108,7 +111,7 @@ def sent(program: str, *, otherwise: Turns = lambda _: 1) -> Sent:
                     kind, cost = "reduce-scatter", cost / 2
                 channel = re.search(r"channel_id=(\d+)", one.rest)
                 key = channel[1] if channel else f"{name}/{one.name}"
-                channels[key] = max(channels.get(key, (0, kind, cost)), (turns, kind, cost))
+                channels[key] = min(channels.get(key, (turns, kind, cost)), (turns, kind, cost))
             inner = turns * (turns_of(one, computations, otherwise) if one.kind == "while" else 1)
             for how, called in CALLED.findall(one.rest):
                 if how != "to_apply" or one.kind == "call":

@@ -44,8 +44,13 @@ PROGRAM = """HloModule step
   ROOT %s = f32[4]{0} dynamic-slice(%r), dynamic_slice_sizes={4}
 }
 
+%beside (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %step = bf16[16,8] fusion(%x), kind=kCustom, calls=%start
+}
+
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %f = bf16[16,8] fusion(%x), kind=kCustom, calls=%start
+  %other = (s32[], f32[8]) while(%t), condition=%less, body=%beside
   %again = bf16[16,8] fusion(%x), kind=kCustom, calls=%start
   %rs = f32[4] fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
 }
@@ -63,7 +68,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 
 def test_what_is_sent_by_hand():
-    """A gather in two steps of one channel counts once; loops as often as they turn; each ring by its equation."""
+    """A gather in steps of one channel counts once, also where steps lie in a loop of other work; loops as often as they
+    turn; each ring by its equation."""
     found = hlo.sent(PROGRAM, otherwise=lambda loop: 7 if "generate" in loop else 1000)
     assert found.times == {"all-gather": 5, "reduce-scatter": 5, "all-reduce": 7, "collective-permute": 1}
     assert found.bytes == {
