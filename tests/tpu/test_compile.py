@@ -68,8 +68,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 
 def test_what_is_sent_by_hand():
-    """A gather in steps of one channel counts once, also where steps lie in a loop of other work; loops as often as they
-    turn; each ring by its equation."""
+    """A gather in steps of one channel counts once, also with steps in a loop of other work; a loop as often as it
+    turns; each ring by its equation."""
     found = hlo.sent(PROGRAM, otherwise=lambda loop: 7 if "generate" in loop else 1000)
     assert found.times == {"all-gather": 5, "reduce-scatter": 5, "all-reduce": 7, "collective-permute": 1}
     assert found.bytes == {
