@@ -25,7 +25,7 @@ from experiments import reward_model
 from experiments.ablations.claims import Claim, minus, of
 from experiments.ablations.grid import GridFlags, run_grid
 from experiments.ablations.grid_results import Cells, Column, Page, Panel, curve_line, points_line, variants_table
-from experiments.ablations.worlds import AfterSFT, after_sft
+from experiments.ablations.worlds import AfterSFT, after_sft, sft_pool
 from experiments.reward_model import RewardModel
 from experiments.sft import SFT
 from rlhf_jax.batches import Completions, Prompts
@@ -33,7 +33,6 @@ from rlhf_jax.best_of_n import best_of_n_metrics, powers_up_to, sample_pools
 from rlhf_jax.cli import run_main
 from rlhf_jax.data.encode import RankedAnswers
 from rlhf_jax.data.preferences import reordered
-from rlhf_jax.data.tokens import take
 from rlhf_jax.diagnostics import best_of_n_fit
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.log import Run
@@ -96,9 +95,7 @@ class Prepared(NamedTuple):
 def prepare(cfg: Config, seed: int, run: Run) -> Prepared:
     """A world, SFT, comparisons, and the answers that the best is picked of."""
     begun = after_sft(cfg, seed, run)
-    heldout = take(begun.task.prompts().heldout, slice(cfg.prompts))
-    repeated = take(heldout, np.arange(len(heldout.row)).repeat(cfg.n))
-    return Prepared(begun, heldout, begun.sampler(begun.base.params, repeated, 0))
+    return Prepared(begun, *sft_pool(cfg, begun.task, begun.sampler, seed, cfg.n, cfg.prompts))
 
 
 def one(cfg: Config, prepared: Prepared, seed: int, variant: Variant, run: Run) -> dict[str, Any]:

@@ -12,7 +12,6 @@ Nothing but SFT is trained: expect about 8 minutes on 2 CPU cores for 5 seeds.
 import re
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +24,8 @@ from scipy import stats
 from experiments.ablations.claims import Claim, minus, of, times
 from experiments.ablations.grid import GridFlags, run_grid
 from experiments.ablations.grid_results import Cells, Column, Page, Panel, curve_line, variants_table
-from experiments.ablations.worlds import world_with_sft
+from experiments.ablations.worlds import sft_pool, world_with_sft
 from experiments.sft import SFT
-from rlhf_jax.best_of_n import sample_pools
 from rlhf_jax.cli import run_main
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import UserError, at_least
@@ -74,9 +72,9 @@ class Variant(NamedTuple):
 def prepare(cfg: Config, seed: int, run: Run) -> np.ndarray:
     """True utility of a pool of SFT's answers: [prompts, n]."""
     task, sampler = world_with_sft(cfg, seed, run)
-    heldout = take(task.prompts().heldout, slice(cfg.prompts))
-    pools = sample_pools(partial(sampler, task.base.params), task.judge, heldout, cfg.n, rows=task.eval_batch_size)
-    return np.concatenate([pool.scores for pool in pools])
+    heldout, answers = sft_pool(cfg, task, sampler, seed, cfg.n, cfg.prompts)
+    repeated = take(heldout, np.arange(len(heldout.row)).repeat(cfg.n))
+    return task.judge(repeated, answers).reshape(-1, cfg.n)
 
 
 def one(cfg: Config, utility: np.ndarray, seed: int, variant: Variant, run: Run) -> dict[str, Any]:

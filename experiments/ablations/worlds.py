@@ -23,6 +23,8 @@ from experiments import sft
 from experiments.ablations.records import ROOT, code_hash
 from experiments.pipeline import train_and_choose
 from experiments.stages import policy_sampler
+from rlhf_jax.batches import Completions, Prompts
+from rlhf_jax.data.tokens import take
 from rlhf_jax.log import Run
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.rewards.model import model_reward
@@ -110,6 +112,19 @@ def after_reward_model(cfg: Any, seed: int, run: Run, **people: Any) -> AfterRew
     reward = [model_reward(task.base.config, rewards, name="reward_model", weight=1.0)]
     scorer = make_reward_scorer(task, reward, cfg.ppo.no_end_score)
     return AfterRewardModel(task, sampler, task.base._replace(params=start), rewards, scorer, task.facts | facts)
+
+
+def sft_pool(
+    cfg: Any, task: World, sampler: PolicySampler, seed: int, n: int, prompts: int
+) -> tuple[Prompts, Completions]:
+    """Held-out prompts, and `n` answers to each of the SFT policy of the world's own people, prompt-major."""
+    heldout = take(task.prompts().heldout, slice(prompts))
+    repeated = take(heldout, np.arange(len(heldout.row)).repeat(n))
+
+    def make() -> Completions:
+        return sampler(task.base.params, repeated, 0)
+
+    return heldout, kept(cfg, task, "pool", seed, {"sft": cfg.sft, "n": n, "prompts": prompts}, make)
 
 
 # What is made once.
