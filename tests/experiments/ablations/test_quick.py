@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
-NAMES = ("tails", "imitation", "reward_data", "kl_coefficient", "ppo_details", "constitution", "preference_losses",
-         "verifiable", "diversity", "length", "adaptive_kl", "rounds", "sizes", "forgetting", "online", "staleness")  # fmt: skip
+NAMES = (
+    "tails", "imitation", "reward_data", "kl_coefficient", "ppo_details", "constitution", "preference_losses",
+    "verifiable", "diversity", "length", "adaptive_kl", "rounds", "sizes", "forgetting", "online", "staleness",
+)  # fmt: skip
 """The ensemble is left out: it takes minutes."""
 
 
