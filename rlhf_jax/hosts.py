@@ -147,7 +147,8 @@ def fail(error: Exception) -> NoReturn:
     so, if given the time.
     """
     traceback.print_exception(error)
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    # What is exchanged on the host fails as a ValueError.
+    if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
         sys.stderr.flush()
         time.sleep(HEARTBEAT_SECONDS + 10)
     leave(1)

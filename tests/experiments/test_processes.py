@@ -1,4 +1,5 @@
-"""2 and 4 processes train as one does, go on from each other's checkpoints, and say so when one of them is killed.
+"""2 and 4 processes train as one does, go on from each other's checkpoints, end together when one of them is told to,
+and say so when one is killed.
 
 They train by SFT, PPO, and GRPO with a reward in Python.
 """
@@ -48,6 +49,7 @@ from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.rewards.model import model_reward
 from rlhf_jax.rewards.python import Limits, parse, python_reward
 from rlhf_jax.sharding import create, host_share, make_mesh, shard_host_rows, to_host
+from rlhf_jax.signals import PREEMPTED
 from rlhf_jax.simulation import make_tokenizer
 from rlhf_jax.tasks import simulated
 from rlhf_jax.tasks.task import Demonstrations, PromptSets
@@ -77,7 +79,8 @@ class Batches:
     def __next__(self):
         if os.environ.get("KILLED") == f"sft {self.read} {self.number}":
             time.sleep(2)  # until the last checkpoint is written, and the other one waits for this one's part of a sum
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+            time.sleep(2)  # until all have heard of a SIGTERM
         size = ROWS // self.count
         begin = self.read * ROWS + self.number * size
         self.read += 1
@@ -143,7 +146,12 @@ def run_one(world):
 
 REWARD = """
 import os
+import signal
+import time
 def even(prompts, completions, **columns):
+    if os.environ.get("KILLED") == "grpo " + os.environ["SCORED"][-1]:
+        time.sleep(2)
+        os.kill(os.getppid(), signal.SIGKILL)
     with open(os.environ["SCORED"], "a") as file:
         file.writelines(f"{os.getppid()}\\n" for _ in completions)
     return [len(text) % 2 for text in completions]
@@ -214,8 +222,10 @@ def mistake(number):
     raise UserError(f"of process {number}")
 
 
-def spread(world, folder, name, processes, *flags, devices=1, killed=""):
+def spread(world, folder, name, processes, *flags, devices=1, killed="", by=signal.SIGKILL):
     """Forks processes that run the program; (exit code, seconds until then) of each.
+
+    `killed` says where one of them gets a signal: "sft BATCH PROCESS", or "grpo PROCESS", within a reward.
 
     Before JAX has a backend, so that no process costs imports.
     """
@@ -232,7 +242,7 @@ def spread(world, folder, name, processes, *flags, devices=1, killed=""):
             jax.config.update("jax_num_cpu_devices", devices)
             if processes > 1:
                 values = (f"127.0.0.1:{port}", str(processes), str(number))
-                os.environ.update(zip(hosts.VARIABLES, values, strict=True), KILLED=killed)
+                os.environ.update(zip(hosts.VARIABLES, values, strict=True), KILLED=killed, SIGNAL=str(int(by)))
                 jax.config.update("jax_share_binary_between_hosts", True)
                 jax.config.update("jax_share_binary_between_hosts_timeout_ms", LIMIT * 1000)
             sys.argv = [name, "--run-dir", str(folder / name.split()[0]), *flags]
@@ -258,7 +268,7 @@ def layout(key, devices):
 
 
 def lives(folder):
-    """All of the processes, one group after the other; how the two ended of which one was killed."""
+    """All of the processes, one group after the other; how the two ended of which one was killed or told to end."""
     with torch_hidden():
         for name in ("orbax.checkpoint", "tensorboardX"):  # which they would import themselves
             importlib.import_module(name)
@@ -277,13 +287,18 @@ def lives(folder):
     ended = spread(world, folder, "killed", 2, "--stages", "sft", killed="sft 4 1")
     shutil.copytree(folder / "killed", folder / "killed before")
     spread(world, folder, "killed again", 2, "--resume")
-    (folder / "ended.json").write_text(json.dumps(ended), encoding="utf-8")
+    told = spread(world, folder, "told", 2, "--stages", "sft", killed="sft 1 1", by=signal.SIGTERM)
+    shutil.copytree(folder / "told", folder / "told before")
+    spread(world, folder, "told again", 2, "--resume")
+    shutil.copytree(folder / "told", folder / "lost")  # SFT is done
+    lost = spread(world, folder, "lost", 2, "--resume", "--stages", "sft", "grpo", "--accept-changes", killed="grpo 1")
+    (folder / "ended.json").write_text(json.dumps([ended, told, lost]), encoding="utf-8")
     return ended
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder of all runs, and how the two ended of which one was killed."""
+    """The folder of all runs, and how the two ended of which one was killed, told to end, and killed in a reward."""
     folder = tmp_path_factory.mktemp("runs")
     environment = {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla")} | os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -366,7 +381,7 @@ def test_one_goes_on_from_what_two_have_done(runs):
 
 
 def test_one_is_killed_the_other_says_so_and_a_restart_goes_on(runs):
-    folder, ended = runs
+    folder, (ended, _, _) = runs
     (code, seconds), (killed, at) = ended
     assert killed == -signal.SIGKILL and code not in (0, 2)
     assert said(folder, "killed", 0)[-1] == hosts.LOST.format(0, 2)
@@ -376,6 +391,25 @@ def test_one_is_killed_the_other_says_so_and_a_restart_goes_on(runs):
     first = [read_metrics(folder / name)["sft"][0] for name in ("killed before", "killed")]
     assert first[0] == first[1]  # with its time: it was not done again
     assert_same(folder / "killed", folder / "alone", {"sft"})
+
+
+def test_one_is_told_to_end_and_all_save_the_same_step(runs):
+    folder, (_, told, _) = runs
+    assert [code for code, _ in told] == [PREEMPTED] * 2
+    saved = [(one.stage, one.step, one.damage) for one in checkpoint.checkpoints(folder / "told before")]
+    last = saved[-1][1]
+    assert 2 <= last < 6 and saved[-1] == ("sft", last, None)
+    (line,) = [line for line in said(folder, "told", 0, "out") if line.startswith("preempted")]
+    assert f"saved at step {last} of sft" in line
+    assert_same(folder / "told", folder / "alone", {"sft"})
+
+
+def test_one_is_killed_inside_a_reward_and_the_other_says_so(runs):
+    folder, (_, _, lost) = runs
+    (code, seconds), (killed, at) = lost
+    assert killed == -signal.SIGKILL and code not in (0, 2)
+    assert said(folder, "lost", 0)[-1] == hosts.LOST.format(0, 2)
+    assert seconds - at < 40
 
 
 if __name__ == "__main__":
