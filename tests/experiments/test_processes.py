@@ -1,7 +1,7 @@
 """2 and 4 processes train as one does, go on from each other's checkpoints, end together when one of them is told to,
 and say so when one is killed.
 
-They train by SFT, PPO, and GRPO with a reward in Python.
+They train by SFT, DPO, PPO, and GRPO with a reward in Python.
 """
 
 import faulthandler
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,17 +26,19 @@ import numpy as np
 import pytest
 from jax._src import cache_key
 
-from experiments import grpo, ppo, sft
+from experiments import dpo, grpo, ppo, sft
+from experiments.dpo import DPO
 from experiments.flags import RunFlags
 from experiments.grpo import GRPO
 from experiments.ppo import PPO
 from experiments.sft import SFT
-from experiments.stages import group_defaults
+from experiments.stages import group_defaults, train_preference
 from rlhf_jax import checkpoint, hosts
 from rlhf_jax.cli import on_mesh, run_main
 from rlhf_jax.data import encoders
-from rlhf_jax.data.encode import encode_rows
+from rlhf_jax.data.encode import RankedAnswers, encode_rows
 from rlhf_jax.data.formats import Text
+from rlhf_jax.data.pairs import paired
 from rlhf_jax.data.rejects import Place, Rejects
 from rlhf_jax.data.rows import Read
 from rlhf_jax.data.tokens import take
@@ -58,7 +61,7 @@ from rlhf_jax.trackers import torch_hidden
 LIMIT = 240
 """Seconds after which a process that has not ended says where it is, and ends."""
 ROWS = 4
-STEPS = {"sft": [1, 6], "ppo": [1, 2], "grpo": [1, 2]}
+STEPS = {"sft": [1, 6], "dpo": [1, 2], "ppo": [1, 2], "grpo": [1, 2]}
 """What is logged."""
 
 
@@ -67,7 +70,8 @@ class Config(RunFlags):
     sft: SFT = field(default_factory=lambda: SFT(steps=6, batch_size=ROWS, save_every=2))
     ppo: PPO = field(default_factory=lambda: PPO(steps=2, responses=ROWS, minibatches=1, epochs=1, save_every=1))
     grpo: GRPO = field(default_factory=lambda: GRPO(steps=2, groups=2, group_size=ROWS, save_every=1))
-    stages: tuple[str, ...] = ("sft", "ppo", "grpo")
+    dpo: DPO = field(default_factory=lambda: DPO(steps=2, batch_size=ROWS, save_every=1, evaluations=1))
+    stages: tuple[str, ...] = ("sft", "dpo", "ppo", "grpo")
 
 
 class Batches:
@@ -129,6 +133,8 @@ def run_one(world):
                 cfg.sft, base, world.demonstrations, run, cfg.seed, eval_batch_size=64, keep_epochs=True
             )
             metrics = {}
+            if "dpo" in cfg.stages:
+                by_pairs(cfg, base._replace(params=trained.params), base.params, world.prompts, run)
             if "ppo" in cfg.stages:
                 scores = new(ScalarModel(base.config))
                 _, metrics = ppo.train(
@@ -156,6 +162,17 @@ def even(prompts, completions, **columns):
         file.writelines(f"{os.getppid()}\\n" for _ in completions)
     return [len(text) % 2 for text in completions]
 """
+
+
+def by_pairs(cfg, base, reference, prompts, run):
+    """DPO on answers of a word and of two. Where it starts the policy is not its reference: no pair is a tie."""
+    asked = [row[real].tolist() for row, real in zip(prompts.train.tokens, prompts.train.mask, strict=True)]
+    eos = base.tokenizer.eos_token_id
+    rankings = [RankedAnswers(prompt, [[5 + n, eos], [7, 6 + n, eos]], (0, 1), 0.0) for n, prompt in enumerate(asked)]
+    return train_preference(
+        cfg.dpo, partial(dpo.loss, cfg.dpo), partial(dpo.reward, cfg.dpo), base, paired(rankings, cfg.dpo.pairs), None,
+        run, cfg.seed, stage="dpo", eval_batch_size=8, reference=reference,
+    )  # fmt: skip
 
 
 def by_groups(cfg, base, prompts, run):
@@ -280,9 +297,11 @@ def lives(folder):
     spread(world, folder, "back", 1, "--resume")
     # Of what two did, PPO's first iteration stays, and GRPO.
     shutil.copytree(folder / "two", folder / "four")
-    for gone in ("sft", "sft_epochs", "ppo/2"):
+    for gone in ("sft", "sft_epochs", "dpo", "ppo/2"):
         shutil.rmtree(folder / "four" / "checkpoints" / gone)
-    spread(world, folder, "four", 4, "--resume", "--mesh", "fsdp=4", "--stages", "sft", "ppo", "--accept-changes")
+    spread(
+        world, folder, "four", 4, "--resume", "--mesh", "fsdp=4", "--stages", "sft", "dpo", "ppo", "--accept-changes"
+    )
     hosts.HEARTBEAT_SECONDS = 10
     ended = spread(world, folder, "killed", 2, "--stages", "sft", killed="sft 4 1")
     shutil.copytree(folder / "killed", folder / "killed before")
