@@ -28,15 +28,24 @@ MEMORY: Mapping[str, float] = {"TPU v4": 32e9, "TPU v5 lite": 16e9, "TPU v5": 95
 def sampling_mesh(mesh: AbstractMesh, config: ModelConfig, size: float) -> AbstractMesh:
     """The mesh on which a model samples whose weights are so many bytes, of the same devices in the same order.
 
-    Its "fsdp" is 1. Its "tensor" is that of the mesh, or the least multiple by a power of two with which a copy fits
-    into `SHARE` of a device, as far as the keys' heads and the devices divide. Where the memory is not known, it fits.
+    Its "fsdp" is 1, its "tensor" that of `sampling_tensor`.
     """
-    devices, tensor, memory = math.prod(mesh.axis_sizes), mesh.shape["tensor"], device_memory(mesh)
+    devices = math.prod(mesh.axis_sizes)
+    tensor = sampling_tensor(devices, mesh.shape["tensor"], config, size, device_memory(mesh))
+    return mesh.update(axis_sizes=(devices // tensor, 1, tensor))
+
+
+def sampling_tensor(devices: int, tensor: int, config: ModelConfig, size: float, memory: float | None) -> int:
+    """Into how many parts a copy of the weights is cut, which are `size` bytes, on devices of `memory` bytes each.
+
+    They are `tensor`, or the least multiple by a power of two with which a part fits into `SHARE` of a device, as far
+    as the keys' heads and the devices divide. Where the memory is not known, it fits.
+    """
     while memory is not None and size / tensor > SHARE * memory:
         if devices % (2 * tensor) or config.n_kv_heads % (2 * tensor):
             break
         tensor *= 2
-    return mesh.update(axis_sizes=(devices // tensor, 1, tensor))
+    return tensor
 
 
 def device_memory(mesh: AbstractMesh) -> float | None:

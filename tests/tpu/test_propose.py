@@ -1,0 +1,82 @@
+"""Proposed meshes: the equations by hand, and beside what the TPU compiler said (experiments/results/tpu.md)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def propose():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "tpu"))
+        patch.setenv("JAX_PLATFORMS", os.environ.get("JAX_PLATFORMS", "cpu"))
+        import propose
+
+        yield propose
+    del sys.modules["propose"]
+
+
+def case(propose, experiment, **sizes):
+    return propose.Config(experiment, "llama3-8b", topology="v5e:8x16", **sizes)
+
+
+def sent(propose, experiment, mesh, rows, trained=8.03e9, **sizes):
+    some = case(propose, experiment, **sizes)
+    config = propose.model_config(some.model, propose.PRECISIONS[some.precision])
+    return propose.sent(some, config, mesh, rows, 8.03e9, trained) / 1e9
+
+
+def test_what_is_sent_by_hand(propose):
+    # Two gathers of the weights and a scatter of the gradients, 16 GB each but for what a chip has.
+    assert sent(propose, "sft", (1, 128, 1), 128) == pytest.approx(3 * 16.06 * 127 / 128)
+    assert sent(propose, "sft", (1, 128, 1), 128, trained=0) == pytest.approx(2 * 16.06 * 127 / 128)
+    # Copies of the model add up gradients in float32, twice but for their own.
+    assert sent(propose, "sft", (8, 1, 1), 128) == pytest.approx(2 * 4 * 8.03 * 7 / 8)
+    # 32 layers, two sums of 16,384 tokens of width 4,096 in bfloat16, forward, again, and backward.
+    assert sent(propose, "sft", (8, 1, 8), 128, trained=0) == pytest.approx(
+        3 * 32 * 2 * 16_384 * 4_096 * 2 * 2 * 7 / 8 / 1e9
+    )
+
+
+@pytest.mark.parametrize(
+    "experiment, mesh, rows, compiled, within",
+    [("sft", (1, 128, 1), 128, 50.5, 0.1), ("dpo", (1, 128, 1), 256, 48.9, 0.1), ("ppo", (1, 32, 4), 128, 281, 0.4)],
+)
+def test_what_is_sent_is_about_what_the_compiler_says(propose, experiment, mesh, rows, compiled, within):
+    assert sent(propose, experiment, mesh, rows) == pytest.approx(compiled, rel=within)
+
+
+def test_meshes_divide_rows_and_heads(propose):
+    config = propose.model_config("llama3-8b", propose.PRECISIONS["mixed"])
+    found = set(propose.meshes(16, config, 8))
+    assert found == {(d, f, t) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) for t in (2, 4, 8) if d * f * t == 16}
+
+
+def run(*flags):
+    command = [sys.executable, str(ROOT / "tpu" / "propose.py"), "--experiment", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_names_the_fastest_mesh_that_fits_first():
+    done = run("ppo", "--model", "llama3-8b", "--topology", "v5e:8x16", "--rows", "128")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|") for line in done.stdout.splitlines()[2:]]
+    seconds, memory = ([float(row[place].split()[0]) for row in rows] for place in (4, 2))
+    assert seconds == sorted(seconds) and max(memory) <= 16 and "tensor=8" in rows[0][1]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("sft", "--model", "llama3-70b", "--topology", "v5e:2x2"), "no mesh of v5e:2x2 holds sft of llama3-70b"),
+        (("sft", "--model", "llama3-8b", "--topology", "v9:4x4"), "topology 'v9:4x4' is not one of v5e, v5p, v6e"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(flags, words):
+    done = run(*flags)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,198 @@
+"""Proposes meshes for an experiment's step on a TPU slice: those that fit, by the seconds that the equations allow.
+
+    python tpu/propose.py --experiment ppo --model llama3-8b --topology v5e:8x16 --rows 512
+
+No TPU is needed and nothing is compiled: it takes seconds. Memory is what the step is given, an estimate of its
+activations, and PPO's copy of the policy for sampling. Seconds are at least those of the operations at the chip's peak
+with the reading of weights and cache while answers are sampled, or of what the chips send each other, whichever takes
+longer. `tpu/compile.py` asks the compiler about one of them.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before jax: no TPU is looked for
+
+if __name__ == "__main__":  # this checkout's files, whatever is installed
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import numpy as np
+
+from experiments.bench.programs import Case, Program, build
+from experiments.bench.shapes import CHIPS, Chip, model_config
+from experiments.flags import PRECISIONS
+from rlhf_jax.batches import Rankings, Tokens
+from rlhf_jax.budget import step_memory
+from rlhf_jax.cli import run_main
+from rlhf_jax.data.pairs import AnswerBatch
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import ModelConfig, Transformer, count_weights
+from rlhf_jax.sampling.layout import sampling_tensor
+from rlhf_jax.sharding import batch_shardings, make_mesh, shardings
+
+WIDTH = 2
+"""Bytes of a number in bfloat16, as weights and activations travel."""
+HEADS = 3
+"""Copies of the language head along fsdp that a step holds, its gradient counted: the compiler's figures say so."""
+
+
+@dataclass(frozen=True)
+class Config(Case):
+    """Proposes meshes."""
+
+    topology: str = field(kw_only=True)
+    """The slice, such as v5e:8x16, v5p:4x4x4 or v6e:4x4."""
+    show: int = 8
+    """The most meshes to show."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a slice that is none."""
+        super().__post_init__()
+        kind, _, sides = self.topology.partition(":")
+        if kind not in CHIPS or not all(side.isdecimal() and int(side) > 0 for side in sides.split("x")):
+            raise UserError(
+                f"topology {self.topology!r} is not one of {', '.join(CHIPS)} with its sides, as in v5e:4x4"
+            )
+
+
+class Proposal(NamedTuple):
+    """A mesh and what a step takes on it, of one chip."""
+
+    mesh: tuple[int, int, int]
+    """data, fsdp, tensor."""
+    memory: float
+    """Bytes."""
+    sent: float
+    """Bytes that it receives."""
+    seconds: dict[str, float]
+    """By what takes them: operations, reading while sampling, links between chips."""
+
+    @property
+    def least(self) -> float:
+        """The seconds that a step takes at least."""
+        return max(self.seconds["operations"] + self.seconds["reading"], self.seconds["links"])
+
+    @property
+    def limit(self) -> str:
+        """The longest of its seconds."""
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+
+def meshes(chips: int, config: ModelConfig, rows: int) -> Iterator[tuple[int, int, int]]:
+    """Sizes of (data, fsdp, tensor), powers of two: the first two divide the rows, tensor the keys' heads."""
+    powers = [2**i for i in range(chips.bit_length())]
+    for tensor in powers:
+        for fsdp in powers:
+            data = chips // (tensor * fsdp)
+            if data * fsdp * tensor == chips and not config.n_kv_heads % tensor and not rows % (data * fsdp):
+                yield data, fsdp, tensor
+
+
+def sent(
+    case: Case, config: ModelConfig, sizes: tuple[int, int, int], rows: int, weights: float, trained: float
+) -> float:
+    """Bytes that a chip receives in a step, of a model of so many `weights`, so many of them `trained`.
+
+    Along fsdp weights are gathered in each pass and gradients scattered; along data gradients are added up, in
+    float32; along tensor the residual stream, twice a layer and pass. Layers are computed again for the gradients.
+    """
+    data, fsdp, tensor = sizes
+    gather = WIDTH * weights / tensor * (fsdp - 1) / fsdp
+    update = 2 * gather + WIDTH * trained / tensor * (fsdp - 1) / fsdp
+    update += 2 * 4 * trained / (fsdp * tensor) * (data - 1) / data
+
+    def sums(tokens: float) -> float:
+        """The sums of one pass over so many tokens of all rows."""
+        a_layer = 2 * tokens / (data * fsdp) * config.d_model * WIDTH
+        return config.n_layers * a_layer * 2 * (tensor - 1) / tensor
+
+    tokens = rows * (case.prompt + case.response)
+    if case.experiment != "ppo":
+        return update + 3 * sums(tokens)
+    # One gather for sampling; four models score in parts; two are updated by minibatches.
+    return (1 + 4 * case.minibatches) * gather + 2 * case.minibatches * update + (1 + 4 + 2 * 3) * sums(tokens)
+
+
+def propose(case: Case, chip: Chip, chips: int) -> list[Proposal]:
+    """All meshes, the fastest of those that fit first, then the others by their memory."""
+    config = model_config(case.model, PRECISIONS[case.precision])
+    rows, length = case.rows or chips * (4 if case.experiment == "ppo" else 2), case.prompt + case.response
+    model, prompt = Transformer(config), np.zeros((1, 8), np.int32)
+    weights = count_weights(jax.eval_shape(lambda: model.init(jax.random.key(0), prompt)))
+    found = []
+    for sizes in meshes(chips, config, rows):
+        data, fsdp, tensor = sizes
+        mesh = make_mesh(f"data={data},fsdp={fsdp},tensor={tensor}", devices=jax.devices()[:chips])
+        program = build(case, jax.eval_shape, data * fsdp)
+        state = program.args[0]
+        trained = getattr(state, "params", None) or state.policy.params
+        copy, reading = 0.0, 0.0
+        if case.experiment == "ppo":
+            own = sampling_tensor(chips, tensor, config, WIDTH * weights, chip.hbm)
+            copy = WIDTH * weights / own
+            cache = (
+                2 * config.n_layers * config.n_kv_heads * config.head_dim * WIDTH * rows * (case.prompt + length) / 2
+            )
+            reading = case.response * (copy + cache / chips) / chip.hbm_bandwidth
+        with jax.set_mesh(mesh):
+            part = rows // (case.minibatches if case.experiment == "ppo" else 1)
+            more = step_memory(config, {}, (), rows=part, length=length).activations
+        held = held_bytes(program, mesh)
+        gradients = 2 * 4 * count_weights(trained) / (fsdp * tensor)
+        head = HEADS * 4 * config.d_model * config.vocab_size / tensor
+        moved = sent(case, config, sizes, rows, weights, count_weights(trained))
+        seconds = {
+            "operations": program.flops / chips / chip.flops, "reading": reading,
+            "links": moved / (chip.ici_bandwidth / 2),
+        }  # fmt: skip
+        found.append(Proposal(sizes, held + copy + more + gradients + head, moved, seconds))
+    return sorted(found, key=lambda one: (one.memory > chip.hbm, one.memory if one.memory > chip.hbm else one.least))
+
+
+def held_bytes(program: Program, mesh: Any) -> float:
+    """Bytes of a program's arguments on one chip."""
+    total = 0.0
+    for arg in program.args:
+        if isinstance(arg, jax.Array | jax.ShapeDtypeStruct):
+            continue
+        batch = isinstance(arg, Tokens | Rankings | AnswerBatch)
+        places = batch_shardings(mesh, arg) if batch else shardings(mesh, arg)
+        for leaf, place in zip(jax.tree.leaves(arg), jax.tree.leaves(places), strict=True):
+            if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                total += math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return total
+
+
+def main(cfg: Config) -> dict[str, float]:
+    """Prints a table; returns the fastest mesh's figures.
+
+    Raises UserError where no mesh holds the step.
+    """
+    kind, _, sides = cfg.topology.partition(":")
+    chip, chips = CHIPS[kind], math.prod(map(int, sides.split("x")))
+    jax.config.update("jax_num_cpu_devices", chips)
+    found = propose(cfg, chip, chips)
+    fits = [one for one in found if one.memory <= chip.hbm]
+    print("| mesh | HBM, GB | sent to a chip, GB | s at least | limited by |\n|---|---|---|---|---|")
+    for one in (fits or found)[: cfg.show]:
+        mesh = ",".join(
+            f"{name}={size}" for name, size in zip(("data", "fsdp", "tensor"), one.mesh, strict=True) if size > 1
+        )
+        print(f"| {mesh or 'data=1'} | {one.memory / 1e9:.1f} of {chip.hbm / 1e9:.0f} | {one.sent / 1e9:.3g} |"
+              f" {one.least:.3g} | {one.limit} |")  # fmt: skip
+    if not fits:
+        raise UserError(
+            f"no mesh of {cfg.topology} holds {cfg.experiment} of {cfg.model}: take more chips, fewer --rows, shorter"
+            " --prompt and --response, more --minibatches (PPO), or --lora-rank"
+        )
+    return {"seconds": fits[0].least, "memory": fits[0].memory, "sent": fits[0].sent}
+
+
+if __name__ == "__main__":
+    run_main(main, Config)
