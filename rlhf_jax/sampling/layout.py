@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from rlhf_jax.axes import MESH_AXES
+from rlhf_jax.axes import MESH_AXES, RULES, parameter_axes
 from rlhf_jax.models import ModelConfig
 from rlhf_jax.sharding import constrain_params
 from rlhf_jax.types import Params
@@ -88,5 +88,33 @@ def sampling_layout(config: ModelConfig, params: Params) -> Iterator[Params]:
         yield params
         return
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    with jax.sharding.use_abstract_mesh(sampling_mesh(mesh, config, size)):
+    wanted = sampling_mesh(mesh, config, size)
+    times = wanted.shape["tensor"] // mesh.shape["tensor"]
+    if times > 1 and mesh.shape["fsdp"] % times == 0:
+        params = halfway(mesh, times, params)
+    with jax.sharding.use_abstract_mesh(wanted):
         yield constrain_params(params)
+
+
+def halfway(mesh: AbstractMesh, times: int, params: Params) -> Params:
+    """The weights with "tensor" `times` as large and "fsdp" as much smaller, inside `jit`.
+
+    From there XLA gathers them along what is left of "fsdp"; from the mesh itself it would first make each whole.
+    """
+    data, fsdp, tensor = mesh.axis_sizes
+    names = ("data", "major", "minor", "tensor")
+    kinds = (AxisType.Auto,) * len(names)
+    sizes = (data, fsdp // times, times, tensor)
+    split = AbstractMesh(sizes, names, axis_types=kinds, abstract_device=mesh.abstract_device)
+    along = {"fsdp": ("major",), "tensor": ("minor", "tensor")}
+
+    def of_leaf(path: tuple[Any, ...], leaf: Any) -> Any:
+        axes = parameter_axes([str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)], leaf.ndim)
+        places = [sum((along.get(name, ()) for name in RULES[axis]), ()) if axis else () for axis in axes]
+        cut = [
+            some if some and size % math.prod(split.shape[name] for name in some) == 0 else None
+            for size, some in zip(leaf.shape, places, strict=False)
+        ]
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(split, PartitionSpec(*cut)))
+
+    return jax.tree_util.tree_map_with_path(of_leaf, params)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.bench.meshes import collectives
 from rlhf_jax.models import MIXED, ModelConfig, Transformer, init_lora, with_lora
 from rlhf_jax.sampling import generate, layout
 from rlhf_jax.sharding import make_mesh, shard_batch, shard_params
@@ -66,6 +67,18 @@ def test_answers_on_a_mesh_of_another_shape_are_those_of_one_device(monkeypatch,
         assert found.tokens.sharding.mesh.shape["fsdp"] == 8  # it comes back on the mesh that is set
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=2e-5)
+
+
+def test_on_the_way_to_another_shape_no_weight_is_whole(monkeypatch):
+    config = replace(CONFIG, scan_layers=True)
+    monkeypatch.setattr(layout, "device_memory", lambda mesh: 1.0)
+    with jax.set_mesh(make_mesh("fsdp=8")):
+        params = shard_params(weights(config))
+        program = jax.jit(lambda params: answers(config, params, max_new_tokens=5)).lower(params).compile().as_text()
+    shapes = [shape for kind, shapes, _ in collectives(program) for shape in shapes if kind == "all-gather"]
+    gathered = {tuple(sorted(shape)) for shape in shapes if len(shape) == 3}  # of two layers
+    assert gathered == {tuple(sorted(shape)) for shape in [(2, 16, 8), (2, 16, 4), (2, 8, 16)]}  # a fourth of each
+    assert any(kind == "all-to-all" for kind, _, _ in collectives(program))
 
 
 @pytest.mark.parametrize("tied", [False, True])
