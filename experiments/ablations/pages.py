@@ -95,6 +95,8 @@ def main(cfg: Config) -> None:
         since = f"{len(changed)} of {len(record['files'])} files have changed since: {', '.join(changed[:5])}"
         made = f"{record['page']}: {record['day']}, {record['minutes']:g} minutes, {len(record['seeds'])} seeds"
         print(f"{made}; {since + (', …' if len(changed) > 5 else '') if changed else 'of this code'}")
+    hours = sum(record["minutes"] for record, _ in published()) / 60
+    print(f"{hours:.1f} hours in all, of 2 CPU cores, with whatever ran beside")
     if cfg.check:
         wrong = differences()
         if wrong:
