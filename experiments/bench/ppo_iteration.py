@@ -2,7 +2,8 @@
 
     python experiments/bench/ppo_iteration.py
 One minute on 2 CPU cores. Weights are random, answers run until EOS or the limit, as in the controlled world; prints
-one JSON line: median seconds over `repeats`, and the programs compiled by a run of as many whole iterations.
+one JSON line: median seconds over `repeats`, the programs compiled by a run of as many whole iterations, and the
+seconds of each of several policies that one program trains under `vmap`.
 """
 
 import json
@@ -38,6 +39,8 @@ class Config:
     """Times one PPO iteration in the controlled world's shapes."""
 
     repeats: int = 20
+    together: int = 4
+    """Policies that are trained at once, under `vmap`."""
     seed: int = 0
     ppo: PPO = field(default_factory=PPO)
 
@@ -81,6 +84,10 @@ def main(cfg: Config) -> dict[str, float]:
     with count_compilations() as compilations:
         metrics["whole_seconds"] = seconds(lambda: iterate(state, frozen, prompts, keys[0]), cfg.repeats)
         metrics["compilations"] = compilations()
+    together = jax.jit(jax.vmap(partial(ppo.iterate, stage, setup), in_axes=(0, None, None, 0)))
+    states = jax.tree.map(lambda x: jnp.stack([x] * cfg.together), state)
+    once = seconds(lambda: together(states, frozen, prompts, keys[: cfg.together]), cfg.repeats)
+    metrics["vmapped_seconds_of_each"] = once / cfg.together
     metrics["sampled_tokens"] = float(completions.mask.sum())
     print(json.dumps({name: round(value, 4) for name, value in metrics.items()}))
     return metrics
