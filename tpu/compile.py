@@ -27,11 +27,13 @@ import jax
 from jax.experimental import topologies
 
 from experiments.bench.programs import Case, Program, build
-from experiments.bench.shapes import CHIPS, Chip
+from experiments.bench.shapes import CHIPS, Chip, count_parameters, model_config
+from experiments.flags import PRECISIONS
 from rlhf_jax.batches import Rankings, Tokens
 from rlhf_jax.cli import run_main
 from rlhf_jax.data.pairs import AnswerBatch
 from rlhf_jax.errors import UserError
+from rlhf_jax.sampling.layout import sampling_tensor
 from rlhf_jax.scoring import HEAD_COLUMNS
 from rlhf_jax.sharding import batch_shardings, make_mesh, shardings
 
@@ -93,7 +95,10 @@ def main(cfg: Config, *, quiet: bool = False) -> dict[str, float]:
         said = str(error).splitlines()[0]
         raise UserError(f"topology {cfg.topology!r}: {said} (libtpu: pip install -e '.[tpu]')") from None
     mesh = make_mesh(cfg.mesh, devices=topology.devices)
-    program = build(cfg, jax.eval_shape, mesh.shape["data"] * mesh.shape["fsdp"])
+    config = model_config(cfg.model, PRECISIONS[cfg.precision])
+    copy = 2.0 * count_parameters(config)  # bfloat16
+    copies = mesh.size // sampling_tensor(mesh.size, mesh.shape["tensor"], config, copy, chip.hbm)
+    program = build(cfg, jax.eval_shape, mesh.shape["data"] * mesh.shape["fsdp"], copies)
     began = time.perf_counter()
     with jax.set_mesh(mesh):
         lowered = program.function.lower(*placed(mesh, program))

@@ -22,17 +22,16 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
-import numpy as np
 
-from experiments.bench.programs import Case, Program, build
-from experiments.bench.shapes import CHIPS, Chip, model_config
+from experiments.bench.programs import SAMPLING, Case, Program, build
+from experiments.bench.shapes import CHIPS, Chip, count_parameters, model_config
 from experiments.flags import PRECISIONS
 from rlhf_jax.batches import Rankings, Tokens
 from rlhf_jax.budget import step_memory
 from rlhf_jax.cli import run_main
 from rlhf_jax.data.pairs import AnswerBatch
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import ModelConfig, Transformer, count_weights
+from rlhf_jax.models import ModelConfig, count_weights
 from rlhf_jax.sampling.layout import sampling_tensor
 from rlhf_jax.sharding import batch_shardings, make_mesh, shardings
 
@@ -113,6 +112,8 @@ def sent(
         return config.n_layers * a_layer * 2 * (tensor - 1) / tensor
 
     tokens = rows * (case.prompt + case.response)
+    if case.experiment == "grpo":  # one gather for sampling, one for the reference, and the update
+        return 2 * gather + update + (1 + 1 + 3) * sums(tokens)
     if case.experiment != "ppo":
         return update + 3 * sums(tokens)
     # One gather for sampling; four models score in parts; two are updated by minibatches.
@@ -122,18 +123,16 @@ def sent(
 def propose(case: Case, chip: Chip, chips: int) -> list[Proposal]:
     """All meshes, the fastest of those that fit first, then the others by their memory."""
     config = model_config(case.model, PRECISIONS[case.precision])
-    rows, length = case.rows or chips * (4 if case.experiment == "ppo" else 2), case.prompt + case.response
-    model, prompt = Transformer(config), np.zeros((1, 8), np.int32)
-    weights = count_weights(jax.eval_shape(lambda: model.init(jax.random.key(0), prompt)))
-    found = []
+    rows, length = case.rows or chips * (4 if case.experiment in SAMPLING else 2), case.prompt + case.response
+    weights, found = count_parameters(config), []
     for sizes in meshes(chips, config, rows):
         data, fsdp, tensor = sizes
         mesh = make_mesh(f"data={data},fsdp={fsdp},tensor={tensor}", devices=jax.devices()[:chips])
         program = build(case, jax.eval_shape, data * fsdp)
         state = program.args[0]
-        trained = getattr(state, "params", None) or state.policy.params
+        trained = state.policy.params if case.experiment == "ppo" else state.params
         copy, reading = 0.0, 0.0
-        if case.experiment == "ppo":
+        if case.experiment in SAMPLING:
             own = sampling_tensor(chips, tensor, config, WIDTH * weights, chip.hbm)
             copy = WIDTH * weights / own
             cache = (

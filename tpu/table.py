@@ -31,6 +31,8 @@ CASES = (
     Case("ppo", "llama3-8b", topology="v5e:8x16", mesh="fsdp=32,tensor=4"),
     Case("ppo", "llama3-8b", topology="v6e:4x8", mesh="fsdp=8,tensor=4", lora_rank=16),
     Case("ppo", "llama3-8b", topology="v6e:4x8", mesh="data=4,tensor=8", lora_rank=16),
+    Case("grpo", "llama3-8b", topology="v5e:8x16", mesh="fsdp=32,tensor=4"),
+    Case("grpo", "llama3-8b", topology="v6e:4x8", mesh="fsdp=8,tensor=4", lora_rank=16),
     Case("dpo", "llama3-8b", topology="v5e:8x16"),
     Case("sft", "gemma3-4b", topology="v6e:4x4"),
     Case("sft", "llama3-70b", topology="v5p:8x8x8", rows=512),

@@ -11,21 +11,29 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.training.train_state import TrainState
+from jaxtyping import PRNGKeyArray
 
-from experiments import dpo, ppo, reward_model, sft
+from experiments import dpo, grpo, ppo, reward_model, sft
 from experiments.bench.shapes import MODELS, model_config
 from experiments.flags import PRECISIONS, PrecisionName
+from rlhf_jax import groups
 from rlhf_jax.actor_critic import Frozen, Setup, State
 from rlhf_jax.batches import Completions, Experience, Prompts, Rankings, Tokens
 from rlhf_jax.data.pairs import AnswerBatch
 from rlhf_jax.data.tokens import join
 from rlhf_jax.errors import UserError, at_least
+from rlhf_jax.groups import Algorithm, Numbers
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, count_weights, from_language_model
 from rlhf_jax.preference import make_step as make_preference_step
 from rlhf_jax.rewards.model import model_reward
+from rlhf_jax.sharding import shard_batch
 from rlhf_jax.train import make_state
 from rlhf_jax.types import Metrics, Params
 
+SAMPLING = ("ppo", "grpo")
+GROUP = 4
+"""GRPO's answers to each prompt."""
 Make = Callable[..., Any]
 """make(function, *args): the result of the function; with `jax.eval_shape` only its shapes."""
 
@@ -34,13 +42,13 @@ Make = Callable[..., Any]
 class Case:
     """The experiment, its model, and the sizes of a step."""
 
-    experiment: Literal["sft", "reward_model", "dpo", "ppo"]
+    experiment: Literal["sft", "reward_model", "dpo", "ppo", "grpo"]
     model: str
     """One of the published shapes of experiments/bench/shapes.py."""
     rows: int | None = None
-    """Sequences a step (PPO: responses an iteration); by default two (PPO: four) for each part of data × fsdp."""
+    """Sequences a step (PPO, GRPO: responses an iteration); by default two (four) for each part of data × fsdp."""
     minibatches: int = 4
-    """Minibatches of a PPO iteration, in one epoch."""
+    """Minibatches of a PPO iteration, in one epoch. GRPO's has one, and four answers to each prompt."""
     prompt: int = 512
     """Tokens of the prompt."""
     response: int = 512
@@ -60,6 +68,8 @@ class Case:
             at_least(self, rows=1)
             if self.experiment in ("reward_model", "dpo") and self.rows % 2:
                 raise UserError(f"rows is {self.rows}; answers come in pairs, so it must be even")
+            if self.experiment == "grpo" and self.rows % GROUP:
+                raise UserError(f"rows is {self.rows}; groups have {GROUP} answers")
         if self.model not in MODELS:
             raise UserError(f"model {self.model!r} is not one of {', '.join(MODELS)}")
 
@@ -100,7 +110,7 @@ def tokens(config: ModelConfig, rows: int, prompt: int, response: int) -> Tokens
 
 
 def training(
-    cfg: sft.SFT | reward_model.RewardModel | dpo.DPO | ppo.PPO, model: Any, params: Params, make: Make
+    cfg: sft.SFT | reward_model.RewardModel | dpo.DPO | ppo.PPO | grpo.GRPO, model: Any, params: Params, make: Make
 ) -> tuple[Any, Any, Any]:
     """(frozen, trainable, state). The state's parameters are copies, because a step may donate their memory."""
     frozen, trainable = make(lambda p: cfg.split_trainable(p, jax.random.key(0)), params)
@@ -123,12 +133,35 @@ def score_and_shape(
     return experience, metrics | shaped
 
 
-def build(case: Case, make: Make, parts: int = 1) -> Program:
-    """The program of a case. `parts` is the size of the mesh's axes data × fsdp together."""
+def grpo_iteration(
+    algorithm: Algorithm,
+    model: Transformer,
+    numbers: Numbers,
+    policy: TrainState,
+    frozen: groups.Frozen,
+    prompts: Prompts,
+    key: PRNGKeyArray,
+) -> tuple[TrainState, Metrics]:
+    """Rollout and update of GRPO as one program. An answer's score is a number of its tokens, as if from the host."""
+    sample_key, update_key = jax.random.split(key)
+    completions = groups.rollout(model, numbers, policy, frozen, prompts, sample_key, eos_id=-1, pad_id=0)
+    repeated = shard_batch(jax.tree.map(lambda x: jnp.repeat(x, numbers.group_size, axis=0), prompts))
+    scores = (completions.tokens % 7).mean(axis=1, dtype=jnp.float32)
+    signal = jnp.ones(scores.shape, bool)
+    return groups.learn(
+        algorithm, model, numbers, 0, policy, frozen, repeated, completions, scores, signal, update_key
+    )
+
+
+def build(case: Case, make: Make, parts: int = 1, copies: int | None = None) -> Program:
+    """The program of a case. `parts` is the size of the mesh's axes data × fsdp together.
+
+    `copies` of the weights are read while answers are sampled; by default as many as there are parts.
+    """
     config = replace(model_config(case.model, PRECISIONS[case.precision]), attention=case.attention)
     model, scalar = Transformer(config), ScalarModel(config)
     params = make(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"])
-    rows, length = case.rows or parts * (4 if case.experiment == "ppo" else 2), case.prompt + case.response
+    rows, length = case.rows or parts * (4 if case.experiment in SAMPLING else 2), case.prompt + case.response
     frozen_dtype = case.frozen_dtype if case.lora_rank else None
     trained: dict[str, Any] = {"lora_rank": case.lora_rank, "frozen_dtype": frozen_dtype, "learning_rate": 1e-4}
     back = 2 if case.lora_rank else 3  # forward, and the gradients of activations and of weights
@@ -168,25 +201,39 @@ def build(case: Case, make: Make, parts: int = 1) -> Program:
         number, key = make(lambda: jnp.zeros((), jnp.int32)), make(lambda: jax.random.key(0))
         return Program(step, (state, pairs, frozen, number, key), valued)
 
-    ppo_cfg = ppo.PPO(**trained, responses=rows, minibatches=case.minibatches, epochs=1)
-    setup = ppo_setup(config, max_new_tokens=case.response, eos_id=-1, pad_id=0)
-    trunk, _, policy = training(ppo_cfg, model, params, make)
-    _, own, critic = training(ppo_cfg, scalar, rewards, make)
-    prompts = make(
-        lambda: Prompts(
-            tokens(config, rows, case.prompt, 0).inputs, jnp.ones((rows, case.prompt), bool), jnp.arange(rows)
-        )
-    )
-    state = State(policy, critic, make(lambda: jnp.zeros(())))
-    frozen = Frozen({} if case.lora_rank else params, {"reward_model": own}, None, trunk)
-    update = learned + valued
     width = np.dtype(config.precision.compute).itemsize
     cache = (
         2 * config.n_layers * config.n_kv_heads * config.head_dim * width * rows * (case.prompt + case.response / 2)
     )
     # Of an embedding that is not the head, too, only the words of that moment are looked up.
     read = count_weights(params) - (count_weights(params["embedding"]) if "head" in params else 0)
-    decoded = case.response * (width * read * parts + cache)
+    decoded = case.response * (width * read * (copies or parts) + cache)
+
+    def asked(count: int) -> Prompts:
+        inputs = tokens(config, count, case.prompt, 0).inputs
+        return Prompts(inputs, jnp.ones((count, case.prompt), bool), jnp.arange(count))
+
+    if case.experiment == "grpo":
+        grpo_cfg = grpo.GRPO(**trained, groups=rows // GROUP, group_size=GROUP)
+        numbers = grpo_cfg.numbers(case.response)
+        trunk, _, policy = training(grpo_cfg, model, params, make)
+        frozen_groups = groups.Frozen({} if case.lora_rank else params, {}, trunk)
+        iteration = partial(grpo_iteration, grpo.algorithm(grpo_cfg, numbers), model, numbers)
+        first = make(lambda: asked(rows // GROUP))
+        # Sampling, the reference's log-probabilities, and the update.
+        return Program(
+            jax.jit(iteration, donate_argnums=0), (policy, frozen_groups, first, make(lambda: jax.random.key(0))),
+            2 * once + learned, decoded,
+        )  # fmt: skip
+
+    ppo_cfg = ppo.PPO(**trained, responses=rows, minibatches=case.minibatches, epochs=1)
+    setup = ppo_setup(config, max_new_tokens=case.response, eos_id=-1, pad_id=0)
+    trunk, _, policy = training(ppo_cfg, model, params, make)
+    _, own, critic = training(ppo_cfg, scalar, rewards, make)
+    prompts = make(lambda: asked(rows))
+    state = State(policy, critic, make(lambda: jnp.zeros(())))
+    frozen = Frozen({} if case.lora_rank else params, {"reward_model": own}, None, trunk)
+    update = learned + valued
     iterate = jax.jit(partial(ppo.iterate, ppo_cfg, setup), donate_argnums=0)
     args = (state, frozen, prompts, make(lambda: jax.random.key(0)))
     # Sampling; the policy's and reference's log-probabilities, rewards and values; and the update.

@@ -3,7 +3,10 @@
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from rlhf_jax.models import ModelConfig, Precision
+import jax
+import numpy as np
+
+from rlhf_jax.models import ModelConfig, Precision, Transformer, count_weights
 from rlhf_jax.models.families import FAMILIES
 
 LLAMA3 = {
@@ -86,6 +89,12 @@ CHIPS = {
     "v5p": Chip(459e12, 95e9, 2765e9, 1200e9),
     "v6e": Chip(918e12, 32e9, 1640e9, 800e9),
 }
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """The number of a model's weights; nothing is made."""
+    model, prompt = Transformer(config), np.zeros((1, 8), np.int32)
+    return count_weights(jax.eval_shape(lambda: model.init(jax.random.key(0), prompt)))
 
 
 def model_config(name: str, precision: Precision) -> ModelConfig:

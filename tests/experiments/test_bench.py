@@ -3,15 +3,18 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments.bench import accelerator, beside, programs, rows, shapes, time_by_part
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import FLOAT32, Transformer, count_weights
+from rlhf_jax.sharding import make_mesh, shard_params
 
 
 def test_the_last_line_of_a_program_is_read():
@@ -119,6 +122,22 @@ def test_operations_by_hand(tiny_model):
     program = programs.build(case, jax.eval_shape)
     assert program.update_flops == 3 * (forward + scored)
     assert program.flops == forward + 2 * (forward + scored) + program.update_flops
+    case = programs.Case("grpo", "tiny", rows=4, prompt=4, response=4)
+    assert programs.build(case, jax.eval_shape).flops == 2 * 2 * forward + 2 * (3 * weights + 3 * attention)
+
+
+def test_an_iteration_of_grpo_on_a_mesh_is_that_of_one_device(tiny_model):
+    case = programs.Case("grpo", "tiny", rows=16, prompt=5, response=6, precision="float32", attention="reference")
+
+    def metrics(mesh):
+        with nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh)):
+            program = programs.build(case, lambda function, *args: function(*args))
+            return jax.device_get(program.function(*shard_params(program.args))[1])
+
+    alone, spread = metrics(None), metrics("data=2,fsdp=4")
+    assert alone.keys() == spread.keys() and alone["grad_norm"] > 0.1
+    for name in alone:
+        np.testing.assert_allclose(spread[name], alone[name], rtol=1e-4, atol=2e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -137,6 +156,7 @@ def test_bytes_of_decoding_by_hand(monkeypatch, tied):
         ({"experiment": "dpo", "rows": 3}, "rows is 3; answers come in pairs"),
         ({"experiment": "reward_model", "rows": 1}, "rows is 1; answers come in pairs"),
         ({"experiment": "sft", "rows": 0}, "rows is 0; it must be at least 1"),
+        ({"experiment": "grpo", "rows": 6}, "rows is 6; groups have 4 answers"),
     ],
 )
 def test_rows_that_cannot_be(flags, message):
