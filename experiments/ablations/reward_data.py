@@ -1,11 +1,12 @@
 """Reward models of more and fewer labels: their agreement, and how far the best of n can go by them.
 
-Ouyang et al. 2022, §3.5 (https://arxiv.org/abs/2203.02155) rank K answers to a prompt and learn all pairs at once.
-Gao et al. 2023 (https://arxiv.org/abs/2210.10760) find reward models of fewer than about 2,000 comparisons near
-chance, and that the best of n by a proxy gains R(d) = d(α − βd) of true reward at d = √KL, with an α that grows with
-the logarithm of the data. Pal et al. 2024 (https://arxiv.org/abs/2402.13228) find that pairs which differ in few
-tokens teach little, or the wrong thing. Here each seed has a world and an SFT policy of its own; the reward models
-learn parts of the same rankings, and of one size the two answers of eight that differ in the fewest tokens.
+Ouyang et al. 2022, §3.5 (https://arxiv.org/abs/2203.02155) rank K answers to a prompt and learn all pairs at once. Gao
+et al. 2023 (https://arxiv.org/abs/2210.10760) find reward models of fewer than about 2,000 comparisons near chance,
+and that the best of n by a proxy gains R(d) = d(α − βd) of true reward at d = √KL; more data help, though not as
+cleanly as a larger reward model does. Pal et al. 2024 (https://arxiv.org/abs/2402.13228) find that pairs which differ
+in few tokens mislead DPO. Such pairs are also nearer in utility here, and their labels are noisier. Each seed has a
+world and an SFT policy of its own; the reward models learn parts of the same rankings, and of one size the two answers
+of eight that differ in the fewest tokens.
     python experiments/ablations/reward_data.py
 Expect about 20 minutes on 2 CPU cores for 5 seeds.
 """
@@ -148,7 +149,7 @@ def nearest(ranking: RankedAnswers) -> tuple[int, int]:
 
 MOST = "8x12000"
 CLAIMS = (
-    Claim("few comparisons teach next to nothing", "Gao et al. 2023, §3.4", "near chance below about 2,000",
+    Claim("few comparisons teach next to nothing", "Gao et al. 2023, §3.3", "near chance below about 2,000",
           of("share_above_chance", size="2x250"), "of what can be had above chance, by 250 pairs", below=0.25),
     Claim("more labels, better agreement", "Gao et al. 2023; Stiennon et al. 2020", "twice the data: 1.1 points more",
           minus(of("val_accuracy", size="2x12000"), of("val_accuracy", size="2x1000")), "of agreement, 12 times the"
@@ -157,9 +158,9 @@ CLAIMS = (
           "all pairs of K answers as one batch element: better and faster",
           minus(of("val_accuracy", size="8x1000"), of("val_accuracy", size="2x4000")), "of agreement, 8,000 labels"
           " each", above=0.0, digits=3),
-    Claim("α of the best of n grows with the data", "Gao et al. 2023, fig. 4", "about linear in its logarithm",
+    Claim("α of the best of n grows with the data", "Gao et al. 2023, §3.3", "more is better, less cleanly than for parameters",
           minus(of("alpha", size=MOST), of("alpha", size="2x1000")), above=0.0),
-    Claim("pairs that are nearly the same teach less", "Pal et al. 2024, §3", "few tokens differ: a weak signal",
+    Claim("pairs that are nearly the same teach less", "Pal et al. 2024 (of DPO)", "few tokens that differ mislead",
           minus(of("val_accuracy", size="2x4000", picked="nearest"), of("val_accuracy", size="2x4000",
                 picked="first")), "of agreement, 4,000 pairs each", below=0.0, digits=3),
     Claim("the best of n gains d(α − βd)", "Gao et al. 2023, eq. 1", "fits everywhere", of("r2", size=MOST), "R²",

@@ -23,8 +23,9 @@ def test_distinct_n_grams_over_those_of_random_words():
 def test_the_gain_at_equal_length_leaves_length_out():
     before, after = np.repeat([4, 8], [30, 10]), np.repeat([4, 8], [10, 30])
     # A word is worth 0.5, and the policy is 0.1 better at each length: what the rest of its gain is, is length.
-    assert gain_at_equal_length(before, after, 0.5 * before, 0.5 * after + 0.1) == pytest.approx(0.1)
-    assert np.isnan(gain_at_equal_length(before, after + 1, before, after))
+    assert gain_at_equal_length(before, after, 0.5 * before, 0.5 * after + 0.1) == pytest.approx((0.1, 1.0))
+    gain, share = gain_at_equal_length(before, after + 1, before, after)
+    assert np.isnan(gain) and share == 0
 
 
 def test_a_slope_by_length_is_that_of_a_prompts_own_answers():
