@@ -27,13 +27,13 @@ import jax
 from jax.experimental import topologies
 
 from experiments.bench.programs import Case, Program, build
-from experiments.bench.shapes import CHIPS, Chip, count_parameters, model_config
+from experiments.bench.shapes import CHIPS, Chip, model_config, parameter_shapes
 from experiments.flags import PRECISIONS
 from rlhf_jax.batches import Rankings, Tokens
 from rlhf_jax.cli import run_main
 from rlhf_jax.data.pairs import AnswerBatch
 from rlhf_jax.errors import UserError
-from rlhf_jax.sampling.layout import sampling_tensor
+from rlhf_jax.sampling.layout import copy_bytes, sampling_tensor
 from rlhf_jax.scoring import HEAD_COLUMNS
 from rlhf_jax.sharding import batch_shardings, make_mesh, shardings
 
@@ -96,7 +96,7 @@ def main(cfg: Config, *, quiet: bool = False) -> dict[str, float]:
         raise UserError(f"topology {cfg.topology!r}: {said} (libtpu: pip install -e '.[tpu]')") from None
     mesh = make_mesh(cfg.mesh, devices=topology.devices)
     config = model_config(cfg.model, PRECISIONS[cfg.precision])
-    copy = 2.0 * count_parameters(config)  # bfloat16
+    copy = copy_bytes(config, parameter_shapes(config))
     copies = mesh.size // sampling_tensor(mesh.size, mesh.shape["tensor"], config, copy, chip.hbm)
     program = build(cfg, jax.eval_shape, mesh.shape["data"] * mesh.shape["fsdp"], copies)
     began = time.perf_counter()

@@ -24,19 +24,21 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 import jax
 
 from experiments.bench.programs import SAMPLING, Case, Program, build
-from experiments.bench.shapes import CHIPS, Chip, count_parameters, model_config
+from experiments.bench.shapes import CHIPS, Chip, model_config, parameter_shapes
 from experiments.flags import PRECISIONS
 from rlhf_jax.batches import Rankings, Tokens
 from rlhf_jax.budget import step_memory
 from rlhf_jax.cli import run_main
 from rlhf_jax.data.pairs import AnswerBatch
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.models import ModelConfig, count_weights
-from rlhf_jax.sampling.layout import sampling_tensor
+from rlhf_jax.sampling.layout import copy_bytes, sampling_tensor
 from rlhf_jax.sharding import batch_shardings, make_mesh, shardings
 
 WIDTH = 2
 """Bytes of a number in bfloat16, as weights and activations travel."""
+MOST = 2048
+"""Chips of a slice."""
 HEADS = 3
 """Copies of the language head along fsdp that a step holds, its gradient counted: the compiler's figures say so."""
 
@@ -53,11 +55,14 @@ class Config(Case):
     def __post_init__(self) -> None:
         """Raises UserError for a slice that is none."""
         super().__post_init__()
+        at_least(self, show=1)
         kind, _, sides = self.topology.partition(":")
         if kind not in CHIPS or not all(side.isdecimal() and int(side) > 0 for side in sides.split("x")):
             raise UserError(
                 f"topology {self.topology!r} is not one of {', '.join(CHIPS)} with its sides, as in v5e:4x4"
             )
+        if math.prod(map(int, sides.split("x"))) > MOST:
+            raise UserError(f"topology {self.topology!r}: slices of at most {MOST} chips are looked at")
 
 
 class Proposal(NamedTuple):
@@ -124,7 +129,9 @@ def propose(case: Case, chip: Chip, chips: int) -> list[Proposal]:
     """All meshes, the fastest of those that fit first, then the others by their memory."""
     config = model_config(case.model, PRECISIONS[case.precision])
     rows, length = case.rows or chips * (4 if case.experiment in SAMPLING else 2), case.prompt + case.response
-    weights, found = count_parameters(config), []
+    shapes, found = parameter_shapes(config), []
+    weights, copied = count_weights(shapes), copy_bytes(config, shapes)
+    cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * WIDTH * rows  # of one token
     for sizes in meshes(chips, config, rows):
         data, fsdp, tensor = sizes
         mesh = make_mesh(f"data={data},fsdp={fsdp},tensor={tensor}", devices=jax.devices()[:chips])
@@ -133,12 +140,9 @@ def propose(case: Case, chip: Chip, chips: int) -> list[Proposal]:
         trained = state.policy.params if case.experiment == "ppo" else state.params
         copy, reading = 0.0, 0.0
         if case.experiment in SAMPLING:
-            own = sampling_tensor(chips, tensor, config, WIDTH * weights, chip.hbm)
-            copy = WIDTH * weights / own
-            cache = (
-                2 * config.n_layers * config.n_kv_heads * config.head_dim * WIDTH * rows * (case.prompt + length) / 2
-            )
-            reading = case.response * (copy + cache / chips) / chip.hbm_bandwidth
+            own = copied / sampling_tensor(chips, tensor, config, copied, chip.hbm)
+            reading = case.response * (own + cache * (case.prompt + length) / 2 / chips) / chip.hbm_bandwidth
+            copy = own + cache * length / chips
         with jax.set_mesh(mesh):
             part = rows // (case.minibatches if case.experiment == "ppo" else 1)
             more = step_memory(config, {}, (), rows=part, length=length).activations
@@ -177,6 +181,8 @@ def main(cfg: Config) -> dict[str, float]:
     chip, chips = CHIPS[kind], math.prod(map(int, sides.split("x")))
     jax.config.update("jax_num_cpu_devices", chips)
     found = propose(cfg, chip, chips)
+    if not found:
+        raise UserError(f"--rows {cfg.rows} do not divide over {cfg.topology}: take a multiple of a power of two")
     fits = [one for one in found if one.memory <= chip.hbm]
     print("| mesh | HBM, GB | sent to a chip, GB | s at least | limited by |\n|---|---|---|---|---|")
     for one in (fits or found)[: cfg.show]:

@@ -158,7 +158,7 @@ CLAIMS = (
           "all pairs of K answers as one batch element: better and faster",
           minus(of("val_accuracy", size="8x1000"), of("val_accuracy", size="2x4000")), "of agreement, 8,000 labels"
           " each", above=0.0, digits=3),
-    Claim("α of the best of n grows with the data", "Gao et al. 2023, §3.3", "more is better, less cleanly than for parameters",
+    Claim("α of the best of n grows with the data", "Gao et al. 2023, §3.3", "more is better, if less cleanly",
           minus(of("alpha", size=MOST), of("alpha", size="2x1000")), above=0.0),
     Claim("pairs that are nearly the same teach less", "Pal et al. 2024 (of DPO)", "few tokens that differ mislead",
           minus(of("val_accuracy", size="2x4000", picked="nearest"), of("val_accuracy", size="2x4000",

@@ -144,13 +144,16 @@ def kept(cfg: Any, task: World, what: str, seed: int, flags: dict[str, Any], mak
     file = Path(cfg.common) / f"{what}-{seed}-{name}.pickle"
     if file.exists():
         value, state = pickle.loads(file.read_bytes())
-        task.rng.bit_generator.state = state
+        if state is not None:  # making it has drawn from it
+            task.rng.bit_generator.state = state
         return value
+    before = task.rng.bit_generator.state
     value = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, make())
+    after = task.rng.bit_generator.state
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent)
     with os.fdopen(handle, "wb") as opened:
-        pickle.dump((value, task.rng.bit_generator.state), opened, protocol=5)
+        pickle.dump((value, None if after == before else after), opened, protocol=5)
     os.replace(temporary, file)
     return value
 

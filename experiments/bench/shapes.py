@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rlhf_jax.models import ModelConfig, Precision, Transformer, count_weights
+from rlhf_jax.models import ModelConfig, Precision, Transformer
 from rlhf_jax.models.families import FAMILIES
+from rlhf_jax.types import Params
 
 LLAMA3 = {
     "model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 500000.0,
@@ -91,10 +92,10 @@ CHIPS = {
 }
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """The number of a model's weights; nothing is made."""
+def parameter_shapes(config: ModelConfig) -> Params:
+    """The shapes of a model's weights; nothing is made."""
     model, prompt = Transformer(config), np.zeros((1, 8), np.int32)
-    return count_weights(jax.eval_shape(lambda: model.init(jax.random.key(0), prompt)))
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), prompt)["params"])
 
 
 def model_config(name: str, precision: Precision) -> ModelConfig:

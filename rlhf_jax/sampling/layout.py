@@ -8,6 +8,7 @@ as they are computed with, on a mesh of the same devices in the same order: "fsd
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -60,8 +61,14 @@ def device_memory(mesh: AbstractMesh) -> float | None:
     return float(stats["bytes_limit"]) if stats and "bytes_limit" in stats else None
 
 
+def copy_bytes(config: ModelConfig, params: Params) -> int:
+    """Bytes of a copy for sampling. `params` may be shapes."""
+    placed = jax.eval_shape(partial(as_computed, config), params)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(placed))
+
+
 def as_computed(config: ModelConfig, params: Params) -> Params:
-    """The weights in the dtype that products of them have anyway: nothing that is sampled changes.
+    """The weights in the dtype that products of them have anyway, where it is a narrower one: no answer changes.
 
     Adapters, norms and biases stay what they are, and so does a head, or an embedding that is one, which is read in
     another dtype; int8 stays int8.
@@ -71,8 +78,8 @@ def as_computed(config: ModelConfig, params: Params) -> Params:
     names |= {"head"} if head == compute else set()
 
     def of_leaf(path: tuple[Any, ...], leaf: Any) -> Any:
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf.astype(compute) if floating and str(getattr(path[-1], "key", "")) in names else leaf
+        narrower = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize > jnp.dtype(compute).itemsize
+        return leaf.astype(compute) if narrower and str(getattr(path[-1], "key", "")) in names else leaf
 
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 
@@ -87,8 +94,7 @@ def sampling_layout(config: ModelConfig, params: Params) -> Iterator[Params]:
     if mesh.axis_names != MESH_AXES:
         yield params
         return
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    wanted = sampling_mesh(mesh, config, size)
+    wanted = sampling_mesh(mesh, config, copy_bytes(config, params))
     times = wanted.shape["tensor"] // mesh.shape["tensor"]
     if times > 1 and mesh.shape["fsdp"] % times == 0:
         params = halfway(mesh, times, params)

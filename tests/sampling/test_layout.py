@@ -81,6 +81,12 @@ def test_on_the_way_to_another_shape_no_weight_is_whole(monkeypatch):
     assert any(kind == "all-to-all" for kind, _, _ in collectives(program))
 
 
+def test_weights_never_become_wider():
+    config = replace(CONFIG, precision=CONFIG.precision._replace(compute=jnp.float32))
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights(config))
+    assert {leaf.dtype for leaf in jax.tree.leaves(layout.as_computed(config, narrow))} == {jnp.dtype(jnp.bfloat16)}
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_as_computed_change_no_number(tied):
     config = replace(CONFIG, tie_embeddings=tied)

@@ -75,6 +75,11 @@ def test_the_command_names_the_fastest_mesh_that_fits_first():
     [
         (("sft", "--model", "llama3-70b", "--topology", "v5e:2x2"), "no mesh of v5e:2x2 holds sft of llama3-70b"),
         (("sft", "--model", "llama3-8b", "--topology", "v9:4x4"), "topology 'v9:4x4' is not one of v5e, v5p, v6e"),
+        (
+            ("sft", "--model", "llama3-8b", "--topology", "v5e:8x8", "--rows", "3"),
+            "--rows 3 do not divide over v5e:8x8",
+        ),
+        (("sft", "--model", "llama3-8b", "--topology", "v5e:64x64"), "slices of at most 2048 chips"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(flags, words):
