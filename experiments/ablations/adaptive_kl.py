@@ -2,9 +2,9 @@
 
 Ziegler et al. 2019, §2.2 (https://arxiv.org/abs/1909.08593) multiply β by 1 + clip(KL / target − 1, ±0.2) · batch /
 horizon. The controller fails on purpose where the horizon is so long that β hardly moves, where it is so short that β
-swings, and where the batch is so small that β follows the noise of its KL. A far target is hacking instead: the
-reward rises and the true utility falls, with answers that differ. A learning rate of ten times is collapse: prompts
-get each other's answers. Each seed has a world, an SFT policy and a reward model of its own.
+over-reacts, and where the batch is so small that β follows the noise of its KL. A far target is hacking instead: the
+true utility falls, with answers that differ. A learning rate of ten times was to be collapse, where prompts get each
+other's answers. Each seed has a world, an SFT policy and a reward model of its own.
     python experiments/ablations/adaptive_kl.py
 Expect about 15 minutes on 2 CPU cores for 5 seeds.
 """
@@ -12,7 +12,7 @@ Expect about 15 minutes on 2 CPU cores for 5 seeds.
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -28,6 +28,7 @@ from experiments.ppo import PPO
 from experiments.reward_model import RewardModel
 from experiments.sft import SFT
 from rlhf_jax.cli import run_main
+from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.rewards.model import model_reward
@@ -35,15 +36,16 @@ from rlhf_jax.tasks.measure import compare_policies, make_policy_measure
 
 TARGET, FAR = 6.0, 30.0
 """Nats: one that is good, and one where the reward model is hacked."""
-CHANGES: dict[str, dict[str, Any]] = {
+Way = Literal["held", "long_horizon", "short_horizon", "small_batch", "far_target", "collapse"]
+CHANGES: dict[Way, dict[str, Any]] = {
     "held": {}, "long_horizon": {"kl_horizon": 1e6}, "short_horizon": {"kl_horizon": 26.0},
     "small_batch": {"responses": 8, "minibatches": 1, "kl_horizon": 31.25}, "far_target": {"target_kl": FAR},
     "collapse": {"learning_rate": 5e-3},
 }  # fmt: skip
 """The flags in which each variant differs from the first. A small batch has the same batch / horizon."""
 COLUMNS = (
-    Column("KL, last third, nats", "kl", 1), Column("mean distance from the target, share", "off"),
-    Column("β at the end", "beta", 3), Column("β swings, std of log", "swing", 3), Column("proxy", "policy_score"),
+    Column("KL, last third, nats", "kl", 1), Column("its mean from the target, share", "off"),
+    Column("β at the end", "beta", 3), Column("std of log β, last third", "swing", 3), Column("proxy", "policy_score"),
     Column("true utility", "policy_utility"), Column("below its peak", "fallen"),
     Column("copies of answers to other prompts", "duplicates", 3), Column("entropy, nats a token", "entropy", 3),
 )  # fmt: skip
@@ -53,16 +55,24 @@ COLUMNS = (
 class Config(GridFlags):
     """PPO with an adaptive β, held and not, several seeds."""
 
-    ways: tuple[str, ...] = tuple(CHANGES)
+    ways: tuple[Way, ...] = get_args(Way)
     sft: SFT = field(default_factory=SFT)
     reward_model: RewardModel = field(default_factory=RewardModel)
     ppo: PPO = field(default_factory=lambda: PPO(steps=120, target_kl=TARGET, kl_horizon=500.0))
+
+    def __post_init__(self) -> None:
+        """Raises UserError without a target, and for flags of PPO with which a way cannot be run."""
+        super().__post_init__()
+        if self.ppo.target_kl is None:
+            raise UserError("--ppo.target-kl is what β is held to: give a number")
+        for way in self.ways:
+            replace(self.ppo, **CHANGES[way])
 
 
 class Variant(NamedTuple):
     """A way in which PPO is run."""
 
-    way: str
+    way: Way
 
 
 def one(cfg: Config, begun: AfterRewardModel, seed: int, variant: Variant, run: Run) -> dict[str, Any]:
@@ -99,17 +109,17 @@ CLAIMS = (
           "of the target away", below=0.2),
     Claim("with a long horizon it does not", "this project", "β hardly moves", differ("off", "long_horizon"),
           "of the target further away", above=0.2),
-    Claim("with a short one β swings", "this project", "a controller with too much gain", differ("swing",
+    Claim("with a short one β does not stay", "this project", "a controller with too much gain", differ("swing",
           "short_horizon"), "of std of log β", above=0.1),
-    Claim("with a small batch it follows noise", "this project", "the KL of a few answers", differ("swing",
+    Claim("nor with a small batch", "this project", "the KL of a few answers", differ("swing",
           "small_batch"), "of std of log β", above=0.1),
-    Claim("a far target is held, and is hacking", "Gao et al. 2023", "the reward rises, the truth falls",
+    Claim("a far target is hacking", "Gao et al. 2023", "the reward rises, the truth falls",
           differ("fallen", "far_target"), "of true utility below its peak, above that of the good target", above=0.2),
     Claim("though answers go on to differ", "this project", "no collapse", of("duplicates", way="far_target"),
           "of answers are copies", below=0.2),
-    Claim("a collapse has copies", "this project", "one answer to many prompts", differ("duplicates", "collapse",
-          "far_target"), "of answers", above=0.3),
-    Claim("a badly held β has neither", "this project", "the policy is as good", differ("policy_utility",
+    Claim("ten times the learning rate has more copies than that", "this project", "one answer to many prompts",
+          differ("duplicates", "collapse", "far_target"), "of answers", above=0.3),
+    Claim("a short horizon costs no true utility", "this project", "the policy is as good", differ("policy_utility",
           "short_horizon"), "of true utility, short horizon above held", above=-0.2),
 )  # fmt: skip
 

@@ -131,7 +131,7 @@ def harden(file: Path, rng: np.random.Generator | None) -> None:
     Rows without a doubt are left as they are.
     """
     rows = list(read_rows(file))
-    for row in rows:
+    for row in rows:  # each with a draw of its own, whether it has a doubt or not
         if rng is not None and rng.random() > row.get("probability", 1.0):
             row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
         row.pop("probability", None)

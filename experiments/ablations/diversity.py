@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.ablations.claims import Claim, minus, of, times
-from experiments.ablations.grid import GridFlags, run_grid
+from experiments.ablations.grid import GridFlags, run_grid, unused
 from experiments.ablations.grid_results import Cells, Column, Page, Panel, points_line, variants_table
 from experiments.ablations.kl_coefficient import prepare
 from experiments.ppo import PPO
@@ -58,8 +58,9 @@ class Config(GridFlags):
     ppo: PPO = field(default_factory=PPO)
 
     def __post_init__(self) -> None:
-        """Raises UserError without prompts."""
+        """Raises UserError without prompts, and for a target of KL: β is what differs here."""
         at_least(self, prompts=2)
+        unused(self.ppo, "ppo", "target_kl", "beta")
         super().__post_init__()
 
 

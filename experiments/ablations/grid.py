@@ -138,6 +138,14 @@ def only_words(cfg: GridFlags, quick: bool = True) -> None:
         raise UserError("--quick is not used here")
 
 
+def unused(stage: Any, name: str, *fields: str) -> None:
+    """Raises UserError where a stage's flag is given that an ablation sets by itself."""
+    own = type(stage)()
+    for field in fields:
+        if getattr(stage, field) != getattr(own, field):
+            raise UserError(f"--{name}.{field.replace('_', '-')} is not used here: this ablation sets it")
+
+
 def run_grid(
     cfg: Any,
     name: str,

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments import ppo
 from experiments.ablations.claims import Claim, minus, of
-from experiments.ablations.grid import GridFlags, run_grid
+from experiments.ablations.grid import GridFlags, run_grid, unused
 from experiments.ablations.grid_results import (
     Cells,
     Column,
@@ -83,6 +83,11 @@ class Config(GridFlags):
     reward_model: RewardModel = field(default_factory=RewardModel)
     ppo: PPO = field(default_factory=lambda: PPO(steps=120))
     """PPO runs twice the pipeline's iterations, so that over-optimisation shows."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a target of KL: β is what differs here."""
+        unused(self.ppo, "ppo", "target_kl", "beta")
+        super().__post_init__()
 
 
 class Variant(NamedTuple):

@@ -30,7 +30,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from experiments import ppo
 from experiments.ablations.claims import Claim, minus, of
-from experiments.ablations.grid import GridFlags, run_grid
+from experiments.ablations.grid import GridFlags, run_grid, unused
 from experiments.ablations.grid_results import Cells, Column, Page, Panel, curve_line, smooth, variants_table
 from experiments.ablations.kl_coefficient import curves_of
 from experiments.ablations.online import ahead, at_distance
@@ -74,7 +74,8 @@ class Config(GridFlags):
     ppo: PPO = field(default_factory=PPO)
 
     def __post_init__(self) -> None:
-        """Raises UserError for an age below 0, and without any."""
+        """Raises UserError for an age below 0, without any, and for a target of KL."""
+        unused(self.ppo, "ppo", "target_kl")
         if not self.ages or min(self.ages) < 0:
             raise UserError(f"--ages are {self.ages}; there must be some, and none below 0")
         super().__post_init__()

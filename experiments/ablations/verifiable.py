@@ -13,7 +13,8 @@ import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple, get_args
 
 if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -26,6 +27,8 @@ from experiments.ablations.claims import Claim, minus, of
 from experiments.ablations.grid import GridFlags, run_grid
 from experiments.ablations.grid_results import Cells, Column, Page, Panel, curve_line, smooth, variants_table
 from experiments.ablations.worlds import world_with_sft
+from experiments.dr_grpo import DrGRPO
+from experiments.grpo import GRPO
 from experiments.ppo import PPO
 from experiments.sft import SFT
 from experiments.stages import train_without_critic
@@ -35,15 +38,25 @@ from rlhf_jax.cli import run_main
 from rlhf_jax.data.tokens import take
 from rlhf_jax.errors import at_least
 from rlhf_jax.evaluate import pass_at_k
+from rlhf_jax.groups import Algorithm, Numbers
 from rlhf_jax.log import Run
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.tasks.measure import PolicySampler, compare_policies, make_policy_measure, make_reward_scorer
 from rlhf_jax.tasks.simulated import World
 from rlhf_jax.types import Params
 
-Name = Literal["grpo", "dr_grpo", "dapo", "dapo_one_clip", "gspo", "cispo", "rloo", "ppo"]
+Name = Literal["grpo", "dr_grpo", "dr_grpo_by_length", "dapo", "dapo_one_clip", "gspo", "cispo", "rloo", "ppo"]
+
+
+def by_length(flags: DrGRPO, numbers: Numbers) -> Algorithm:
+    """Dr. GRPO with the loss of each answer over its own tokens, 1/|o|, as GRPO has it."""
+    other = grpo.algorithm(GRPO(beta=0.0, clip_eps=flags.clip_eps), numbers)
+    return dr_grpo.algorithm(flags, numbers)._replace(loss=other.loss, averaged=other.averaged)
+
+
 METHODS: dict[str, tuple[Any, Any]] = {
-    "grpo": (grpo, grpo.GRPO), "dr_grpo": (dr_grpo, dr_grpo.DrGRPO), "dapo": (dapo, dapo.DAPO),
+    "grpo": (grpo, GRPO), "dr_grpo": (dr_grpo, DrGRPO),
+    "dr_grpo_by_length": (SimpleNamespace(algorithm=by_length), DrGRPO), "dapo": (dapo, dapo.DAPO),
     "dapo_one_clip": (dapo, partial(dapo.DAPO, clip_eps_high=dapo.DAPO.clip_eps_low)),
     "gspo": (gspo, gspo.GSPO), "cispo": (cispo, cispo.CISPO), "rloo": (rloo, rloo.RLOO),
 }  # fmt: skip
@@ -71,8 +84,8 @@ EARLY = 1 / 3
 class Config(GridFlags):
     """Algorithms with the same checker, several seeds."""
 
-    algorithms: tuple[Name, ...] = ("grpo", "dr_grpo", "dapo", "dapo_one_clip", "gspo", "cispo", "rloo", "ppo")
-    """dapo_one_clip is DAPO whose upper clip is its lower one, 0.2 instead of 0.28."""
+    algorithms: tuple[Name, ...] = get_args(Name)
+    """dr_grpo_by_length has GRPO's 1/|o|; dapo_one_clip is DAPO whose upper clip is its lower one, 0.2, not 0.28."""
     steps: int = 60
     """Iterations; of PPO, too."""
     sft: SFT = field(default_factory=SFT)
@@ -133,13 +146,16 @@ def extreme_share(right: np.ndarray, scale_by_std: bool) -> float:
 def entropy_law(entropy: np.ndarray, right: np.ndarray) -> dict[str, float]:
     """Cui et al.'s law R = b − a·exp(H), by least squares.
 
-    `law_r2` is that of a fit to all iterations; `law_error` how far a fit to the first part misses the last ones.
+    `law_r2` is R² of a fit to all iterations, below 0 where right answers rise with entropy (a < 0); `law_error` how
+    far a fit to the first part misses the last ones.
     """
     features = np.stack([np.ones_like(entropy), -np.exp(entropy)], axis=1)
     early = max(3, int(EARLY * len(right)))
-    everywhere, ahead = (features @ np.linalg.lstsq(features[:n], right[:n])[0] for n in (len(right), early))
+    fits = [np.linalg.lstsq(features[:n], right[:n])[0] for n in (len(right), early)]
+    everywhere, ahead = (features @ fit for fit in fits)
+    r2 = float(1 - np.sum((right - everywhere) ** 2) / np.sum((right - right.mean()) ** 2))
     return {
-        "law_r2": float(1 - np.sum((right - everywhere) ** 2) / np.sum((right - right.mean()) ** 2)),
+        "law_r2": r2 if fits[0][1] > 0 else -abs(r2),
         "law_error": float(abs(ahead[-LAST:].mean() - right[-LAST:].mean())),
     }
 
@@ -187,11 +203,11 @@ def differ(name: str, first: str, second: str) -> Any:
 
 CLAIMS = (
     Claim("1/|o| lengthens wrong answers", "Liu et al. 2025 (Dr. GRPO), fig. 5", "wrong answers grow, and do not"
-          " without it", differ("length_wrong", "grpo", "dr_grpo"), "tokens a wrong answer, GRPO above Dr. GRPO",
-          above=0.0),
+          " without it", differ("length_wrong", "dr_grpo_by_length", "dr_grpo"), "tokens a wrong answer, Dr. GRPO"
+          " with 1/|o| above without", above=0.0),
     Claim("the std favours easy and hard prompts", "Liu et al. 2025 (Dr. GRPO), §3.1", "they weigh more",
           minus(of("extreme_std", algorithm="grpo"), of("extreme_no_std", algorithm="grpo")), "of all advantage, in"
-          " groups with one right or one wrong answer", above=0.0, digits=3),
+          " SFT's groups with one right or one wrong answer", above=0.0, digits=3),
     Claim("the higher clip holds the entropy", "Yu et al. 2025 (DAPO), fig. 2", "it collapses without",
           differ("entropy", "dapo", "dapo_one_clip"), "nats a token", above=0.0, digits=3),
     Claim("right answers are b − a·exp(entropy)", "Cui et al. 2025", "fits four families of models", of("law_r2",

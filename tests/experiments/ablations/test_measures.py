@@ -52,6 +52,7 @@ def test_the_entropy_law_finds_its_own_curve():
     entropy = np.linspace(1.5, 0.2, 60)
     found = entropy_law(entropy, 0.9 - 0.15 * np.exp(entropy))
     assert found["law_r2"] == pytest.approx(1.0) and found["law_error"] == pytest.approx(0.0, abs=1e-6)
+    assert entropy_law(entropy, 0.1 + 0.15 * np.exp(entropy))["law_r2"] == pytest.approx(-1.0)
     assert entropy_law(entropy, np.where(entropy > 1, 0.3, 0.6))["law_error"] > 0.05
 
 
