@@ -166,6 +166,8 @@ def ahead(first: dict[str, Any], other: dict[str, Any]) -> Numbers:
 
 
 OFFLINE, ONLINE, SHUFFLED = {"plan": "offline"}, {"plan": "online"}, {"plan": "shuffled"}
+CURVES = ("nats", "utility")
+"""Curves of the cells that claims are decided by."""
 CLAIMS = (
     Claim("at equal KL online is better than offline", "Tang et al. 2024, fig. 1", "at every KL",
           ahead(ONLINE, OFFLINE), "true utility at the largest KL that both reach", above=0.0),

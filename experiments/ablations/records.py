@@ -44,7 +44,7 @@ def write_record(folder: Path, name: str, module: ModuleType, cells: Cells, page
         "seeds": list(cells.seeds),
         "variants": [variant._asdict() for variant in cells.variants],
         "cells": [
-            {"seed": seed, "variant": cells.variants.index(variant), "values": numbers_only(values)}
+            {"seed": seed, "variant": cells.variants.index(variant), "values": kept_values(values, getattr(module, "CURVES", ()))}
             for (seed, variant), values in cells.values.items()
         ],
         "claims": verdicts(claims, cells),
@@ -108,11 +108,13 @@ def cells_of(record: dict[str, Any], module: ModuleType) -> Cells:
     return Cells(tuple(record["seeds"]), variants, values, {})
 
 
-def numbers_only(values: Any) -> dict[str, Any]:
-    """A cell's numbers, to six digits, without its curves."""
-    return {
-        name: None if x is None else float(f"{x:.6g}") for name, x in values.items() if not isinstance(x, list)
-    }  # fmt: skip
+def kept_values(values: Any, curves: Sequence[str]) -> dict[str, Any]:
+    """A cell's numbers, to six digits, with those of its curves that claims are decided by: the module's CURVES."""
+
+    def short(x: Any) -> Any:
+        return [short(one) for one in x] if isinstance(x, list) else None if x is None else float(f"{x:.6g}")
+
+    return {name: short(x) for name, x in values.items() if name in curves or not isinstance(x, list)}
 
 
 def minutes(sessions: Sequence[dict[str, Any]]) -> float:

@@ -191,6 +191,8 @@ def ends_above(first: Variant, other: Variant) -> Any:
 
 
 FRESH, OLD = Variant(0, "none"), Variant(16, "none")
+CURVES = ("nats", "utility")
+"""Curves of the cells that claims are decided by."""
 CLAIMS = (
     Claim("PPO gets worse with old answers", "Noukhovitch et al. 2024, fig. 3", "the win rate falls with staleness",
           ends_above(FRESH, OLD), "true utility, fresh above 16 iterations old without weights", above=0.0),
