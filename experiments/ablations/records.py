@@ -37,14 +37,14 @@ def write_record(folder: Path, name: str, module: ModuleType, cells: Cells, page
     Returns the page that was written last. Raises UserError for results to publish that leave a claim out.
     """
     sessions = read_json(folder / "run.json")["sessions"]
-    claims = claims_of(module)
+    claims, curves = claims_of(module), getattr(module, "CURVES", ())
     record = {
         "ablation": Path(str(module.__file__)).stem,
         "page": name,
         "seeds": list(cells.seeds),
         "variants": [variant._asdict() for variant in cells.variants],
         "cells": [
-            {"seed": seed, "variant": cells.variants.index(variant), "values": kept_values(values, getattr(module, "CURVES", ()))}
+            {"seed": seed, "variant": cells.variants.index(variant), "values": kept_values(values, curves)}
             for (seed, variant), values in cells.values.items()
         ],
         "claims": verdicts(claims, cells),
