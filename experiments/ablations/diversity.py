@@ -124,13 +124,13 @@ LOST = minus(SFT_WITHIN, of("within", policy="ppo", beta=0.1))
 CLAIMS = (
     Claim("PPO lowers the diversity within a prompt", "Kirk et al. 2024", "far below SFT's", LOST,
           "of distinct n-grams below SFT's", above=0.05, digits=3),
-    Claim("across prompts it lowers it by less", "Kirk et al. 2024", "a smaller gap",
+    Claim("PPO lowers the diversity across prompts by less", "Kirk et al. 2024", "a smaller gap",
           minus(LOST, minus(SFT_ACROSS, of("across", policy="ppo", beta=0.1))), "of distinct n-grams", above=0.0,
           digits=3),
-    Claim("three times the KL term brings less than a half of it back", "Kirk et al. 2024", "none of it",
+    Claim("three times the KL term brings back less than half of it", "Kirk et al. 2024", "none of it",
           minus(minus(of("within", policy="ppo", beta=0.3), of("within", policy="ppo", beta=0.1)), times(0.5, LOST)),
           "above half of what was lost", below=0.0, digits=3),
-    Claim("the best of 16 keeps more", "Kirk et al. 2024", "it is RL that costs diversity, not the reward",
+    Claim("the best of 16 keeps more diversity than PPO", "Kirk et al. 2024", "it is RL that costs diversity, not the reward",
           minus(of("within", policy="best_of_16"), of("within", policy="ppo", beta=0.1)), "of distinct n-grams above"
           " PPO's", above=0.0, digits=3),
 )  # fmt: skip
