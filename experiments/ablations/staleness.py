@@ -209,8 +209,8 @@ CLAIMS = (
           " to 8 versions",
           ends_above(Variant(4, "decoupled"), FRESH), "true utility, 4 iterations old above fresh", above=-0.1),
     Claim("the decoupled objective beats a clip around the sampler", "Fu et al. 2025, fig. 5", "PPO of old"
-          " answers falls behind, the decoupled one does not", ends_above(Variant(16, "decoupled"), Variant(16, "importance")),
-          "true utility, 16 iterations old", above=0.0),
+          " answers falls behind, the decoupled one does not", ends_above(Variant(16, "decoupled"),
+          Variant(16, "importance")), "true utility, 16 iterations old", above=0.0),
 )  # fmt: skip
 
 
