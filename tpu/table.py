@@ -36,6 +36,7 @@ CASES = (
     Case("dpo", "llama3-8b", topology="v5e:8x16"),
     Case("sft", "gemma3-4b", topology="v6e:4x4"),
     Case("sft", "llama3-70b", topology="v5p:8x8x8", rows=512),
+    Case("ppo", "llama3-70b", topology="v5p:8x8x8", mesh="fsdp=64,tensor=8"),
 )
 
 
