@@ -250,3 +250,9 @@ def test_what_is_common_is_made_once(tmp_path):
     cfg = replace(cfg, common="none")
     got(sft=SFT())
     assert len(made) == 7
+
+
+def test_a_record_keeps_the_curves_that_decide():
+    values = {"number": 1.23456789, "nothing": None, "nats": [1.23456789, None], "drawn": [1.0]}
+    kept = {"number": 1.23457, "nothing": None, "nats": [1.23457, None]}
+    assert records.kept_values(values, ("nats",)) == kept
