@@ -24,10 +24,12 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 import numpy as np
 
 from experiments import ppo, reward_model, sft
+from experiments.ablations import imitation
 from experiments.ablations.claims import Claim, Numbers, of
 from experiments.ablations.grid import GridFlags, run_grid
 from experiments.ablations.grid_results import Cells, Column, Page, Panel, curve_line, points_line, variants_table
 from experiments.ablations.imitation import CAREFUL, with_prompts
+from experiments.ablations.records import code_hash
 from experiments.ablations.reward_data import best_of_pool
 from experiments.ablations.worlds import AfterSFT, after_sft, kept, open_world
 from experiments.ppo import PPO
@@ -126,8 +128,13 @@ def learned(
     def make() -> Params:
         return sft.train(cfg.sft, base, text, run, seed, eval_batch_size=task.eval_batch_size, stage=stage).params
 
-    flags = {"sft": cfg.sft, "width": base.config.d_model, "careful": CAREFUL}
+    flags = {"sft": cfg.sft, "width": base.config.d_model, "careful": CAREFUL, "code": own_code()}
     return kept(cfg, task, f"sizes_{stage}", seed, flags, make)
+
+
+def own_code() -> list[str]:
+    """Hashes of the code that makes a size's stages, beside the library's."""
+    return [code_hash(Path(str(path))) for path in (__file__, imitation.__file__)]
 
 
 def prepare(cfg: Config, seed: int, run: Run) -> Prepared:
@@ -161,7 +168,8 @@ def trained_rewards(
             zero=begun.task.demonstrations().validation,
         )  # fmt: skip
 
-    flags = {"sft": cfg.sft, "reward_model": cfg.reward_model, "width": start.config.d_model, "careful": CAREFUL}
+    flags = {"sft": cfg.sft, "reward_model": cfg.reward_model, "width": start.config.d_model, "careful": CAREFUL,
+             "code": own_code()}  # fmt: skip
     params, found = kept(cfg, begun.task, "sizes_rewards", seed, flags, make)
     return params, {name: found[f"reward_model_{name}"] for name in ("val_accuracy", "ceiling", "share_above_chance")}
 
