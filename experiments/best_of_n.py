@@ -17,7 +17,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # this checkout's files, whatever is installed
@@ -70,8 +69,10 @@ def measure(
     if task.judge is not None:
         judges["utility"] = task.judge
     heldout = task.prompts().heldout
-    sample = partial(sampler, task.base.params)
-    (pool,) = sample_pools(sample, score, heldout, cfg.n, rows=cfg.n * len(heldout.row), judges=judges)
+    (pool,) = sample_pools(
+        lambda prompts: sampler(task.base.params, prompts, 0), score, heldout, cfg.n,
+        rows=cfg.n * len(heldout.row), judges=judges,
+    )  # fmt: skip
     metrics: dict[str, float] = {}
     for n in powers_up_to(cfg.n):
         found = best_of_n_metrics(pool, n)
@@ -116,7 +117,7 @@ def main(cfg: Config) -> dict[str, float]:
             score = make_reward_scorer(task, rewards, cfg.no_end_score, training=True)
             file = run.dir / "best.jsonl"
             count = write_picked(
-                run, "best_of_n", file, task, lambda prompts, part: sampler(task.base.params, prompts, 1000 + part),
+                run, "best_of_n", file, task, lambda prompts: sampler(task.base.params, prompts, 1000),
                 score, cfg.n, blind=True,
             )  # fmt: skip
             pairs = from_first(lambda: write_pairs(file, run.dir / "pairs.jsonl"))

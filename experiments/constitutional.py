@@ -195,7 +195,7 @@ def revise_prompts(
     def make(part: range) -> list[dict[str, Any]]:
         prompts, number = take(sets.train, np.asarray(part)), part.start // size
         asked = [sets.rows[row].prompt for row in prompts.row.tolist()]
-        answers = read(task.base, sampler(task.base.params, prompts, 30_000_000 + number))
+        answers = read(task.base, sampler(task.base.params, prompts, 30_000_000))
         drawn = draw_principles(seed, part, cfg.revisions, len(assistant.principles))
         chains = revise_answers(
             assistant.revise, [as_conversation(prompt) for prompt in asked], answers, assistant.principles, drawn,
@@ -266,8 +266,8 @@ def compare_answers(
     sets, size, file = task.prompts(), task.eval_batch_size, run.dir / "comparisons.jsonl"
 
     def make(part: range) -> list[dict[str, Any]]:
-        prompts, number = take(sets.train, np.asarray(part)), 60_000_000 + 2 * (part.start // size)
-        first, second = (read(task.base, sampler(policy, prompts, number + side)) for side in (0, 1))
+        prompts = take(sets.train, np.asarray(part))
+        first, second = (read(task.base, sampler(policy, prompts, 60_000_000 + side)) for side in (0, 1))
         asked = [sets.rows[row].prompt for row in prompts.row.tolist()]
         drawn = draw_principles(seed + 1, part, 1, len(assistant.questions))[:, 0]
         going = [

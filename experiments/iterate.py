@@ -172,12 +172,12 @@ def answer_prompts(
     found: list[dict[str, Any]] = []
     values: list[float] = []
     wanted = cfg.labels * (CANDIDATES if uncertain else 1)
-    for part, start in enumerate(range(0, len(rows), size)):
+    for start in range(0, len(rows), size):
         if len(found) >= wanted:
             break
         some = rows[start : start + size]
         prompts = take(sets.train, np.repeat(some, cfg.answers))
-        answers = sampler(policy, prompts, 80_000_000 + 1_000_000 * number + part)
+        answers = sampler(policy, prompts, 80_000_000 + number)
         said = read(base, answers)
         tokens = join(prompts, answers, pad_id=base.pad_id)
         scores = np.stack([np.asarray(score(params, tokens)) for params in members]) if uncertain else None

@@ -81,7 +81,7 @@ def train_round(
     base, file = task.base._replace(params=policy), run.dir / f"round-{number}" / "picked.jsonl"
     from_first(lambda: file.parent.mkdir(exist_ok=True))
     count = write_picked(
-        run, f"answers-{number}", file, task, lambda some, part: sampler(policy, some, 20_000_000 * number + part),
+        run, f"answers-{number}", file, task, lambda some: sampler(policy, some, 20_000_000 * number),
         score, cfg.n, blind=True,
     )  # fmt: skip
     if not count:

@@ -33,7 +33,7 @@ class Pool(NamedTuple):
 
 
 def sample_pools(
-    sample: Callable[[Prompts, int], Completions],
+    sample: Callable[[Prompts], Completions],
     score: Score,
     prompts: Prompts,
     n: int,
@@ -43,13 +43,13 @@ def sample_pools(
 ) -> Iterator[Pool]:
     """Pools of `n` answers, for as many prompts at once as make about `rows` answers.
 
-    `sample(prompts, number)` answers each prompt once; pool number k has number k. `judges` give the pools' values.
+    `sample(prompts)` answers each prompt once, by its row. `judges` give the pools' values.
     What is in memory does not grow with the number of prompts.
     """
     size = prompts_a_pool(n, rows)
     for start in range(0, len(prompts.row), size):
         some = take(prompts, np.arange(start, min(start + size, len(prompts.row))).repeat(n))
-        answers = sample(some, start // size)
+        answers = sample(some)
         yield Pool(
             take(some, np.arange(0, len(some.row), n)), answers, np.asarray(score(some, answers)).reshape(-1, n),
             {name: np.asarray(judge(some, answers)).reshape(-1, n) for name, judge in (judges or {}).items()},

@@ -11,7 +11,6 @@ of 16 others. Expect about 20 minutes on 2 CPU cores for 5 seeds.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -83,8 +82,8 @@ def one(cfg: Config, prepared: Any, seed: int, variant: Variant, run: Run) -> di
         tries, kl = ANSWERS, float(best_of_n_kl(ANSWERS))
     texts, utilities = [], []
     for pool in sample_pools(
-        partial(begun.sampler, policy), begun.scorer, asked, ANSWERS * tries, rows=16 * task.eval_batch_size,
-        judges={"utility": task.judge},
+        lambda prompts: begun.sampler(policy, prompts, 0), begun.scorer, asked, ANSWERS * tries,
+        rows=16 * task.eval_batch_size, judges={"utility": task.judge},
     ):  # fmt: skip
         best = np.arange(pool.scores.size).reshape(-1, tries)
         best = best[np.arange(len(best)), pool.scores.reshape(-1, tries).argmax(axis=1)]

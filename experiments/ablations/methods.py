@@ -279,8 +279,9 @@ def sample_pool(cfg: Config, begun: Begun) -> Pool:
     prompts = take(heldout, np.arange(min(cfg.pool_prompts, len(heldout.row))))
     rows = cfg.pool * len(prompts.row)
     (pool,) = sample_pools(
-        partial(sampler, base.params), begun.scorer, prompts, cfg.pool, rows=rows, judges={"utility": task.judge}
-    )
+        lambda asked: sampler(base.params, asked, 0), begun.scorer, prompts, cfg.pool, rows=rows,
+        judges={"utility": task.judge},
+    )  # fmt: skip
     return pool
 
 

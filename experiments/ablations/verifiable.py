@@ -128,7 +128,7 @@ def tried(task: World, sampler: PolicySampler, policy: Params, number: int) -> n
     assert shifted is not None
     score = make_reward_scorer(task, [task.checker()], None)
     pools = sample_pools(
-        lambda prompts, i: sampler(policy, prompts, number + i), score, take(shifted, slice(256)), TRIES,
+        lambda prompts: sampler(policy, prompts, number), score, take(shifted, slice(256)), TRIES,
         rows=8 * task.eval_batch_size,
     )  # fmt: skip
     return np.concatenate([pool.scores for pool in pools])

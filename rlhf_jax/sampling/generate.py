@@ -36,6 +36,7 @@ def _sample(
     key: PRNGKeyArray,
     temperature: Array,
     top_p: Array | None,
+    streams: Array | None = None,
     *,
     max_new_tokens: int,
     greedy: bool,
@@ -45,13 +46,19 @@ def _sample(
 ) -> tuple[Completions, Array]:
     """Completions, and how many decoding steps were run."""
     batch, width = prompts.shape
+    keys = None if streams is None else jax.vmap(partial(stream_key, key))(streams)
     lengths = prompt_mask.sum(axis=1).astype(jnp.int32)
     decoder, apart = decoder_of(model, params)
 
     def next_token(hidden: Array, step: Array) -> tuple[Array, Array]:
         # On a mesh each device draws for rows of its own, so that nobody searches a vocabulary cut in parts.
         logits = constrain(model.apply({"params": params}, hidden, method="logits")[:, -1], "row")
-        uniform = None if greedy else jax.random.uniform(jax.random.fold_in(key, step), (batch,))
+        if greedy:
+            uniform = None
+        elif keys is None:
+            uniform = jax.random.uniform(jax.random.fold_in(key, step), (batch,))
+        else:
+            uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys)
         tokens, chosen = choose(logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p)
         return constrain(tokens, "batch"), constrain(chosen, "batch")
 
@@ -96,6 +103,13 @@ def _sample(
     return state[2], state[0]
 
 
+def stream_key(key: PRNGKeyArray, stream: Int[Array, " S"]) -> PRNGKeyArray:
+    """The key of a row: all of its numbers folded in, one after the other."""
+    for number in stream:
+        key = jax.random.fold_in(key, number)
+    return key
+
+
 def generate(
     model: Transformer,
     params: Any,
@@ -107,6 +121,7 @@ def generate(
     temperature: ScalarLike,
     top_k: int | None = None,
     top_p: ScalarLike | None = None,
+    streams: Int[Array, "B S"] | None = None,
     eos_id: EosId,
     pad_id: int,
 ) -> Completions:
@@ -114,7 +129,8 @@ def generate(
 
     A row ends with `eos_id`, or with any of several, which is part of the row; then comes `pad_id`, masked. Decoding
     ends with the last row. Log-probabilities are of the distribution sampled from: at `temperature` (at 1 when
-    greedy), after top_k and top_p. `temperature` and `top_p` may change without recompilation. Raises ValueError for
+    greedy), after top_k and top_p. With `streams` a row draws by its own numbers, in whatever batch and place it is;
+    without them by its place. `temperature` and `top_p` may change without recompilation. Raises ValueError for
     prompts that are empty or not left-padded, or hold ids outside of the vocabulary, where their values are known;
     and for options that mean nothing.
     """
@@ -125,7 +141,7 @@ def generate(
     greedy = is_greedy(temperature)
     completions, _ = _generate(
         model, params, prompts, prompt_mask, key, jnp.asarray(temperature, jnp.float32),
-        None if top_p is None else jnp.asarray(top_p, jnp.float32),
+        None if top_p is None else jnp.asarray(top_p, jnp.float32), streams,
         max_new_tokens=max_new_tokens, greedy=greedy, top_k=top_k, eos_id=eos_ids(eos_id), pad_id=pad_id,
     )  # fmt: skip
     return completions

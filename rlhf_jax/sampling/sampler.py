@@ -35,33 +35,33 @@ def sample_answers(
 ) -> Completions:
     """`answers` answers to each of B prompts, as numpy arrays [B·answers, max_new_tokens], prompt-major.
 
-    At most `batch_size` rows are sampled at once, prompts of like length together. Temperature 0 is greedy. The same
-    key gives the same answers.
+    At most `batch_size` rows are sampled at once, prompts of like length together. Temperature 0 is greedy. An answer
+    depends on the key, on its prompt and the prompt's `row`, and on how many answers to that row came before it, not
+    on what is sampled with it.
     """
     rows = np.repeat(np.arange(len(prompts.row)), answers)
     lengths = np.asarray(prompts.mask).sum(axis=1)[rows]
     width = prompts.tokens.shape[1]
     tokens = np.full((len(rows), max_new_tokens), pad_id, np.int32)
     mask, logprobs = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, np.float32)
-    done = 0
+    streams = np.stack([np.asarray(prompts.row)[rows], times_before(np.asarray(prompts.row)[rows])], axis=1)
     for some, real, columns in like_lengths(lengths, batch_size, width):
         batch = take(prompts, rows[some])
-        batch = shard_batch(
-            Prompts(
+        tokens_in, mask_in, numbers = shard_batch(
+            (
                 jnp.asarray(batch.tokens[:, width - columns :]),
                 jnp.asarray(batch.mask[:, width - columns :]),
-                jnp.asarray(batch.row),
+                jnp.asarray(streams[some].astype(np.int32)),
             )
         )
         found = to_host(
             generate(
-                model, params, batch.tokens, batch.mask, jax.random.fold_in(key, done),
-                max_new_tokens=max_new_tokens, temperature=temperature, eos_id=eos_id, pad_id=pad_id,
+                model, params, tokens_in, mask_in, key, streams=numbers, max_new_tokens=max_new_tokens,
+                temperature=temperature, eos_id=eos_id, pad_id=pad_id,
             )
         )  # fmt: skip
         here = some[:real]
         tokens[here], mask[here], logprobs[here] = (np.asarray(x)[:real] for x in found)
-        done += real
     return numpy_completions(tokens, mask, logprobs)
 
 
@@ -85,6 +85,16 @@ def make_sampler(
         )  # fmt: skip
 
     return sample
+
+
+def times_before(values: np.ndarray) -> np.ndarray:
+    """How often each value stands before its place: [7, 5, 7, 7] gives [0, 0, 1, 2]."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    first = np.searchsorted(ordered, ordered, side="left")
+    found = np.empty(len(values), int)
+    found[order] = np.arange(len(values)) - first
+    return found
 
 
 def like_lengths(

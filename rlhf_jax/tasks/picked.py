@@ -18,20 +18,18 @@ from rlhf_jax.tasks.task import Task
 
 
 def write_picked(
-    run: Run, what: str, file: Path, task: Task, sample: Callable[[Prompts, int], Completions], score: AnswerScorer,
+    run: Run, what: str, file: Path, task: Task, sample: Callable[[Prompts], Completions], score: AnswerScorer,
     n: int, *, blind: bool = False,
 ) -> int:  # fmt: skip
     """Writes the `picked_rows` of all training prompts to a file, as they come; returns how many there are.
 
-    `sample(prompts, number)` answers each prompt once. A resumed run goes on after the last rows of the file.
+    `sample(prompts)` answers each prompt once, by its row. A resumed run goes on after the last rows of the file.
     """
     sets, size = task.prompts(), prompts_a_pool(n, task.eval_batch_size)
 
     def make(part: range) -> list[dict[str, Any]]:
         some = take(sets.train, np.asarray(part))
-        (pool,) = sample_pools(
-            lambda prompts, _: sample(prompts, part.start // size), score, some, n, rows=len(part) * n
-        )
+        (pool,) = sample_pools(sample, score, some, n, rows=len(part) * n)
         return picked_rows(task, pool, part.start, blind=blind)
 
     write_parts(run, what, file, len(sets.train.row), size, make)

@@ -42,7 +42,7 @@ def test_each_round_has_fresh_prompts_and_all_labels_so_far(done):
     stages = read_metrics(folder)
     assert list(stages) == ["reward_model-1", "ppo-1", "rounds", "reward_model-2", "ppo-2"]
     first, second = (rows(folder / f"round-{k}") for k in (1, 2))
-    assert not {row["prompt"] for row in first} & {row["prompt"] for row in second}
+    assert not {row["row"] for row in first} & {row["row"] for row in second}
     assert [row["labels"] for row in stages["rounds"]] == [len(first), len(first) + len(second)]
     for row in first + second:
         assert sorted(row["ranks"]) == list(range(len(row["responses"]))) and len(set(row["responses"])) > 1

@@ -81,7 +81,7 @@ def test_the_best_answer_of_each_prompt_is_picked_and_a_blind_one_that_ends(smal
     pad, eos = world.base.pad_id, world.base.tokenizer.eos_token_id
     words = [word for word in range(len(world.base.tokenizer)) if word not in (pad, eos)][10:18]
 
-    def sampler(_, prompts, number):
+    def sampler(_, prompts):
         # Of four answers to a prompt the first does not end, the second has one word, the third three, the fourth two.
         # To one prompt none ends.
         tokens = np.full((len(prompts.row), 4), pad)

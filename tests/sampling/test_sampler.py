@@ -1,4 +1,4 @@
-"""Answers to any number of prompts: few shapes, every row once, each batch with a key of its own."""
+"""Answers to any number of prompts: few shapes, every row once, each answer drawn for itself."""
 
 import jax
 import numpy as np
@@ -6,12 +6,12 @@ import pytest
 
 from rlhf_jax.batches import Completions
 from rlhf_jax.compiled import count_compilations
-from rlhf_jax.data.tokens import pad_prompts
+from rlhf_jax.data.tokens import pad_prompts, take
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import Transformer
 from rlhf_jax.pretrained import load_policy
 from rlhf_jax.sampling import sampler
-from rlhf_jax.sampling.sampler import SHORTEST, like_lengths, sample_answers
+from rlhf_jax.sampling.sampler import SHORTEST, like_lengths, sample_answers, times_before
 from rlhf_jax.sampling.texts import answer_texts
 
 
@@ -58,11 +58,34 @@ def test_an_answer_is_that_of_its_prompt_alone_and_nothing_is_compiled_twice(sto
         np.testing.assert_array_equal(alone.tokens[0], found.tokens[row])
 
 
-def test_prompts_without_their_padding_rows_that_fill_up_say_nothing_and_each_batch_has_its_key(stories, monkeypatch):
-    keys, read = set(), []
+def test_an_answer_is_drawn_by_its_row_and_not_by_its_batch(stories):
+    rng = np.random.default_rng(2)
+    prompts = [[1, *rng.integers(3, 512, n % 30).tolist()] for n in range(8)]
+    rows = pad_prompts(prompts, length=30, pad_id=stories.pad_id)
+    rows = take(rows._replace(row=np.arange(8) * 1000), np.arange(8).repeat(3))
 
-    def generate(model, params, prompts, mask, key, *, eos_id, **_):
-        keys.add(tuple(jax.random.key_data(key).tolist()))
+    def drawn(rows, batch_size):
+        return sample_answers(
+            Transformer(stories.config), stories.params, rows, jax.random.key(0), max_new_tokens=6, temperature=1.0,
+            eos_id=stories.eos_id, pad_id=stories.pad_id, batch_size=batch_size,
+        ).tokens  # fmt: skip
+
+    found = drawn(rows, 16)
+    assert len(np.unique(found, axis=0)) > 16  # three of a prompt differ, and so do prompts
+    np.testing.assert_array_equal(drawn(rows, 4), found)
+    some = np.array([20, 18, 19, 3, 4])  # of a prompt the first that is asked for is its first
+    np.testing.assert_array_equal(drawn(take(rows, some), 16), found[[18, 19, 20, 3, 4]])
+
+
+def test_times_before():
+    assert times_before(np.array([7, 5, 7, 7, 5, 0])).tolist() == [0, 0, 1, 2, 1, 0]
+
+
+def test_prompts_without_their_padding_and_rows_that_fill_up_say_nothing(stories, monkeypatch):
+    drawn, read = [], []
+
+    def generate(model, params, prompts, mask, key, *, streams, eos_id, **_):
+        drawn.append(np.asarray(streams).tolist())
         assert mask[:, -1].all()  # padded on the left
         read.extend(np.asarray(row)[np.asarray(real)].tolist() for row, real in zip(prompts, mask, strict=True))
         tokens = np.full((len(prompts), 2), 5)
@@ -73,7 +96,7 @@ def test_prompts_without_their_padding_rows_that_fill_up_say_nothing_and_each_ba
     prompts = [[1, 5]] * 3 + [[1] * 20] * 3  # of two widths, each filled up to four rows
     found = answers(stories, prompts, batch_size=8, temperature=1.0, max_new_tokens=2)
     assert (found.tokens == 5).all() and found.mask.all()
-    assert len(keys) == 2
+    assert drawn == [[[0, 0], [1, 0], [2, 0], [0, 0]], [[3, 0], [4, 0], [5, 0], [3, 0]]]
     assert read == [prompts[0]] * 4 + [prompts[3]] * 4
 
 
