@@ -159,8 +159,13 @@ def missing_line(cells: Cells) -> str:
 
 def table_markdown(table: Table) -> str:
     """A table as people read it."""
-    rows = [list(table.heads), ["---"] * len(table.heads), *table.rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return rows_markdown(table.heads, table.rows)
+
+
+def rows_markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; a bar inside a cell, as in 1/|o|, is no border."""
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in [heads, ["---"] * len(heads), *rows])
+    return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
 
 
 def tables_markdown(page: "Page", cells: Cells) -> str:

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments.ablations.claims import decide, verdict_words, verdicts
+from experiments.ablations.grid_results import rows_markdown
 from experiments.ablations.records import RESULTS, ROOT, cells_of, changed_since, claims_of, read_record
 from experiments.flags import Flags
 from rlhf_jax.cli import run_main
@@ -50,14 +51,14 @@ def module_of(name: str) -> ModuleType:
 
 def claims_markdown() -> str:
     """A row a claim, of all records."""
-    rows = [["claim", "source", "here", "agrees", "page"], ["---"] * 5]
+    rows: list[list[str]] = []
     for record, module in published():
         cells, name, page = cells_of(record, module), record["ablation"], record["page"]
         for claim in claims_of(module):
             found, agrees = verdict_words(claim, decide(claim, cells))
             text = claim.text if page == name else f"{claim.text} ({page.removeprefix(name + '_')})"
             rows.append([text, claim.source, found, agrees, f"[{name}.py](experiments/results/{page}.md)"])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    return rows_markdown(["claim", "source", "here", "agrees", "page"], rows) + "\n"
 
 
 def with_table(readme: str, table: str) -> str:
