@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.ablations import records
+from experiments.ablations.grid_results import rows_markdown
 from experiments.flags import Flags
 from rlhf_jax.errors import UserError
 from rlhf_jax.folder import read_json
@@ -112,7 +113,7 @@ def page(folder: Path, made: Sequence[Command], parts: Sequence[str]) -> str:
     done = [one.name for one in made if finished(folder, one.name) is not None]
     left = [one.name for one in made if one.name not in done]
     how = ["## Commands", "\n".join(f"    {one.line(folder)}" for one in made)]
-    how += [table(["run", "minutes"], [[name, f"{minutes(folder, name):.1f}"] for name in done])]
+    how += [rows_markdown(["run", "minutes"], [[name, f"{minutes(folder, name):.1f}"] for name in done])]
     how += [made_with(folder, done) if done else "", f"Not run: {', '.join(left)}." if left else ""]
     return "\n\n".join(part for part in [*parts, *how] if part) + "\n"
 
@@ -130,14 +131,9 @@ def lines_of(file: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, rows)
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
-
-
 def one_line(text: str, most: int = 160) -> str:
     """A text as a cell of a table."""
-    text = " ".join(text.split()).replace("|", "\\|")
+    text = " ".join(text.split())
     return text if len(text) <= most else text[:most] + " …"
 
 

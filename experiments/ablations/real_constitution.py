@@ -18,7 +18,8 @@ from typing import Any
 if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from experiments.ablations.commands import Command, StudyFlags, finished, lines_of, make_study, one_line, rate, table
+from experiments.ablations.commands import Command, StudyFlags, finished, lines_of, make_study, one_line, rate
+from experiments.ablations.grid_results import rows_markdown
 from rlhf_jax.cli import run_main
 from rlhf_jax.data.suites import read_rows
 from rlhf_jax.errors import UserError, at_least
@@ -92,7 +93,8 @@ def page_parts(cfg: Config, folder: Path) -> list[str]:
     for number in range(1, cfg.revisions + 1):
         name = f"reward_model_prefers_revision_{number}"
         rows.append([str(number), rate(found, name), f"{found[f'{name}_n']:.0f}"])
-    parts += ["## Revisions against the answer", table(["revision", "preferred", "chains with both texts"], rows)]
+    heads = ["revision", "preferred", "chains with both texts"]
+    parts += ["## Revisions against the answer", rows_markdown(heads, rows)]
     chains = list(lines_of(folder / CHAINS / "chains.jsonl"))
     reasons = Counter(chain["unlearned"] or "all there, and the last one ends" for chain in chains)
     parts += [f"{len(chains)} chains: " + "; ".join(f"{reason}: {n}" for reason, n in reasons.items()) + "."]
@@ -105,7 +107,7 @@ def chain_table(chain: dict[str, Any]) -> str:
     for step in chain["revisions"]:
         rows += [[f"critique, “{step['principle']}”", one_line(step["critique"], 400)]]
         rows += [["revision", one_line(step["revision"], 400)]]
-    return table(["", ""], rows)
+    return rows_markdown(["", ""], rows)
 
 
 def main(cfg: Config) -> None:

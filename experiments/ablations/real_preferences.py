@@ -31,8 +31,8 @@ from experiments.ablations.commands import (
     make_study,
     one_line,
     rate,
-    table,
 )
+from experiments.ablations.grid_results import rows_markdown
 from rlhf_jax.cli import run_main
 from rlhf_jax.data.suites import read_rows
 from rlhf_jax.errors import UserError, at_least
@@ -192,14 +192,14 @@ def side_by_side(folder: Path, count: int = 4) -> str:
             continue
         rows = [row for row in lines_of(folder / f"{name}-test" / "answers.jsonl") if row["suite"] == "prompts"]
         cells = [[one_line(row[key]) for key in ("prompt", "against", "answer")] for row in rows[:count]]
-        parts.append(table(["prompt", "start", name], cells))
+        parts.append(rows_markdown(["prompt", "start", name], cells))
     return "\n\n".join(parts)
 
 
 def page_parts(cfg: Config, folder: Path) -> list[str]:
     """Tables of what is finished."""
     tested = [Path(file).name.split(".")[0] for file in cfg.preferences]
-    parts = ["## Reward models", table(
+    parts = ["## Reward models", rows_markdown(
         ["", "own held-out pairs", "calibration error (by chance alone)", *tested], reward_model_rows(cfg, folder)
     )]  # fmt: skip
     if (chosen := finished(folder, f"{BEST}-test")) is not None:
@@ -208,14 +208,14 @@ def page_parts(cfg: Config, folder: Path) -> list[str]:
             f" {JUDGE} in {rate(chosen, 'pairs_accuracy')} of {chosen['pairs_accuracy_n']:.0f} prompts; the longer of"
             f" the two is the chosen one in {rate(chosen, 'pairs_length_baseline')}."
         ]
-    parts += ["## Policies", table(
+    parts += ["## Policies", rows_markdown(
         ["", "wins by the other reward model", "wins by the judge", "judge agrees with itself", "words an answer",
          "answers that differ", "IFEval, strict", "perplexity of other texts"], policy_rows(folder)
     )]  # fmt: skip
     if finished(folder, "ppo") is not None:
         heads = ["iteration", "KL to the start, nats", "reward", "tokens", "answers that end", "entropy"]
         rows = curve(folder, "ppo", ("kl_k1", "score", "length", "ended", "entropy"))
-        parts += ["## PPO", table(heads, rows)]
+        parts += ["## PPO", rows_markdown(heads, rows)]
     return [*parts, "## Answers side by side", side_by_side(folder)]
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from experiments.ablations.commands import Command, StudyFlags, curve, finished, make_study, table
+from experiments.ablations.commands import Command, StudyFlags, curve, finished, make_study
+from experiments.ablations.grid_results import rows_markdown
 from rlhf_jax.cli import run_main
 from rlhf_jax.data.arithmetic import make_problems
 from rlhf_jax.errors import at_least
@@ -85,11 +86,11 @@ def page_parts(cfg: Config, folder: Path) -> list[str]:
             found = finished(folder, f"{name}-{seed}-test") or {}
             shares = [f"{found[key]:.1%}" if (key := f"start_pass@{k}") in found else "not run" for k in (1, 2, 4, 8)]
             rows.append([name, str(seed), *shares])
-    parts = ["## Sums that none has seen", table(["", "seed", "pass@1", "pass@2", "pass@4", "pass@8"], rows)]
+    parts = ["## Sums that none has seen", rows_markdown(["", "seed", "pass@1", "pass@2", "pass@4", "pass@8"], rows)]
     if finished(folder, "grpo-0") is not None:
         columns = ("score", f"pass@{SIZE}", "kl_k1", "entropy", "length", "ended")
         heads = ["iteration", "score", f"pass@{SIZE}", "KL, nats", "entropy", "tokens", "answers that end"]
-        parts += ["## GRPO, seed 0", table(heads, curve(folder, "grpo-0", columns))]
+        parts += ["## GRPO, seed 0", rows_markdown(heads, curve(folder, "grpo-0", columns))]
     return parts
 
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from experiments.bench.meshes import collectives
+from rlhf_jax.batches import Prompts
 from rlhf_jax.models import MIXED, ModelConfig, Transformer, init_lora, with_lora
 from rlhf_jax.sampling import generate, layout
+from rlhf_jax.sampling.sampler import sample_answers
 from rlhf_jax.sharding import make_mesh, shard_batch, shard_params
 
 CONFIG = ModelConfig(
@@ -67,6 +69,22 @@ def test_answers_on_a_mesh_of_another_shape_are_those_of_one_device(monkeypatch,
         assert found.tokens.sharding.mesh.shape["fsdp"] == 8  # it comes back on the mesh that is set
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=2e-5)
+
+
+def test_on_a_mesh_and_in_larger_batches_each_prompt_is_given_the_answers_of_one_device():
+    config = replace(CONFIG, precision=CONFIG.precision._replace(compute=jnp.float32))
+    params, prompts = weights(config), Prompts(PROMPTS, PROMPTS > 0, np.arange(8))
+
+    def drawn(batch_size):
+        return sample_answers(
+            Transformer(config), params, prompts, jax.random.key(1), answers=3, max_new_tokens=6, temperature=1.0,
+            eos_id=-1, pad_id=0, batch_size=batch_size,
+        ).tokens  # fmt: skip
+
+    expected = drawn(4)
+    with jax.set_mesh(make_mesh("data=2,fsdp=4")):
+        params = shard_params(params)
+        np.testing.assert_array_equal(drawn(16), expected)
 
 
 def test_on_the_way_to_another_shape_no_weight_is_whole(monkeypatch):
