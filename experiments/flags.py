@@ -41,8 +41,8 @@ class RunFlags(Flags):
     """Log to Weights & Biases, too."""
     mesh: str | None = None
     """Devices as a mesh, such as fsdp=8,tensor=4: data=N for copies of the model, fsdp=N for parts of its parameters,
-    tensor=N for parts of each layer's work; one N may be -1, all that are left. By default one device; where there are
-    many processes, data=-1."""
+    sequence=N for parts of each long sequence, tensor=N for parts of each layer's work; one N may be -1, all that are
+    left. By default one device; where there are many processes, data=-1."""
     hosts: str | None = None
     """One of many processes: ADDRESS:PORT of the first, how many, number of this one, as in 10.0.0.1:8476,4,0. By
     default from the environment: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; SLURM; Open MPI; TPU."""

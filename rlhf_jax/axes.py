@@ -11,22 +11,30 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
-"""Copies of the model; parts of each parameter, whole again where it is used; parts of each layer's work."""
+from rlhf_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+"""Copies of the model; parts of each parameter, whole again where it is used; parts of each sequence; parts of each
+layer's work."""
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "copy": ("data",),
-    "row": ("data", "fsdp", "tensor"),
-    "embed": ("fsdp",),
+    "row": ("data", "fsdp", "sequence", "tensor"),
+    "time": ("sequence",),
+    "piece": ("sequence", "data", "fsdp"),
+    "embed": ("fsdp", "sequence"),
+    "columns": ("fsdp",),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "hidden": ("tensor",),
+    "attending": ("tensor", "sequence"),
 }
 """The axes of the mesh that an array's axis is cut along, by what it stands for, as far as they divide it.
 
-"row" is for work that could be cut along nothing else, "copy" for rows that all parts of one parameter see. "tensor"
-should divide the heads of the keys, too.
+"row" is for work that could be cut along nothing else, "copy" for rows that all parts of one parameter see, "piece"
+for the parts of sequences laid out as rows, "columns" for "embed" where the sequence is cut already, "attending" for
+heads while each of them reads whole sequences. "tensor" should divide the heads of the keys, too.
 """
 
 LINEAR = {
@@ -51,6 +59,10 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     **{f"{name}/lora_b": (None, out) for name, (_, out) in LINEAR.items()},
 }
 """The last names of a parameter's path -> its axes. Others (norms, scalar heads: vectors) are whole everywhere."""
+
+
+SHORT = 128
+"""Tokens from which on a mesh that cuts sequences must be able to cut them."""
 
 
 def parameter_axes(names: Sequence[str], ndim: int) -> tuple[str | None, ...]:
@@ -110,6 +122,19 @@ def parts(size: int, axis: str) -> int:
     sizes = _sizes()
     entry = (*partition_spec(sizes, (size,), (axis,)), ())[0]
     return math.prod(sizes[name] for name in ((entry,) if isinstance(entry, str) else entry))
+
+
+def check_sequence(length: int, heads: int) -> None:
+    """Raises UserError where the mesh cuts sequences, and cannot cut these.
+
+    Short ones that "sequence" does not divide are not worth it: each device has them whole.
+    """
+    sizes = _sizes()
+    sequence, tensor = sizes.get("sequence", 1), sizes.get("tensor", 1)
+    if length % sequence and length >= SHORT:
+        raise UserError(f"a sequence of {length} tokens does not divide over sequence={sequence} of the mesh")
+    if length % sequence == 0 and sequence > 1 and heads % (sequence * tensor):
+        raise UserError(f"{heads} heads do not divide over sequence × tensor = {sequence * tensor} parts of the mesh")
 
 
 def on_parts(function: Callable[..., Any], arrays: Sequence[Any], axes: Sequence[Sequence[str | None]]) -> Any:

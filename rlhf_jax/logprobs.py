@@ -100,6 +100,7 @@ def chunked_weighted_logprobs(
     """
     _check(hidden, targets, mask)
     check_shapes({"targets": targets, "weights": weights})
+    hidden, targets, weights, mask = map(_pieces, (hidden, targets, weights, mask))
     return _weighted(chunk_size, softcap, hidden, _spread(head_kernel, len(targets)), targets, weights, mask)
 
 
@@ -166,7 +167,7 @@ def _lse_and_entropy(logits: Array) -> tuple[Array, Array]:
 
 def _chosen(logits: Array, targets: Array) -> Array:
     """Each distribution's entry at the target."""
-    if parts(len(logits), "batch") * parts(logits.shape[-1], "vocab") == 1:
+    if parts(len(logits), "piece") * parts(logits.shape[-1], "vocab") == 1:
         return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.where(_is_target(logits, targets), logits, 0.0).sum(axis=-1)  # logits that are cut stay where they are
 
@@ -180,10 +181,28 @@ def _spread(kernel: Array, rows: int) -> Array:
 
     Each part sums its own gradient over the chunks, and all are added up once, as the broadcast's gradient.
     """
-    copies = parts(rows, "batch")
+    copies = parts(rows, "piece")
     if copies == 1:
         return kernel
-    return constrain(jnp.broadcast_to(kernel[None], (copies, *kernel.shape)), "batch", None, "vocab")
+    return constrain(jnp.broadcast_to(kernel[None], (copies, *kernel.shape)), "piece", None, "vocab")
+
+
+def _pieces(x: Array) -> Array:
+    """[B, T, …] as [pieces · B, T/pieces, …] where the mesh cuts sequences: each device has what it had, as rows."""
+    times = parts(x.shape[1], "time")
+    if times == 1:
+        return x
+    cut = x.reshape(len(x), times, -1, *x.shape[2:]).swapaxes(0, 1)
+    return constrain(cut.reshape(times * len(x), *cut.shape[2:]), "piece")
+
+
+def _joined(x: Array, length: int) -> Array:
+    """The inverse of `_pieces`, of arrays [rows, columns]."""
+    if x.shape[1] == length:
+        return x
+    times = length // x.shape[1]
+    joined = x.reshape(times, -1, x.shape[1]).swapaxes(0, 1).reshape(-1, length)
+    return constrain(joined, "batch", "time")
 
 
 def _logits(hidden: Array, kernel: Array, softcap: float | None) -> Array:
@@ -256,9 +275,25 @@ def _scored(
     temperature: ScalarLike,
 ) -> tuple[Array, ...]:
     _check(hidden, targets, mask)
+    length = targets.shape[1]
+    hidden, targets = _pieces(hidden), _pieces(targets)
+    mask = None if mask is None else _pieces(mask)
+    found = _scored_rows(score, chunk_size, softcap, hidden, kernel, targets, mask, temperature)
+    return tuple(_joined(x, length) for x in found)
+
+
+def _scored_rows(
+    score: Score,
+    chunk_size: int,
+    softcap: float | None,
+    hidden: Array,
+    kernel: Array,
+    targets: Array,
+    mask: Array | None,
+    temperature: ScalarLike,
+) -> tuple[Array, ...]:
     kernel = _spread(kernel, len(targets))
-    at_once = targets.shape[1] <= chunk_size
-    if not at_once:
+    if targets.shape[1] > chunk_size:
         return _chunked(score, chunk_size, softcap, hidden, kernel, targets, mask, temperature)
     if mask is not None:
         hidden, targets = jnp.where(mask[:, :, None], hidden, jnp.zeros_like(hidden)), jnp.where(mask, targets, 0)

@@ -6,8 +6,8 @@
         state, metrics = train_step(state, shard_batch(batch))
 
 Under `jit` a mean over a sharded batch is already global: no loss has a collective. Vectors (norms, scalar heads) and
-what the mesh does not divide lie whole on every device; matrices are cut along "fsdp" and "tensor", batches along
-"data" and "fsdp".
+what the mesh does not divide lie whole on every device; matrices are cut along "fsdp", "sequence" and "tensor",
+batches along "data" and "fsdp", and the sequences in them along "sequence" where a model reads them.
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.axes import MESH_AXES, parameter_axes, partition_spec, parts
@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 
 
 def make_mesh(sizes: str = "", *, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes ("data", "fsdp", "tensor") from a string such as "fsdp=8,tensor=4".
+    """A mesh with the axes of `MESH_AXES` from a string such as "fsdp=8,tensor=4".
 
     Axes that are not named have size 1. One may be −1: what is left of the devices; "data" is, where the string does
     not name it. `devices` are all of them unless given, and may be those of a topology that is not there.
@@ -37,10 +37,11 @@ def make_mesh(sizes: str = "", *, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     found: dict[str, int] = {}
+    names = ", ".join(f"{name}=N" for name in MESH_AXES)
     for part in filter(None, (part.strip() for part in sizes.split(","))):
         name, _, size = part.partition("=")
         if name not in MESH_AXES or name in found or not size.removeprefix("-").isdecimal():
-            raise UserError(f"mesh {sizes!r}: {part!r} is not one of data=N, fsdp=N and tensor=N, each at most once")
+            raise UserError(f"mesh {sizes!r}: {part!r} is not one of {names}, each at most once")
         found[name] = int(size)
     if -1 not in found.values():
         found.setdefault("data", -1)
@@ -51,8 +52,12 @@ def make_mesh(sizes: str = "", *, devices: Sequence[Any] | None = None) -> Mesh:
     if len(devices) % given or (not rest and given != len(devices)):
         raise UserError(f"mesh {sizes!r} is for {given} devices{' each' if rest else ''}; there are {len(devices)}")
     found |= {name: len(devices) // given for name in rest}
-    shape = tuple(found.get(name, 1) for name in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    shape, kinds = tuple(found.get(name, 1) for name in MESH_AXES), (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices)
+    except NotImplementedError:  # an axis is none of the slice's own, nor several of them
+        split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(split, MESH_AXES, axis_types=kinds)
 
 
 def current_mesh() -> Mesh | AbstractMesh | None:

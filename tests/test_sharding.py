@@ -37,13 +37,10 @@ from rlhf_jax.scoring import sft_objective
 from rlhf_jax.sharding import create, current_mesh, make_mesh, shard_params, shardings
 from rlhf_jax.train import make_pmap_step, make_state, make_train_step, microbatches
 
-MIXED = MESHES[-1]
 TRANSFORMER = Transformer(MODEL)
-
-
-MIXED_MESH = "data=2,fsdp=2,tensor=2"
-STEPS = [(name, mesh) for name in ALGORITHMS for mesh in MESHES if name != "ppo" or mesh == MIXED_MESH]
-"""PPO compiles for long: here on the mesh that has every axis, on all of them by experiments/bench/meshes.py."""
+MIXED, CUT_SEQUENCES = "data=2,fsdp=2,tensor=2", "fsdp=2,sequence=2,tensor=2"
+STEPS = [(name, mesh) for name in ALGORITHMS for mesh in MESHES if name != "ppo" or mesh in (MIXED, CUT_SEQUENCES)]
+"""PPO compiles for long: here on the meshes that have most axes, on all of them by experiments/bench/meshes.py."""
 
 
 @pytest.mark.parametrize("name, mesh", STEPS)
@@ -80,23 +77,34 @@ def predicted(name, mesh):
     device keeps of them along "data"; so are the terms of losses and norms. "tensor" adds up the residual stream after
     attention and feed-forward, and its gradient before them; of the head, numbers for each token, no logits. To look
     words up, tokens are gathered, columns of embeddings go to where their rows are, and their gradients come back.
-    Losses of pairs bring one number of each row to where its pair is.
+    Losses of pairs bring one number of each row to where its pair is. "sequence" cuts parameters as "fsdp" does, and
+    exchanges heads for times: of queries, keys and values before attention, of what was attended after it.
     """
     sizes = make_mesh(mesh).shape
-    fsdp, tensor = sizes["fsdp"], sizes["tensor"]
-    rows = ROWS // (sizes["data"] * fsdp)
+    sequence, tensor = sizes["sequence"], sizes["tensor"]
+    fsdp, time = sizes["fsdp"] * sequence, LENGTH // sequence
+    rows = ROWS // (sizes["data"] * sizes["fsdp"])
     widths = [width // tensor for width in (32, 16, 40, 96)]
     # A reward model has no head, and to look words up the table stays where it is.
     gathered = {(16, width) for width in widths[: 3 if name == "reward model" else 4]} if fsdp > 1 else set()
     added = {(), (16,)} | {(depth, width) for depth in (16, 16 // fsdp) for width in widths}
     if tensor > 1:
-        added |= {(rows * LENGTH, 16), (rows, LENGTH, 16), (rows, LENGTH)}
+        added |= {(rows * time, 16), (rows, time, 16), (rows, time)}
     copies = ROWS // sizes["data"]
     if tensor > 1:
         added |= {(copies, LENGTH, 16 // fsdp)}
     found = {("all-gather", squeezed(shape)) for shape in gathered} | {("all-reduce", squeezed(s)) for s in added}
     if fsdp > 1:
-        found |= {("all-gather", squeezed((copies, LENGTH))), ("all-to-all", squeezed((rows, LENGTH, 16 // fsdp)))}
+        found |= {("all-gather", squeezed((copies, LENGTH)))}
+    if sizes["fsdp"] > 1:
+        found |= {("all-to-all", squeezed((rows, time, 16 // sizes["fsdp"])))}
+    if sequence > 1:
+        heads = 4 // (tensor * sequence)
+        found |= {("all-to-all", squeezed((copies, time, 16 // fsdp)))}
+        found |= {("all-to-all", squeezed((rows, time, count, 4))) for count in (heads, 2 * heads)}
+        found |= {("all-to-all", squeezed((rows, time, heads, 2, 4)))}
+        if name == "reward model":  # a row's last token is found by numbers of its tokens
+            found |= {("all-gather", squeezed((rows, LENGTH))), ("collective-permute", squeezed((rows, time)))}
     if name != "sft":
         found |= {(kind, shape) for kind, shape in sent(name, mesh) if len(shape) < 2 and sum(shape) <= ROWS}
     return found
@@ -128,7 +136,7 @@ def weights_gathered_for_sampling(mesh):
             for shape in shapes if kind == "all-gather"]  # fmt: skip
 
 
-@pytest.mark.parametrize("mesh", [MIXED_MESH])
+@pytest.mark.parametrize("mesh", [MIXED])
 def test_the_sampler_gathers_each_weight_once_and_nothing_of_it_for_a_token(mesh):
     tensor = make_mesh(mesh).shape["tensor"]
     width, outs = MODEL.d_model, (MODEL.head_dim * MODEL.n_heads, MODEL.head_dim * MODEL.n_kv_heads, MODEL.d_ff)
@@ -146,7 +154,7 @@ def test_the_sampler_gathers_each_weight_once_and_nothing_of_it_for_a_token(mesh
     assert not {squeezed(shape) for shape in sent_for_a_token} & {squeezed(shape[1:]) for shape in whole[:-1]}
 
 
-@pytest.mark.parametrize("mesh", [MIXED_MESH])
+@pytest.mark.parametrize("mesh", [MIXED])
 def test_an_iteration_of_ppo_sends_little_more(mesh):
     """To draw, each device gets whole logits of rows of its own; to look words up, columns of all rows' embeddings
     become rows; to shuffle, a few numbers a token are sent."""
@@ -202,7 +210,7 @@ def test_an_initialisation_never_makes_a_whole_parameter():
     chex.assert_trees_all_close(placed, jax.jit(init)(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("mesh", [MIXED, "fsdp=8", None])
+@pytest.mark.parametrize("mesh", [MIXED, CUT_SEQUENCES, "fsdp=8", None])
 def test_a_checkpoint_is_restored_onto_another_mesh(tmp_path, mesh):
     def state():
         return make_state(TRANSFORMER, weights()[0], adamw(1e-3, weight_decay=0.1, max_grad_norm=1.0))
@@ -218,7 +226,7 @@ def test_a_checkpoint_is_restored_onto_another_mesh(tmp_path, mesh):
             places = shardings(current_mesh(), abstract)
             like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
             restored = checkpoint.restore(tmp_path, "sft", like=like)
-        ways = np.prod([make_mesh(mesh).shape[axis] for axis in ("fsdp", "tensor")])
+        ways = np.prod([make_mesh(mesh).shape[axis] for axis in ("fsdp", "sequence", "tensor")])
         assert {cut(leaf) for _, leaf in parameters_of(restored)} == {ways}
     chex.assert_trees_all_equal(jax.device_get(restored.params), jax.device_get(saved.params))
 
@@ -309,11 +317,12 @@ def test_pmap_is_jit_with_unequal_masks():
 @pytest.mark.parametrize(
     "text, sizes",
     [
-        ("", (8, 1, 1)),
-        ("fsdp=4", (2, 4, 1)),
-        (" tensor=2 , fsdp=2,", (2, 2, 2)),
-        ("fsdp=8,data=1", (1, 8, 1)),
-        ("data=2,fsdp=-1", (2, 4, 1)),
+        ("", (8, 1, 1, 1)),
+        ("fsdp=4", (2, 4, 1, 1)),
+        (" tensor=2 , fsdp=2,", (2, 2, 1, 2)),
+        ("fsdp=8,data=1", (1, 8, 1, 1)),
+        ("data=2,fsdp=-1", (2, 4, 1, 1)),
+        ("sequence=4,fsdp=2", (1, 2, 4, 1)),
     ],
 )
 def test_a_mesh_from_a_string(text, sizes):
@@ -323,7 +332,7 @@ def test_a_mesh_from_a_string(text, sizes):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("fsdp:8", "'fsdp:8' is not one of data=N, fsdp=N and tensor=N"),
+        ("fsdp:8", "'fsdp:8' is not one of data=N, fsdp=N, sequence=N, tensor=N"),
         ("model=8", "'model=8' is not one of"),
         ("fsdp=4,fsdp=2", "each at most once"),
         ("fsdp=two", "'fsdp=two' is not one of"),

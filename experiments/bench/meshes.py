@@ -46,7 +46,9 @@ MODEL = ModelConfig(
     norm_eps=1e-5, tie_embeddings=True, max_length=32, scan_layers=True,
 )  # fmt: skip
 ROWS, LENGTH, NEW_TOKENS = 16, 14, 7
-MESHES = ("data=8", "fsdp=8", "data=2,tensor=4", "data=2,fsdp=2,tensor=2")
+MESHES = (
+    "data=8", "fsdp=8", "data=2,tensor=4", "data=2,fsdp=2,tensor=2", "fsdp=4,sequence=2", "fsdp=2,sequence=2,tensor=2",
+)  # fmt: skip
 # XLA's CPU backend runs collectives that do not wait for one another in any order, each device in its own: simulated
 # devices may then wait for each other for ever.
 IN_ORDER = {"xla_cpu_enable_concurrency_optimized_scheduler": False}

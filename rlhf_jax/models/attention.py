@@ -1,5 +1,6 @@
 """Attention over keys and values that may lie in a cache, and what differs from layer to layer."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import ArrayLike, Bool, Float, Int
 
+from rlhf_jax.axes import constrain, parts
 from rlhf_jax.logprobs import soft_cap
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.rope import rope_frequencies
@@ -54,6 +56,26 @@ class Scene(NamedTuple):
     """Slots of the cache filled before."""
 
 
+def to_attend(
+    queries: Float[Array, "B T N K"], keys: Float[Array, "B H T K"], values: Float[Array, "B H T K"]
+) -> tuple[Float[Array, "B T N K"], Float[Array, "B G T K"], Float[Array, "B G T K"]]:
+    """Whole sequences for each device, of fewer heads: from where sequences are cut, by an all-to-all.
+
+    Heads of keys that are fewer than the devices are repeated.
+
+    Reference: Jacobs et al. 2023 (DeepSpeed-Ulysses), https://arxiv.org/abs/2309.14509.
+    """
+    own = keys.shape[1]
+    times = math.lcm(own, parts(queries.shape[2], "attending")) // own
+    queries = constrain(constrain(queries, "batch", "time", "heads"), "batch", None, "attending")
+
+    def moved(x: Array) -> Array:
+        x = constrain(x, "batch", "heads", "time")  # what goes before stays where it is, and so does its gradient
+        return constrain(jnp.repeat(x, times, axis=1) if times > 1 else x, "batch", "attending")
+
+    return queries, moved(keys), moved(values)
+
+
 def attend(
     config: ModelConfig,
     queries: Float[Array, "B T N K"],
@@ -67,18 +89,19 @@ def attend(
     """
     batch, length, _, head_dim = queries.shape
     # Query heads of a group share keys: they are laid along time, [B, H, G·T, K].
-    groups = config.n_heads // config.n_kv_heads
-    queries = queries.reshape(batch, length, config.n_kv_heads, groups, head_dim)
-    queries = queries.transpose(0, 2, 3, 1, 4).reshape(batch, config.n_kv_heads, groups * length, -1)
+    n_kv_heads = keys.shape[1]
+    groups = queries.shape[2] // n_kv_heads
+    queries = queries.reshape(batch, length, n_kv_heads, groups, head_dim)
+    queries = queries.transpose(0, 2, 3, 1, 4).reshape(batch, n_kv_heads, groups * length, -1)
     scores = jnp.matmul(queries, keys.swapaxes(2, 3), preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, config.n_kv_heads, groups, length, -1)
+    scores = scores.reshape(batch, n_kv_heads, groups, length, -1)
     scale = head_dim**-0.5 if config.attention_scale is None else config.attention_scale
     scores = soft_cap(scores * scale, config.attention_softcap)
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30), axis=-1).astype(
         config.precision.compute
     )
-    attended = weights.reshape(batch, config.n_kv_heads, groups * length, -1) @ values
-    attended = attended.reshape(batch, config.n_kv_heads, groups, length, head_dim)
+    attended = weights.reshape(batch, n_kv_heads, groups * length, -1) @ values
+    attended = attended.reshape(batch, n_kv_heads, groups, length, head_dim)
     return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
 
 

@@ -58,10 +58,11 @@ def fused(
     """`attend` over what is not later, of the same segment and inside the window, by `splash` or `cudnn`.
 
     A window counts slots, where `attention.py` counts positions: the same where these count each document's tokens
-    one by one, as all of `data/` does. Each device of a mesh works on its rows and heads; where "tensor" does not
-    divide the heads of the keys, each on all heads.
+    one by one, as all of `data/` does. Each device of a mesh works on its rows and heads, of whole sequences; where
+    the mesh does not divide the heads of the keys, each on all heads.
     """
-    heads = "heads" if parts(keys.shape[1], "heads") > 1 else None
+    cut = "attending" if parts(queries.shape[1], "time") > 1 else "heads"
+    heads = cut if parts(keys.shape[1], cut) > 1 else None
     arrays = [queries, keys, values, *([] if segment_ids is None else [segment_ids])]
     axes = [("batch", None, heads), ("batch", heads), ("batch", heads), ("batch",)][: len(arrays)]
 

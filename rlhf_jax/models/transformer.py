@@ -10,9 +10,16 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from rlhf_jax.axes import LINEAR, PARAMETERS, constrain
+from rlhf_jax.axes import LINEAR, PARAMETERS, check_sequence, constrain, parts
 from rlhf_jax.logprobs import soft_cap
-from rlhf_jax.models.attention import LayerNumbers, Scene, attend_causally, layer_numbers, stacked_numbers
+from rlhf_jax.models.attention import (
+    LayerNumbers,
+    Scene,
+    attend_causally,
+    layer_numbers,
+    stacked_numbers,
+    to_attend,
+)
 from rlhf_jax.models.cache import KVCache
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.fused import attention_kernel, cudnn, fused, splash
@@ -72,22 +79,24 @@ class Linear(nn.Module):
         init = nn.initializers.variance_scaling(self.scale, "fan_in", "normal")
         dtype = self.config.precision.compute
         kernel = self.param("kernel", init, (x.shape[-1], self.features), self.config.precision.parameters)
-        # Flat rows: XLA's CPU backend contracts two leading axes at half the speed in the backward pass.
-        inputs = x.reshape(-1, x.shape[-1])
+        # Flat rows: XLA's CPU backend contracts two leading axes at half the speed in the backward pass. Rows that are
+        # cut along time, too, stay where they are.
+        inputs = x if parts(x.shape[1], "time") > 1 else x.reshape(-1, x.shape[-1])
+        before = tuple(range(inputs.ndim - 1))
         if self.has_variable("params", "kernel_scale"):
             # Scanned layers keep the int8 kernel for the backward pass, not what it is converted to.
             rows = jax.checkpoint(lambda x, q: x @ q.astype(dtype))(inputs, kernel)
-            rows = (rows * jnp.expand_dims(self.get_variable("params", "kernel_scale"), 0)).astype(dtype)
+            rows = (rows * jnp.expand_dims(self.get_variable("params", "kernel_scale"), before)).astype(dtype)
         else:
             rows = inputs @ kernel.astype(dtype)
         if self.has_variable("params", "lora_a"):
             rows = rows + self._low_rank(inputs)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            rows = rows + jnp.expand_dims(bias.astype(dtype), 0)
+            rows = rows + jnp.expand_dims(bias.astype(dtype), before)
         # Out of attention and feed-forward the residual stream, of which each device has its rows whole.
         out = LINEAR[self.name][1] if self.name in LINEAR else "embed"
-        return constrain(rows.reshape(*x.shape[:-1], -1), "batch", None, None if out == "embed" else out)
+        return constrain(rows.reshape(*x.shape[:-1], -1), "batch", "time", None if out == "embed" else out)
 
     def _low_rank(self, inputs: Array) -> Array:
         a, b, scale = (self.get_variable("params", name) for name in LORA_LEAVES)
@@ -141,6 +150,7 @@ class Block(nn.Module):
 
         h = Norm(config, name="attention_norm")(x) if before else x
         h, layer = self.attention(h, layer, stacked, numbers, scene)
+        h = constrain(h, "batch", "time", "heads")
         h = Linear(config, config.d_model, residual, config.output_bias, name="output")(h)
         attended = x + (Norm(config, name="attention_post_norm")(h) if after else h)
 
@@ -164,6 +174,8 @@ class Block(nn.Module):
         queries = self.heads("query", h, config.n_heads, numbers, scene)
         keys = self.heads("key", h, config.n_kv_heads, numbers, scene).swapaxes(1, 2)
         values = self.heads("value", h, config.n_kv_heads, numbers, scene).swapaxes(1, 2)
+        if layer is None and parts(h.shape[1], "time") > 1:
+            queries, keys, values = to_attend(queries, keys, values)
         zero = jnp.zeros_like(scene.start)
         if stacked is not None:
             place = (layer, zero, zero, scene.start, zero)
@@ -246,7 +258,7 @@ class Transformer(nn.Module):
         """The language head: float32 logits of final hidden states."""
         kernel = self.embedding.T if self.config.tie_embeddings else self.head
         logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return constrain(soft_cap(logits, self.config.final_softcap), "batch", None, "vocab")
+        return constrain(soft_cap(logits, self.config.final_softcap), "batch", "time", "vocab")
 
     def hidden_states(
         self,
@@ -302,15 +314,17 @@ class Transformer(nn.Module):
         limit = config.length_limit
         if limit is not None and length > limit:
             raise ValueError(f"a sequence of {length} tokens is longer than the {limit} that this model can read")
+        if layers is None:
+            check_sequence(length, config.n_heads)
         dtype = config.precision.compute
         # On a mesh each device looks up its columns of all rows, which then go where the rows are; the table stays.
         x = constrain(self.embedding, *PARAMETERS["embedding"])[constrain(tokens, "copy")].astype(dtype)
-        x = constrain(x, "copy", None, "embed")
+        x = constrain(constrain(x, "copy", None, "embed"), "copy", "time", "columns")
         if config.embedding_scale != 1:
             x = x * jnp.asarray(config.embedding_scale, dtype)
         if config.learned_positions:
             x = x + self.position_embedding[scene.positions].astype(dtype)
-        x = constrain(x, "batch")
+        x = constrain(x, "batch", "time")
         if config.scan_layers:
             differ = any(config.windows) or config.nope_layers
             numbers = stacked_numbers(config) if differ else None

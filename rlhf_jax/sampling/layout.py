@@ -1,8 +1,8 @@
 """The layout in which answers are sampled: copies of the weights, each cut along "tensor" alone.
 
-Along "fsdp" every device would gather the whole model for each token. So the weights are placed once for all tokens,
-as they are computed with, on a mesh of the same devices in the same order: "fsdp" goes over into "data", and into
-"tensor" where a copy would take more than a part of a device's memory.
+Along "fsdp" and "sequence" every device would gather the whole model for each token. So the weights are placed once
+for all tokens, as they are computed with, on a mesh of the same devices in the same order: these axes go over into
+"data", and into "tensor" where a copy would take more than a part of a device's memory.
 """
 
 import math
@@ -29,11 +29,11 @@ MEMORY: Mapping[str, float] = {"TPU v4": 32e9, "TPU v5 lite": 16e9, "TPU v5": 95
 def sampling_mesh(mesh: AbstractMesh, config: ModelConfig, size: float) -> AbstractMesh:
     """The mesh on which a model samples whose weights are so many bytes, of the same devices in the same order.
 
-    Its "fsdp" is 1, its "tensor" that of `sampling_tensor`.
+    Its "fsdp" and "sequence" are 1, its "tensor" that of `sampling_tensor`.
     """
     devices = math.prod(mesh.axis_sizes)
     tensor = sampling_tensor(devices, mesh.shape["tensor"], config, size, device_memory(mesh))
-    return mesh.update(axis_sizes=(devices // tensor, 1, tensor))
+    return mesh.update(axis_sizes=(devices // tensor, 1, 1, tensor))
 
 
 def sampling_tensor(devices: int, tensor: int, config: ModelConfig, size: float, memory: float | None) -> int:
@@ -96,21 +96,21 @@ def sampling_layout(config: ModelConfig, params: Params) -> Iterator[Params]:
         return
     wanted = sampling_mesh(mesh, config, copy_bytes(config, params))
     times = wanted.shape["tensor"] // mesh.shape["tensor"]
-    if times > 1 and mesh.shape["fsdp"] % times == 0:
+    if times > 1 and mesh.shape["fsdp"] * mesh.shape["sequence"] % times == 0:
         params = halfway(mesh, times, params)
     with jax.sharding.use_abstract_mesh(wanted):
         yield constrain_params(params)
 
 
 def halfway(mesh: AbstractMesh, times: int, params: Params) -> Params:
-    """The weights with "tensor" `times` as large and "fsdp" as much smaller, inside `jit`.
+    """The weights with "tensor" `times` as large and "fsdp" × "sequence" as much smaller, inside `jit`.
 
-    From there XLA gathers them along what is left of "fsdp"; from the mesh itself it would first make each whole.
+    From there XLA gathers them along what is left of these; from the mesh itself it would first make each whole.
     """
-    data, fsdp, tensor = mesh.axis_sizes
+    data, fsdp, sequence, tensor = mesh.axis_sizes
     names = ("data", "major", "minor", "tensor")
     kinds = (AxisType.Auto,) * len(names)
-    sizes = (data, fsdp // times, times, tensor)
+    sizes = (data, fsdp * sequence // times, times, tensor)
     split = AbstractMesh(sizes, names, axis_types=kinds, abstract_device=mesh.abstract_device)
     along = {"fsdp": ("major",), "tensor": ("minor", "tensor")}
 

@@ -108,7 +108,9 @@ def tpu_mesh(**sizes):
     """Of TPUs that are not there."""
     device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
     shape = tuple(sizes.get(name, 1) for name in MESH_AXES)
-    return jax.sharding.use_abstract_mesh(AbstractMesh(shape, MESH_AXES, (AxisType.Auto,) * 3, abstract_device=device))
+    return jax.sharding.use_abstract_mesh(
+        AbstractMesh(shape, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), abstract_device=device)
+    )
 
 
 def test_the_platform_chooses(monkeypatch):

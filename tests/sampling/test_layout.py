@@ -42,17 +42,18 @@ def answers(config, params, **numbers):
 @pytest.mark.parametrize(
     "mesh, kind, gigabytes, expected",
     [
-        ("fsdp=4,tensor=2", "cpu", 1000, (4, 1, 2)),  # nobody tells the memory
-        ("data=2,fsdp=2,tensor=2", "TPU v5 lite", 1, (4, 1, 2)),
-        ("fsdp=8", "TPU v5 lite", 16, (2, 1, 4)),
-        ("fsdp=8", "TPU v5", 16, (8, 1, 1)),
-        ("fsdp=8", "TPU v5 lite", 500, (2, 1, 4)),  # four heads of keys
+        ("fsdp=4,tensor=2", "cpu", 1000, (4, 1, 1, 2)),  # nobody tells the memory
+        ("data=2,fsdp=2,tensor=2", "TPU v5 lite", 1, (4, 1, 1, 2)),
+        ("fsdp=8", "TPU v5 lite", 16, (2, 1, 1, 4)),
+        ("fsdp=2,sequence=4", "TPU v5 lite", 16, (2, 1, 1, 4)),
+        ("fsdp=8", "TPU v5", 16, (8, 1, 1, 1)),
+        ("fsdp=8", "TPU v5 lite", 500, (2, 1, 1, 4)),  # four heads of keys
     ],
 )
 def test_a_copy_takes_a_part_of_a_device(monkeypatch, mesh, kind, gigabytes, expected):
     monkeypatch.setattr(layout, "device_memory", lambda mesh: layout.MEMORY.get(kind))
     found = layout.sampling_mesh(make_mesh(mesh).abstract_mesh, CONFIG, 1e9 * gigabytes)
-    assert found.axis_sizes == expected and found.axis_names == ("data", "fsdp", "tensor")
+    assert found.axis_sizes == expected and found.axis_names == ("data", "fsdp", "sequence", "tensor")
 
 
 @pytest.mark.parametrize("adapters", [False, True])

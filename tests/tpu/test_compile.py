@@ -150,6 +150,22 @@ def test_a_small_one_with_the_real_compiler(environment):
     assert int(re.search(r"all-gather: (\d+) times", done.stdout)[1]) >= 2 * 28
 
 
+def test_a_mesh_may_cut_a_slices_own_axes(environment):
+    """8 × 8 of 4 × 4 × 4: by itself jax.make_mesh refuses."""
+    code = """
+from jax.experimental import topologies
+from rlhf_jax.sharding import make_mesh
+slice = topologies.get_topology_desc(platform="tpu", topology_name="v5p:4x4x4")
+mesh = make_mesh("fsdp=8,sequence=8", devices=slice.devices)
+print(len(set(mesh.devices.flat)), mesh.devices.shape)
+"""
+    settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment | settings, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.strip() == "64 (1, 8, 8, 1)", done.stderr
+
+
 def test_a_mistake_is_one_line(environment):
     done = compile_for_tpu(environment, "--topology", "v5e:2x2", "--mesh", "fsdp=3")
     assert done.returncode == 2
