@@ -118,11 +118,11 @@ def main(cfg: Config, *, quiet: bool = False) -> dict[str, float]:
     chips = mesh.size
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     seconds = {
-        "compute": program.flops / chips / chip.flops,
-        "decode": program.decoded / chips / chip.hbm_bandwidth,
-        "between chips": sum(traffic.bytes.values()) / (chip.ici_bandwidth / 2),
+        "operations": program.flops / chips / chip.flops,
+        "reading": program.decoded / chips / chip.hbm_bandwidth,
+        "links": sum(traffic.bytes.values()) / (chip.ici_bandwidth / 2),
     }
-    least = max(seconds["compute"] + seconds["decode"], seconds["between chips"])
+    least = max(seconds["operations"] + seconds["reading"], seconds["links"])
     figures = {
         "hbm_gb": (held + memory.temp_size_in_bytes) / 1e9,
         "arguments_gb": memory.argument_size_in_bytes / 1e9,
@@ -133,6 +133,7 @@ def main(cfg: Config, *, quiet: bool = False) -> dict[str, float]:
         "seconds": least,
         "mfu": program.flops / chips / chip.flops / least,
         "compile_seconds": time.perf_counter() - began,
+        **{f"seconds_of_{name}": value for name, value in seconds.items()},
     }
     if quiet:
         return figures

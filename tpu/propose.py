@@ -8,11 +8,12 @@ with the reading of weights and cache while answers are sampled, or of what the 
 longer. `tpu/compile.py` asks the compiler about one of them.
 """
 
+import itertools
 import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ import jax
 from experiments.bench.programs import SAMPLING, Case, Program, build
 from experiments.bench.shapes import CHIPS, Chip, model_config, parameter_shapes
 from experiments.flags import PRECISIONS
+from rlhf_jax.axes import MESH_AXES
 from rlhf_jax.batches import Rankings, Tokens
 from rlhf_jax.budget import step_memory
 from rlhf_jax.cli import run_main
@@ -41,6 +43,12 @@ MOST = 2048
 """Chips of a slice."""
 HEADS = 3
 """Copies of the language head along fsdp that a step holds, its gradient counted: the compiler's figures say so."""
+
+
+LONG = 8192
+"""Tokens from which on a mesh may cut sequences: below, rows are many enough."""
+Sizes = tuple[int, int, int, int]
+"""Of the axes of a mesh, in the order of `MESH_AXES`."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +73,15 @@ class Config(Case):
             raise UserError(f"topology {self.topology!r}: slices of at most {MOST} chips are looked at")
 
 
+def named(sizes: Sizes) -> str:
+    """The mesh, as the experiments' --mesh."""
+    return ",".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True) if size > 1) or "data=1"
+
+
 class Proposal(NamedTuple):
     """A mesh and what a step takes on it, of one chip."""
 
-    mesh: tuple[int, int, int]
-    """data, fsdp, tensor."""
+    mesh: Sizes
     memory: float
     """Bytes."""
     sent: float
@@ -88,33 +100,40 @@ class Proposal(NamedTuple):
         return max(self.seconds, key=lambda name: self.seconds[name])
 
 
-def meshes(chips: int, config: ModelConfig, rows: int) -> Iterator[tuple[int, int, int]]:
-    """Sizes of (data, fsdp, tensor), powers of two: the first two divide the rows, tensor the keys' heads."""
+def meshes(chips: int, config: ModelConfig, rows: int, length: int) -> Iterator[Sizes]:
+    """Meshes of so many chips whose sizes are powers of two.
+
+    data and fsdp divide the rows, tensor the keys' heads, sequence × tensor all heads; sequences of LONG tokens are
+    cut.
+    """
     powers = [2**i for i in range(chips.bit_length())]
-    for tensor in powers:
-        for fsdp in powers:
-            data = chips // (tensor * fsdp)
-            if data * fsdp * tensor == chips and not config.n_kv_heads % tensor and not rows % (data * fsdp):
-                yield data, fsdp, tensor
+    for tensor, sequence, fsdp in itertools.product(powers, powers, powers):
+        data = chips // (tensor * sequence * fsdp)
+        cut = sequence == 1 or (length >= LONG and not length % sequence)
+        heads = not config.n_kv_heads % tensor and not config.n_heads % (sequence * tensor)
+        if data * fsdp * sequence * tensor == chips and cut and heads and not rows % (data * fsdp):
+            yield data, fsdp, sequence, tensor
 
 
-def sent(
-    case: Case, config: ModelConfig, sizes: tuple[int, int, int], rows: int, weights: float, trained: float
-) -> float:
+def sent(case: Case, config: ModelConfig, sizes: Sizes, rows: int, weights: float, trained: float) -> float:
     """Bytes that a chip receives in a step, of a model of so many `weights`, so many of them `trained`.
 
-    Along fsdp weights are gathered in each pass and gradients scattered; along data gradients are added up, in
-    float32; along tensor the residual stream, twice a layer and pass. Layers are computed again for the gradients.
+    Along fsdp × sequence weights are gathered in each pass and gradients scattered; along data gradients are added up,
+    in float32; along tensor the residual stream, twice a layer and pass; along sequence queries, keys, values and what
+    was attended change places. Layers are computed again for the gradients.
     """
-    data, fsdp, tensor = sizes
+    data, fsdp, sequence, tensor = sizes
+    ways, fsdp = data * fsdp * sequence, fsdp * sequence
+    keys = math.lcm(config.n_kv_heads, sequence * tensor)
     gather = WIDTH * weights / tensor * (fsdp - 1) / fsdp
     update = 2 * gather + WIDTH * trained / tensor * (fsdp - 1) / fsdp
     update += 2 * 4 * trained / (fsdp * tensor) * (data - 1) / data
 
     def sums(tokens: float) -> float:
-        """The sums of one pass over so many tokens of all rows."""
-        a_layer = 2 * tokens / (data * fsdp) * config.d_model * WIDTH
-        return config.n_layers * a_layer * 2 * (tensor - 1) / tensor
+        """What one pass over so many tokens of all rows adds up and moves."""
+        summed = 2 * config.d_model * 2 * (tensor - 1) / tensor
+        moved = 2 * (config.n_heads + keys) * config.head_dim / tensor * (sequence - 1) / sequence
+        return config.n_layers * tokens / ways * WIDTH * (summed + moved)
 
     tokens = rows * (case.prompt + case.response)
     if case.experiment == "grpo":  # one gather for sampling, one for the reference, and the update
@@ -126,15 +145,15 @@ def sent(
 
 
 def propose(case: Case, chip: Chip, chips: int) -> list[Proposal]:
-    """All meshes, the fastest of those that fit first, then the others by their memory."""
+    """All meshes: those that fit, the fastest and smallest first, then the others by their memory."""
     config = model_config(case.model, PRECISIONS[case.precision])
     rows, length = case.rows or chips * (4 if case.experiment in SAMPLING else 2), case.prompt + case.response
     shapes, found = parameter_shapes(config), []
     weights, copied = count_weights(shapes), copy_bytes(config, shapes)
     cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * WIDTH * rows  # of one token
-    for sizes in meshes(chips, config, rows):
-        data, fsdp, tensor = sizes
-        mesh = make_mesh(f"data={data},fsdp={fsdp},tensor={tensor}", devices=jax.devices()[:chips])
+    for sizes in meshes(chips, config, rows, length):
+        data, fsdp, sequence, tensor = sizes
+        mesh = make_mesh(named(sizes), devices=jax.devices()[:chips])
         program = build(case, jax.eval_shape, data * fsdp)
         state = program.args[0]
         trained = state.policy.params if case.experiment == "ppo" else state.params
@@ -145,9 +164,11 @@ def propose(case: Case, chip: Chip, chips: int) -> list[Proposal]:
             copy = own + cache * length / chips
         with jax.set_mesh(mesh):
             part = rows // (case.minibatches if case.experiment == "ppo" else 1)
-            more = step_memory(config, {}, (), rows=part, length=length).activations
+            # Made on CPUs, where "auto" would hold the scores.
+            kernel = replace(config, attention="splash") if case.attention == "auto" else config
+            more = step_memory(kernel, {}, (), rows=part, length=length).activations
         held = held_bytes(program, mesh)
-        gradients = 2 * 4 * count_weights(trained) / (fsdp * tensor)
+        gradients = 2 * 4 * count_weights(trained) / (fsdp * sequence * tensor)
         head = HEADS * 4 * config.d_model * config.vocab_size / tensor
         moved = sent(case, config, sizes, rows, weights, count_weights(trained))
         seconds = {
@@ -155,7 +176,8 @@ def propose(case: Case, chip: Chip, chips: int) -> list[Proposal]:
             "links": moved / (chip.ici_bandwidth / 2),
         }  # fmt: skip
         found.append(Proposal(sizes, held + copy + more + gradients + head, moved, seconds))
-    return sorted(found, key=lambda one: (one.memory > chip.hbm, one.memory if one.memory > chip.hbm else one.least))
+    fits = sorted((one for one in found if one.memory <= chip.hbm), key=lambda one: (one.least, one.memory))
+    return fits + sorted((one for one in found if one.memory > chip.hbm), key=lambda one: one.memory)
 
 
 def held_bytes(program: Program, mesh: Any) -> float:
@@ -186,10 +208,7 @@ def main(cfg: Config) -> dict[str, float]:
     fits = [one for one in found if one.memory <= chip.hbm]
     print("| mesh | HBM, GB | sent to a chip, GB | s at least | limited by |\n|---|---|---|---|---|")
     for one in (fits or found)[: cfg.show]:
-        mesh = ",".join(
-            f"{name}={size}" for name, size in zip(("data", "fsdp", "tensor"), one.mesh, strict=True) if size > 1
-        )
-        print(f"| {mesh or 'data=1'} | {one.memory / 1e9:.1f} of {chip.hbm / 1e9:.0f} | {one.sent / 1e9:.3g} |"
+        print(f"| {named(one.mesh)} | {one.memory / 1e9:.1f} of {chip.hbm / 1e9:.0f} | {one.sent / 1e9:.3g} |"
               f" {one.least:.3g} | {one.limit} |")  # fmt: skip
     if not fits:
         raise UserError(

@@ -31,6 +31,7 @@ from rlhf_jax.sharding import shard_batch
 from rlhf_jax.train import make_state
 from rlhf_jax.types import Metrics, Params
 
+Experiment = Literal["sft", "reward_model", "dpo", "ppo", "grpo"]
 SAMPLING = ("ppo", "grpo")
 GROUP = 4
 """GRPO's answers to each prompt."""
@@ -42,11 +43,13 @@ Make = Callable[..., Any]
 class Case:
     """The experiment, its model, and the sizes of a step."""
 
-    experiment: Literal["sft", "reward_model", "dpo", "ppo", "grpo"]
+    experiment: Experiment
     model: str
     """One of the published shapes of experiments/bench/shapes.py."""
     rows: int | None = None
     """Sequences a step (PPO, GRPO: responses an iteration); by default two (four) for each part of data × fsdp."""
+    reward_model: str | None = None
+    """PPO: the shape of the reward model and of the critic, which begins as it; by default the policy's."""
     minibatches: int = 4
     """Minibatches of a PPO iteration, in one epoch. GRPO's has one, and four answers to each prompt."""
     prompt: int = 512
@@ -70,8 +73,11 @@ class Case:
                 raise UserError(f"rows is {self.rows}; answers come in pairs, so it must be even")
             if self.experiment == "grpo" and self.rows % GROUP:
                 raise UserError(f"rows is {self.rows}; groups have {GROUP} answers")
-        if self.model not in MODELS:
-            raise UserError(f"model {self.model!r} is not one of {', '.join(MODELS)}")
+        for name in filter(None, (self.model, self.reward_model)):
+            if name not in MODELS:
+                raise UserError(f"model {name!r} is not one of {', '.join(MODELS)}")
+        if self.reward_model and (self.experiment != "ppo" or self.lora_rank):
+            raise UserError("--reward-model is for PPO without adapters, whose trunk all models share")
 
 
 class Program(NamedTuple):
@@ -117,10 +123,13 @@ def training(
     return frozen, trainable, make(lambda p: make_state(model, p, cfg.make_optimizer(1000)), trainable)
 
 
-def ppo_setup(config: ModelConfig, *, max_new_tokens: int, eos_id: int, pad_id: int) -> Setup:
-    """PPO with a critic and one reward model of the policy's shape, whose name is "reward_model"."""
-    reward = model_reward(config, None, name="reward_model", weight=1.0)
-    return Setup(Transformer(config), ScalarModel(config), (reward,), max_new_tokens, eos_id, pad_id)
+def ppo_setup(
+    config: ModelConfig, *, max_new_tokens: int, eos_id: int, pad_id: int, reward_config: ModelConfig | None = None
+) -> Setup:
+    """PPO with one reward model, whose name is "reward_model", and a critic of its shape; by default the policy's."""
+    reward_config = reward_config or config
+    reward = model_reward(reward_config, None, name="reward_model", weight=1.0)
+    return Setup(Transformer(config), ScalarModel(reward_config), (reward,), max_new_tokens, eos_id, pad_id)
 
 
 def score_and_shape(
@@ -159,15 +168,25 @@ def build(case: Case, make: Make, parts: int = 1, copies: int | None = None) -> 
     `copies` of the weights are read while answers are sampled; by default as many as there are parts.
     """
     config = replace(model_config(case.model, PRECISIONS[case.precision]), attention=case.attention)
-    model, scalar = Transformer(config), ScalarModel(config)
-    params = make(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"])
+    judge = replace(
+        model_config(case.reward_model or case.model, PRECISIONS[case.precision]), attention=case.attention
+    )
+    model, scalar = Transformer(config), ScalarModel(judge)
+
+    def weights(config: ModelConfig) -> Params:
+        return make(lambda: Transformer(config).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"])
+
+    params = weights(config)
+    scoring = weights(judge) if case.reward_model else params
     rows, length = case.rows or parts * (4 if case.experiment in SAMPLING else 2), case.prompt + case.response
     frozen_dtype = case.frozen_dtype if case.lora_rank else None
     trained: dict[str, Any] = {"lora_rank": case.lora_rank, "frozen_dtype": frozen_dtype, "learning_rate": 1e-4}
     back = 2 if case.lora_rank else 3  # forward, and the gradients of activations and of weights
     matrices = count_weights(params["layers"])
     once, learned = (flops(config, matrices, rows, length, case.response, times=times) for times in (1, back))
-    scored, valued = (flops(config, matrices, rows, length, 0, times=times) for times in (1, back))
+    scored, valued = (
+        flops(judge, count_weights(scoring["layers"]), rows, length, 0, times=times) for times in (1, back)
+    )
 
     def batch() -> Tokens:
         return tokens(config, rows, case.prompt, case.response)
@@ -187,7 +206,7 @@ def build(case: Case, make: Make, parts: int = 1, copies: int | None = None) -> 
         )
         step = make_preference_step(partial(dpo.loss, dpo_cfg), config, accumulate=1)
         return Program(step, (state, good, frozen), learned)
-    rewards = make(lambda p: from_language_model(p, jax.random.key(0), config), params)
+    rewards = make(lambda p: from_language_model(p, jax.random.key(0), judge), scoring)
     if case.experiment == "reward_model":
         reward_cfg = reward_model.RewardModel(**trained)
         frozen, _, state = training(reward_cfg, scalar, rewards, make)
@@ -227,7 +246,7 @@ def build(case: Case, make: Make, parts: int = 1, copies: int | None = None) -> 
         )  # fmt: skip
 
     ppo_cfg = ppo.PPO(**trained, responses=rows, minibatches=case.minibatches, epochs=1)
-    setup = ppo_setup(config, max_new_tokens=case.response, eos_id=-1, pad_id=0)
+    setup = ppo_setup(config, max_new_tokens=case.response, eos_id=-1, pad_id=0, reward_config=judge)
     trunk, _, policy = training(ppo_cfg, model, params, make)
     _, own, critic = training(ppo_cfg, scalar, rewards, make)
     prompts = make(lambda: asked(rows))

@@ -107,7 +107,7 @@ def tiny_model(monkeypatch):
     monkeypatch.setitem(shapes.MODELS, "tiny", TINY)
 
 
-def test_operations_by_hand(tiny_model):
+def test_operations_by_hand(tiny_model, monkeypatch):
     """Two a weight and token; the head for responses only; each token sees half of the others; thrice in training.
 
     Where the weights have no gradient only their part is done twice.
@@ -122,19 +122,24 @@ def test_operations_by_hand(tiny_model):
     program = programs.build(case, jax.eval_shape)
     assert program.update_flops == 3 * (forward + scored)
     assert program.flops == forward + 2 * (forward + scored) + program.update_flops
+    monkeypatch.setitem(shapes.MODELS, "thin", TINY | {"num_hidden_layers": 1})
+    case = programs.Case("ppo", "tiny", rows=2, prompt=4, response=4, minibatches=1, reward_model="thin")
+    half = scored / 2  # of the reward model, and of the critic, which has its shape
+    assert programs.build(case, jax.eval_shape).flops == forward + 2 * (forward + half) + 3 * (forward + half)
     case = programs.Case("grpo", "tiny", rows=4, prompt=4, response=4)
     assert programs.build(case, jax.eval_shape).flops == 2 * 2 * forward + 2 * (3 * weights + 3 * attention)
 
 
-def test_an_iteration_of_grpo_on_a_mesh_is_that_of_one_device(tiny_model):
-    case = programs.Case("grpo", "tiny", rows=16, prompt=5, response=6, precision="float32", attention="reference")
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=4", "fsdp=4,sequence=2"])
+def test_an_iteration_of_grpo_on_a_mesh_is_that_of_one_device(tiny_model, mesh):
+    case = programs.Case("grpo", "tiny", rows=16, prompt=5, response=7, precision="float32", attention="reference")
 
     def metrics(mesh):
         with nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh)):
             program = programs.build(case, lambda function, *args: function(*args))
             return jax.device_get(program.function(*shard_params(program.args))[1])
 
-    alone, spread = metrics(None), metrics("data=2,fsdp=4")
+    alone, spread = metrics(None), metrics(mesh)
     assert alone.keys() == spread.keys() and alone["grad_norm"] > 0.1
     for name in alone:
         np.testing.assert_allclose(spread[name], alone[name], rtol=1e-4, atol=2e-6, err_msg=name)

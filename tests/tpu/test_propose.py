@@ -33,28 +33,44 @@ def sent(propose, experiment, mesh, rows, trained=8.03e9, **sizes):
 
 def test_what_is_sent_by_hand(propose):
     # Two gathers of the weights and a scatter of the gradients, 16 GB each but for what a chip has.
-    assert sent(propose, "sft", (1, 128, 1), 128) == pytest.approx(3 * 16.06 * 127 / 128)
-    assert sent(propose, "sft", (1, 128, 1), 128, trained=0) == pytest.approx(2 * 16.06 * 127 / 128)
+    assert sent(propose, "sft", (1, 128, 1, 1), 128) == pytest.approx(3 * 16.06 * 127 / 128)
+    assert sent(propose, "sft", (1, 128, 1, 1), 128, trained=0) == pytest.approx(2 * 16.06 * 127 / 128)
     # Copies of the model add up gradients in float32, twice but for their own.
-    assert sent(propose, "sft", (8, 1, 1), 128) == pytest.approx(2 * 4 * 8.03 * 7 / 8)
+    assert sent(propose, "sft", (8, 1, 1, 1), 128) == pytest.approx(2 * 4 * 8.03 * 7 / 8)
     # 32 layers, two sums of 16,384 tokens of width 4,096 in bfloat16, forward, again, and backward.
-    assert sent(propose, "sft", (8, 1, 8), 128, trained=0) == pytest.approx(
+    assert sent(propose, "sft", (8, 1, 1, 8), 128, trained=0) == pytest.approx(
         3 * 32 * 2 * 16_384 * 4_096 * 2 * 2 * 7 / 8 / 1e9
+    )
+    # Parts of 128 sequences, 1,024 tokens each: of 32 heads of queries, as many attended, 8 of keys and 8 of values,
+    # seven eighths change places. Weights are gathered along it, too.
+    alone = sent(propose, "sft", (1, 128, 1, 1), 128, trained=0)
+    assert sent(propose, "sft", (1, 16, 8, 1), 128, trained=0) - alone == pytest.approx(
+        3 * 32 * 1_024 * (32 + 32 + 8 + 8) * 128 * 2 * 7 / 8 / 1e9
     )
 
 
 @pytest.mark.parametrize(
     "experiment, mesh, rows, compiled, within",
-    [("sft", (1, 128, 1), 128, 50.5, 0.1), ("dpo", (1, 128, 1), 256, 48.9, 0.1), ("ppo", (1, 32, 4), 128, 281, 0.4)],
-)
+    [
+        ("sft", (1, 128, 1, 1), 128, 50.5, 0.1),
+        ("dpo", (1, 128, 1, 1), 256, 48.9, 0.1),
+        ("ppo", (1, 32, 1, 4), 128, 281, 0.4),
+    ],
+)  # fmt: skip
 def test_what_is_sent_is_about_what_the_compiler_says(propose, experiment, mesh, rows, compiled, within):
     assert sent(propose, experiment, mesh, rows) == pytest.approx(compiled, rel=within)
 
 
 def test_meshes_divide_rows_and_heads(propose):
     config = propose.model_config("llama3-8b", propose.PRECISIONS["mixed"])
-    found = set(propose.meshes(16, config, 8))
-    assert found == {(d, f, t) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) for t in (2, 4, 8) if d * f * t == 16}
+    found = set(propose.meshes(16, config, 8, 1024))
+    assert found == {(d, f, 1, t) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) for t in (2, 4, 8) if d * f * t == 16}
+    long = set(propose.meshes(64, config, 1, 131_072))
+    assert long == {(1, 1, s, t) for s in (8, 16, 32) for t in (2, 4, 8) if s * t == 64 and 32 % (s * t) == 0}
+    assert set(propose.meshes(64, config, 2, 131_072)) == {
+        (d, f, s, t) for d in (1, 2) for f in (1, 2) for s in (1, 2, 4, 8, 16, 32) for t in (1, 2, 4, 8)
+        if d * f * s * t == 64 and d * f <= 2 and s * t <= 32
+    }  # fmt: skip
 
 
 def run(*flags):
