@@ -112,6 +112,8 @@ class PPOFlags(Flags):
     """Discount of rewards, a token."""
     lam: float = 0.95
     """λ of the advantages: 1 trusts returns alone, 0 the critic alone."""
+    whiten: bool = True
+    """Shift and scale an iteration's advantages to mean 0 and variance 1."""
     clip_eps: float = 0.2
     """How far the ratio of new to old policy may count, from 1."""
     value_clip_eps: float = 0.2
@@ -232,7 +234,7 @@ def score(
 def shape(
     cfg: PPO, setup: Setup, state: State, frozen: Frozen, tokens: Tokens, scores: Float[Array, " B"]
 ) -> tuple[Experience, Metrics]:
-    """Experience [B, T] whose rewards are the scores minus β·KL, with whitened advantages."""
+    """Experience [B, T] whose rewards are the scores minus β·KL."""
     mask = tokens.mask
     # Re-scored at training shapes, so that the first ratio is 1.
     policy, reference = frozen.over_trunk(state.policy.params), frozen.over_trunk(frozen.reference)
@@ -246,9 +248,9 @@ def shape(
     old_logprobs, entropy, ref_logprobs, values = in_parts(scores_of, tokens, cfg.parts)
     rewards = kl_shaped_rewards(scores, old_logprobs, ref_logprobs, mask, beta=state.beta)
     advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, lam=cfg.lam)
-    experience = Experience(
-        tokens, old_logprobs, ref_logprobs, values, rewards, masked_whiten(advantages, mask), returns
-    )
+    if cfg.whiten:
+        advantages = masked_whiten(advantages, mask)
+    experience = Experience(tokens, old_logprobs, ref_logprobs, values, rewards, advantages, returns)
 
     def per_response(x: Array) -> Array:
         return masked_sum(x, mask, axis=1).mean()

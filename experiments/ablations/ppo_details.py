@@ -1,4 +1,4 @@
-"""The worth of each part of PPO: the critic's start, clips, epochs, λ; and RLOO, which has no critic.
+"""The worth of each part of PPO: the critic's start, whitening, clips, epochs, λ; and RLOO, which has no critic.
 
 Ahmadian et al. 2024 (https://arxiv.org/abs/2402.14740) find that for language models λ → 1 is best, that the clip
 hardly ever acts, and that REINFORCE with a leave-one-out baseline beats PPO. Huang et al. 2024
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":  # this checkout's files, whatever is installed
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import ppo, rloo
@@ -31,16 +33,17 @@ from experiments.stages import train_without_critic
 from rlhf_jax.cli import run_main
 from rlhf_jax.log import Run
 from rlhf_jax.metrics import read_metrics
+from rlhf_jax.models import from_language_model
 from rlhf_jax.rewards.model import model_reward
 from rlhf_jax.tasks.measure import compare_policies
 
 NO_CLIP = 1e6
 CHANGES: dict[str, dict[str, Any]] = {
-    "default": {}, "critic_from_the_policy": {}, "no_value_clip": {"value_clip_eps": NO_CLIP},
-    "no_clip": {"clip_eps": NO_CLIP}, "one_epoch": {"epochs": 1}, "four_epochs": {"epochs": 4},
-    "lambda_1": {"lam": 1.0}, "lambda_0": {"lam": 0.0},
+    "default": {}, "critic_from_the_policy": {}, "critic_of_zeros": {}, "no_whitening": {"whiten": False},
+    "no_value_clip": {"value_clip_eps": NO_CLIP}, "no_clip": {"clip_eps": NO_CLIP}, "one_epoch": {"epochs": 1},
+    "four_epochs": {"epochs": 4}, "lambda_1": {"lam": 1.0}, "lambda_0": {"lam": 0.0},
 }  # fmt: skip
-"""The flags in which each variant of PPO differs from the default."""
+"""The flags in which each variant of PPO differs from the default. A critic from the policy has a new head."""
 COLUMNS = (
     Column("true utility", "policy_utility"), Column("beats SFT", "win_rate", 3), Column("proxy", "policy_score"),
     Column("KL, nats", "kl", 1), Column("ratios clipped", "clip_fraction", 3),
@@ -75,10 +78,13 @@ def one(cfg: Config, begun: AfterRewardModel, seed: int, variant: Variant, run: 
         policy, _ = train_without_critic(groups, algorithm, task, base, rewards, run, seed, stage="rl")
     else:
         flags = replace(cfg.ppo, **CHANGES[variant.part])
-        critic = None if variant.part == "critic_from_the_policy" else (base.config, begun.rewards)
+        critic = base.config, begun.rewards
+        if variant.part == "critic_of_zeros":
+            new = from_language_model(base.params, jax.random.key(seed), base.config)
+            critic = base.config, new | {"head": jax.tree.map(jnp.zeros_like, new["head"])}
         policy, _ = ppo.train(
-            flags, base, task.prompts(), rewards, run, seed, max_new_tokens=task.max_new_tokens, critic=critic,
-            judge=task.judge, stage="rl",
+            flags, base, task.prompts(), rewards, run, seed, max_new_tokens=task.max_new_tokens,
+            critic=None if variant.part == "critic_from_the_policy" else critic, judge=task.judge, stage="rl",
         )  # fmt: skip
     rows = read_metrics(run.dir)["rl"]
     found = begun.facts | compare_policies(
@@ -115,6 +121,11 @@ CLAIMS = (
           "of explained variance", above=0.0),
     Claim("and the policy is better for it", "Ouyang et al. 2022", "not told", ends_above("default",
           "critic_from_the_policy"), "of true utility", above=0.0),
+    Claim("how a new head begins does not matter", "Ziegler et al. 2019; Huang et al. 2024",
+          "zeros in the one, 1/√(d + 1) in the other", ends_above("critic_of_zeros", "critic_from_the_policy"),
+          "of true utility", above=-0.1, below=0.1),
+    Claim("without whitening nothing is lost", "Andrychowicz et al. 2021", "it hardly matters",
+          ends_above("no_whitening"), "of true utility", above=-0.1),
 )  # fmt: skip
 
 

@@ -125,8 +125,9 @@ def test_score_is_the_weighted_sum_and_the_rule_for_answers_without_an_end():
     assert float(metrics["reward/python/mean"]) == 3.0 and float(metrics["reward/python/applies"]) == 0.5
 
 
-def test_shape_is_reward_minus_beta_kl_and_gae_of_it():
-    cfg, setup, state, frozen = parts(gamma=0.9, lam=0.8, beta=0.5)
+@pytest.mark.parametrize("whiten", [True, False])
+def test_shape_is_reward_minus_beta_kl_and_gae_of_it(whiten):
+    cfg, setup, state, frozen = parts(gamma=0.9, lam=0.8, beta=0.5, whiten=whiten)
     # A reference that is not the policy, so that there is a KL.
     frozen = frozen._replace(reference=jax.tree.map(lambda x: 1.5 * x, frozen.reference))
     prompts, completions = two_answers()
@@ -145,7 +146,7 @@ def test_shape_is_reward_minus_beta_kl_and_gae_of_it():
     np.testing.assert_allclose(np.where(mask, experience.rewards, 0.0), rewards, atol=1e-4)
     np.testing.assert_allclose(np.where(mask, experience.returns, 0.0), np.where(mask, returns, 0.0), atol=1e-4)
     real = advantages[mask]
-    expected = (real - real.mean()) / np.sqrt(real.var() + 1e-8)
+    expected = (real - real.mean()) / np.sqrt(real.var() + 1e-8) if whiten else real
     np.testing.assert_allclose(np.asarray(experience.advantages)[mask], expected, atol=1e-3)
     kl = np.where(mask, logprobs - reference, 0.0).sum(axis=1).mean()
     np.testing.assert_allclose(metrics["kl_k1"], kl, rtol=1e-3)
