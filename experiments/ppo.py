@@ -491,7 +491,10 @@ def train(
     rows = cfg.responses // cfg.minibatches // cfg.accumulate
     shape = rows, prompts.train.tokens.shape[1] + max_new_tokens
     trained = state.policy.params, state.critic.params
-    loop.say_memory(base.config, trained, (state, frozen), shape, adapters=bool(frozen.trunk))
+    loop.say_memory(
+        base.config, trained, (state, frozen), shape, adapters=bool(frozen.trunk),
+        sampled=(frozen.over_trunk(state.policy.params), cfg.responses),
+    )  # fmt: skip
     with count_compilations() as compilations:
         for step in loop:
             began = time.perf_counter()

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from rlhf_jax.models import ModelConfig
 from rlhf_jax.models.fused import attention_kernel
+from rlhf_jax.sampling.layout import copy_bytes, sampling_mesh
 from rlhf_jax.scoring import head_chunk, row_devices
 from rlhf_jax.sharding import current_mesh
 from rlhf_jax.types import Params
@@ -30,10 +32,13 @@ class StepMemory(NamedTuple):
     activations: float
     """Numbers that the backward pass reads, and logits."""
 
+    sampling: float = 0.0
+    """Weights as answers are sampled with, where they are a copy, and the cache; gone before anything is learned."""
+
     @property
     def more(self) -> float:
         """Bytes that the step takes beside what is held."""
-        return self.gradients + self.activations
+        return max(self.gradients + self.activations, self.sampling)
 
 
 def step_memory(config: ModelConfig, trained: Params, held: Any, *, rows: int, length: int) -> StepMemory:
@@ -56,6 +61,23 @@ def step_memory(config: ModelConfig, trained: Params, held: Any, *, rows: int, l
     logits = 4 * rows * chunk * config.vocab_size / parts
     activations = config.n_layers * kept + 2 * a_layer + 1.5 * logits
     return StepMemory(device_bytes(held), 2 * device_bytes(trained), activations)
+
+
+def sampling_memory(config: ModelConfig, params: Params, *, rows: int, length: int) -> float:
+    """Bytes that sampling takes on one device, of a model's `params` (or shapes), `rows` answers at a time.
+
+    `length` counts the tokens of prompt and answer. See `sampling/layout.py`.
+    """
+    mesh, copy = current_mesh(), copy_bytes(config, params)
+    devices, tensor = 1, 1
+    if mesh is not None:
+        layout = sampling_mesh(mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh, config, copy)
+        devices, tensor = math.prod(layout.axis_sizes), layout.shape["tensor"]
+    if devices == 1 and copy == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)):
+        copy = 0  # the weights themselves are read
+    itemsize = jnp.dtype(config.precision.compute).itemsize
+    cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * itemsize * rows * length
+    return copy / tensor + cache / devices
 
 
 def device_bytes(tree: Any) -> float:
@@ -96,6 +118,8 @@ def advice(config: ModelConfig, needed: StepMemory, *, rows: int, adapters: bool
     """The flags that would help, the most useful first."""
     lora = [] if adapters else ["--lora-rank 16"]
     fewer = ["a larger --accumulate" if rows > 1 else "a smaller --max-length"]
+    if needed.sampling > needed.gradients + needed.activations:
+        return ["fewer answers at a time (--responses, --slots)", "a smaller --max-new-tokens", *lora]
     if needed.activations > needed.gradients:
         return ([] if config.remat else ["--remat True"]) + fewer + lora
     return (lora or ["--frozen-dtype int8"]) + fewer

@@ -187,7 +187,11 @@ def train_groups(
     policy = loop.restore(policy)
     learned = numbers.prompts * numbers.group_size // numbers.minibatches // numbers.accumulate
     shape = learned, sets.train.tokens.shape[1] + numbers.max_new_tokens
-    loop.say_memory(base.config, policy.params, (policy, frozen), shape, adapters=adapters)
+    at_once = numbers.slots if current_mesh() is None else numbers.prompts * numbers.group_size
+    loop.say_memory(
+        base.config, policy.params, (policy, frozen), shape, adapters=adapters,
+        sampled=(frozen.over_trunk(policy.params), at_once),
+    )  # fmt: skip
     with count_compilations() as compilations:
         for step in loop:
             began = time.perf_counter()

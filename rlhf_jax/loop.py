@@ -17,7 +17,7 @@ import numpy as np
 from flax.training.train_state import TrainState
 
 from rlhf_jax import checkpoint
-from rlhf_jax.budget import advice, free_memory, memory_line, step_memory
+from rlhf_jax.budget import advice, free_memory, memory_line, sampling_memory, step_memory
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import from_first, gather
 from rlhf_jax.log import Run
@@ -69,13 +69,23 @@ class Loop:
         return state
 
     def say_memory(
-        self, config: ModelConfig, trained: Params, held: Any, shape: tuple[int, int], *, adapters: bool
+        self,
+        config: ModelConfig,
+        trained: Params,
+        held: Any,
+        shape: tuple[int, int],
+        *,
+        adapters: bool,
+        sampled: tuple[Params, int] | None = None,
     ) -> None:
         """Says what the stage's steps will take, before they are compiled, and warns where that is not free.
 
-        `shape` is (rows, tokens) of a microbatch, `held` all arrays that a step is given. Small models are left out.
+        `shape` is (rows, tokens) of a microbatch, `held` all arrays that a step is given. `sampled` are the weights
+        that sample, and how many answers at a time, of as many tokens. Small models are left out.
         """
         needed = step_memory(config, trained, held, rows=shape[0], length=shape[1])
+        if sampled is not None:
+            needed = needed._replace(sampling=sampling_memory(config, sampled[0], rows=sampled[1], length=shape[1]))
         free = free_memory()
         fits = free is None or needed.more <= free
         if not fits:

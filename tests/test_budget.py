@@ -1,6 +1,7 @@
 """The estimate of a step's memory is near the compiler's figure, and a run that has too little says so before."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,11 @@ import pytest
 
 from rlhf_jax import budget, loop
 from rlhf_jax.batches import Tokens
-from rlhf_jax.models import ModelConfig, Transformer, init_lora, with_lora
+from rlhf_jax.models import FLOAT32, MIXED, ModelConfig, Transformer, init_lora, with_lora
 from rlhf_jax.optimizers import adamw
+from rlhf_jax.sampling.generate import generate
 from rlhf_jax.scoring import sft_objective
+from rlhf_jax.sharding import make_mesh
 from rlhf_jax.train import make_state, make_train_step
 
 CONFIG = ModelConfig(
@@ -44,6 +47,38 @@ def compiled_and_estimated(config, *, lora):
 def test_the_estimate_is_near_the_compilers_figure(remat, lora):
     compiled, needed = compiled_and_estimated(replace(CONFIG, remat=remat), lora=lora)
     assert 0.5 < needed.more / compiled < 2, (needed, compiled)
+
+
+@pytest.mark.parametrize("precision", [FLOAT32, MIXED])
+def test_what_sampling_takes_is_a_copy_in_a_narrower_type_and_the_cache(precision):
+    """By hand, on one device and on a mesh; and near the compiler's figure."""
+    config = replace(CONFIG, precision=precision)
+    model, width = Transformer(config), jnp.dtype(precision.compute).itemsize
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"])
+    kernels = sum(leaf.size for leaf in jax.tree.leaves(shapes) if leaf.ndim == 3)
+    others = sum(leaf.size for leaf in jax.tree.leaves(shapes) if leaf.ndim < 3)
+    cache, copy = 2 * 6 * 2 * 32 * width * 8 * 96, width * kernels + 4 * others
+    alone = budget.sampling_memory(config, shapes, rows=8, length=96)
+    assert alone == cache + (copy if width < 4 else 0)
+    with jax.set_mesh(make_mesh("data=2,fsdp=4")):
+        assert budget.sampling_memory(config, shapes, rows=8, length=96) == cache / 8 + copy
+    prompts = jnp.ones((8, 32), jnp.int32)
+    sample = partial(generate, model, max_new_tokens=64, temperature=1.0, eos_id=-1, pad_id=0)
+    compiled = jax.jit(sample).lower(shapes, prompts, prompts > 0, jax.random.key(0)).compile().memory_analysis()
+    assert 0.5 < alone / compiled.temp_size_in_bytes < 1.5
+
+
+def test_a_stage_that_samples_more_than_it_learns_says_so(monkeypatch):
+    monkeypatch.setattr(loop, "free_memory", lambda: 1e6)
+    stage, x = loop.Loop.__new__(loop.Loop), jnp.ones((10, 10))
+    stage.run, stage.stage = Said(), "ppo"
+    shapes = jax.eval_shape(
+        lambda: Transformer(CONFIG).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    )
+    stage.say_memory(CONFIG, x, x, (1, 256), adapters=True, sampled=(shapes, 1000))
+    (line,) = stage.run.warned
+    cache = 2 * 6 * 2 * 32 * 4 * 1000 * 256 / 1e9
+    assert f"a step takes about {cache:.2f} GB more" in line and "fewer answers at a time (--responses" in line
 
 
 def test_shared_arrays_count_once():

@@ -95,8 +95,9 @@ def sampling_layout(config: ModelConfig, params: Params) -> Iterator[Params]:
         yield params
         return
     wanted = sampling_mesh(mesh, config, copy_bytes(config, params))
-    times = wanted.shape["tensor"] // mesh.shape["tensor"]
-    if times > 1 and mesh.shape["fsdp"] * mesh.shape["sequence"] % times == 0:
+    ways = mesh.shape["fsdp"] * mesh.shape["sequence"]
+    times = math.gcd(wanted.shape["tensor"] // mesh.shape["tensor"], ways)
+    if times > 1:
         params = halfway(mesh, times, params)
     with jax.sharding.use_abstract_mesh(wanted):
         yield constrain_params(params)

@@ -56,18 +56,23 @@ def test_a_copy_takes_a_part_of_a_device(monkeypatch, mesh, kind, gigabytes, exp
     assert found.axis_sizes == expected and found.axis_names == ("data", "fsdp", "sequence", "tensor")
 
 
-@pytest.mark.parametrize("adapters", [False, True])
-@pytest.mark.parametrize("scan", [False, True])
-def test_answers_on_a_mesh_of_another_shape_are_those_of_one_device(monkeypatch, adapters, scan):
+@pytest.mark.parametrize(
+    "mesh, scan, adapters",
+    [
+        ("fsdp=8", True, False), ("fsdp=8", True, True), ("fsdp=8", False, False), ("fsdp=8", False, True),
+        ("data=4,fsdp=2", True, False), ("fsdp=2,sequence=4", True, True),
+    ],
+)  # fmt: skip
+def test_answers_on_a_mesh_of_another_shape_are_those_of_one_device(monkeypatch, mesh, scan, adapters):
     config = replace(CONFIG, scan_layers=scan, precision=CONFIG.precision._replace(compute=jnp.float32))
     params = weights(config)
     if adapters:
         params = adapted(params)
     expected = answers(config, params, max_new_tokens=6)
     monkeypatch.setattr(layout, "device_memory", lambda mesh: 1.0)  # so that "fsdp" becomes "tensor" as far as it may
-    with jax.set_mesh(make_mesh("fsdp=8")):
+    with jax.set_mesh(make_mesh(mesh)):
         found = answers(config, shard_params(params), max_new_tokens=6)
-        assert found.tokens.sharding.mesh.shape["fsdp"] == 8  # it comes back on the mesh that is set
+        assert found.tokens.sharding.mesh.shape == make_mesh(mesh).shape  # it comes back on the mesh that is set
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=2e-5)
 
