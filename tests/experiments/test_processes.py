@@ -431,29 +431,6 @@ def test_one_is_killed_inside_a_reward_and_the_other_says_so(runs):
     assert seconds - at < 40
 
 
-def test_two_processes_evaluate_as_one_does(tmp_path, shared_data):
-    """The command itself, on rows of three suites."""
-    root = Path(__file__).parents[2]
-    files = {"ifeval": "ifeval/ifeval_prompts", "gsm8k": "math/gsm8k.test", "text": "code/mbpp"}
-    flags = [word for name, file in files.items() for word in (f"--{name}", str(shared_data / f"{file}.jsonl.gz"))]
-    flags += ["--limit", "6", "--max-new-tokens", "8", "--max-length", "128"]
-    command = [sys.executable, str(root / "experiments" / "evaluate.py"), *flags]
-    command += ["--model", str(shared_data / "model" / "stories260K-hf"), "--run-dir"]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    told = [[str(tmp_path / "two"), "--hosts", f"127.0.0.1:{port},2,{number}"] for number in (0, 1)]
-    running = [
-        subprocess.Popen([*command, *one], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for one in ([str(tmp_path / "one")], *told)
-    ]
-    said = [process.communicate(timeout=LIMIT)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0, 0], "\n".join(said)
-    one, two = (json.loads((tmp_path / name / "summary.json").read_text(encoding="utf-8")) for name in ("one", "two"))
-    assert one.keys() == two.keys() and len(one) > 20
-    for name in one:
-        np.testing.assert_allclose(two[name], one[name], rtol=1e-5, err_msg=name)
-
-
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     (_, ended), (_, killed) = lives(folder)
