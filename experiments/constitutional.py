@@ -193,13 +193,13 @@ def revise_prompts(
     sets, size = task.prompts(), task.eval_batch_size
 
     def make(part: range) -> list[dict[str, Any]]:
-        prompts, number = take(sets.train, np.asarray(part)), part.start // size
+        prompts = take(sets.train, np.asarray(part))
         asked = [sets.rows[row].prompt for row in prompts.row.tolist()]
         answers = read(task.base, sampler(task.base.params, prompts, 30_000_000))
         drawn = draw_principles(seed, part, cfg.revisions, len(assistant.principles))
         chains = revise_answers(
-            assistant.revise, [as_conversation(prompt) for prompt in asked], answers, assistant.principles, drawn,
-            number * max(1, cfg.revisions),
+            assistant.revise, [as_conversation(prompt) for prompt in asked], answers, assistant.principles, part,
+            drawn,
         )  # fmt: skip
         fields = [sets.rows[row].asked() for row in prompts.row.tolist()]
         return [chain_row(*some) for some in zip(chains, fields, part, strict=True)]

@@ -46,10 +46,11 @@ class Step(NamedTuple):
     revision: Said
 
 
-Reply = Callable[[Sequence[Conversation], int], list[Said]]
-"""reply(conversations, number) -> the assistant's next turn in each; other numbers give other replies."""
-Reviser = Callable[[Sequence[Conversation], Sequence[str], Sequence[Principle], int], list[Step]]
-"""revise(prompts, answers, principles, number) -> a step for each answer."""
+Reply = Callable[[Sequence[Conversation], Sequence[int], int], list[Said]]
+"""reply(conversations, rows, number) -> the assistant's next turn in each. What it draws depends on the conversation's
+row and the number, not on the conversations beside it."""
+Reviser = Callable[[Sequence[Conversation], Sequence[str], Sequence[Principle], Sequence[int], int], list[Step]]
+"""revise(prompts, answers, principles, rows, number) -> a step for each answer, which is drawn as a reply is."""
 
 
 class Chain(NamedTuple):
@@ -76,18 +77,17 @@ class Chain(NamedTuple):
 
 def revise_answers(
     revise: Reviser, prompts: Sequence[Conversation], answers: Sequence[Said], principles: Sequence[Principle],
-    drawn: np.ndarray, number: int,
+    rows: Sequence[int], drawn: np.ndarray,
 ) -> list[Chain]:  # fmt: skip
-    """A chain for each prompt. `drawn` [N, revisions] are the numbers of the principles, in their order.
-
-    Revision k of all chains gets the number `number` + k.
+    """A chain for each prompt, whose number is its row. `drawn` [N, revisions] are the numbers of the principles, in
+    their order. Revision k of all chains has the number k.
     """
     chains = [Chain(prompt, answer, ()) for prompt, answer in zip(prompts, answers, strict=True)]
     for k in range(drawn.shape[1]):
         going = [place for place, chain in enumerate(chains) if not chain.missing]
         steps = revise(
             [chains[place].prompt for place in going], [chains[place].texts()[-1].text for place in going],
-            [principles[drawn[place, k]] for place in going], number + k,
+            [principles[drawn[place, k]] for place in going], [rows[place] for place in going], k,
         )  # fmt: skip
         for place, step in zip(going, steps, strict=True):
             chains[place] = chains[place]._replace(steps=(*chains[place].steps, step))
@@ -105,14 +105,18 @@ def make_reviser(reply: Reply, examples: Sequence[Conversation] = ()) -> Reviser
     shown = tuple(turn for example in examples for turn in example)
 
     def revise(
-        prompts: Sequence[Conversation], answers: Sequence[str], principles: Sequence[Principle], number: int
+        prompts: Sequence[Conversation],
+        answers: Sequence[str],
+        principles: Sequence[Principle],
+        rows: Sequence[int],
+        number: int,
     ) -> list[Step]:
         asked = [
             (*system(prompt), *shown, *prompt[len(system(prompt)) :], message("assistant", answer),
              message("user", principle.critique))
             for prompt, answer, principle in zip(prompts, answers, principles, strict=True)
         ]  # fmt: skip
-        critiques = reply(asked, 2 * number)
+        critiques = reply(asked, rows, 2 * number)
         going = [place for place, critique in enumerate(critiques) if not critique.missing]
         said = reply(
             [
@@ -123,6 +127,7 @@ def make_reviser(reply: Reply, examples: Sequence[Conversation] = ()) -> Reviser
                 )
                 for place in going
             ],
+            [rows[place] for place in going],
             2 * number + 1,
         )
         revisions = dict(zip(going, said, strict=True))
@@ -142,16 +147,17 @@ def system(prompt: Conversation) -> Conversation:
 def make_reply(
     model: Pretrained, sample: Callable[[Prompts, int], Completions], *, max_length: int, examples: int = 0
 ) -> Reply:
-    """A language model's replies. `sample(prompts, number)` samples one to each prompt.
+    """A language model's replies. `sample(prompts, number)` samples one to each prompt, by the prompt's row.
 
     Prompts have at most `max_length` tokens. One that is longer loses its oldest turns, at most the first `examples`:
     without more than those it would be another question.
     """
 
-    def reply(conversations: Sequence[Conversation], number: int) -> list[Said]:
+    def reply(conversations: Sequence[Conversation], rows: Sequence[int], number: int) -> list[Said]:
         found: list[Said] = []
         ids: list[list[int]] = []
-        for place, conversation in enumerate(conversations, 1):
+        asked: list[int] = []
+        for place, (conversation, row) in enumerate(zip(conversations, rows, strict=True), 1):
             try:
                 some, dropped = encode(Prompt(conversation, Place("conversation", place)), model.tokenizer, max_length)
             except BadRow as error:
@@ -160,9 +166,11 @@ def make_reply(
             found.append(Said(missing=LONG) if dropped > examples else Said())
             if dropped <= examples:
                 ids.append(some)
+                asked.append(row)
         if ids:
             longest = max(map(len, ids))
-            prompts = pad_prompts(ids, length=bucket(longest, longest=max_length), pad_id=model.pad_id)
+            length = bucket(longest, longest=max_length)
+            prompts = pad_prompts(ids, length=length, pad_id=model.pad_id, rows=asked)
             replies = iter(read(model, sample(prompts, number)))
             found = [said if said.missing else next(replies) for said in found]
         return found

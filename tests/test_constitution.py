@@ -87,8 +87,8 @@ def test_no_file(tmp_path):
 def test_a_chain_has_each_revision_of_the_last_one():
     asked = []
 
-    def revise(prompts, answers, principles, number):
-        asked.append(number)
+    def revise(prompts, answers, principles, rows, number):
+        asked.append((rows, number))
         pairs = zip(answers, principles, strict=True)
         texts = [(answer, Said(missing="no") if "x" in answer else Said(answer + p.name), p) for answer, p in pairs]
         return [Step(principle, Said(f"{answer}?"), revision) for answer, revision, principle in texts]
@@ -96,9 +96,9 @@ def test_a_chain_has_each_revision_of_the_last_one():
     prompts = [(message("user", "q"),)] * 3
     drawn = np.array([[0, 1, 1], [1, 0, 1], [0, 0, 0]])
     whole, broken, missing = revise_answers(
-        revise, prompts, [Said("s"), Said("x"), Said(missing="empty")], PRINCIPLES, drawn, 10
+        revise, prompts, [Said("s"), Said("x"), Said(missing="empty")], PRINCIPLES, range(5, 8), drawn
     )
-    assert asked == [10, 11, 12]
+    assert asked == [([5, 6], 0), ([5], 1), ([5], 2)]  # without those that have ended
     assert [step.revision.text for step in whole.steps] == ["sa", "sab", "sabb"] and not whole.unlearned
     assert len(broken.steps) == 1 and broken.unlearned == "no" and missing.steps == () and missing.unlearned == "empty"
     tools = [{"type": "function", "function": {"name": "f"}}]
@@ -114,7 +114,7 @@ def test_only_the_last_text_must_end():
         answer, *others = (Said("t", ended=end) for end in ended)
         steps = tuple(Step(PRINCIPLES[0], *others[at : at + 2]) for at in range(0, len(others), 2))
         (found,) = revise_answers(
-            lambda *a: [], [(message("user", "q"),)], [answer], PRINCIPLES, np.zeros((1, 0), int), 0
+            lambda *a: [], [(message("user", "q"),)], [answer], PRINCIPLES, [0], np.zeros((1, 0), int)
         )
         return found._replace(steps=steps)
 
@@ -125,14 +125,15 @@ def test_only_the_last_text_must_end():
 def test_a_model_is_asked_for_a_critique_and_then_for_a_revision_in_one_conversation():
     heard = []
 
-    def reply(conversations, number):
-        heard.append((number, conversations))
+    def reply(conversations, rows, number):
+        heard.append((number, conversations, list(rows)))
         return [Said(missing="no") if "mute" in str(some) else Said(f"said {number}") for some in conversations]
 
     example = (message("user", "eq"), message("assistant", "ea"))
     revise = make_reviser(reply, [example])
-    steps = revise([(message("user", "q"),), (message("user", "mute"),)], ["a", "b"], PRINCIPLES, 4)
-    (first, critiques), (second, revisions) = heard
+    steps = revise([(message("user", "q"),), (message("user", "mute"),)], ["a", "b"], PRINCIPLES, [7, 9], 4)
+    (first, critiques, asked), (second, revisions, again) = heard
+    assert (asked, again) == ([7, 9], [7])
     assert (first, second) == (8, 9) and len(critiques) == 2 and len(revisions) == 1  # the mute one is not asked again
     words = [(turn["role"][0], turn["content"]) for turn in revisions[0]]
     assert words == [
@@ -146,12 +147,12 @@ def test_a_model_is_asked_for_a_critique_and_then_for_a_revision_in_one_conversa
 def test_the_systems_message_stays_first():
     heard = []
 
-    def reply(conversations, number):
+    def reply(conversations, rows, number):
         heard.extend(conversations)
         return [Said("said")] * len(conversations)
 
     example = (message("user", "eq"), message("assistant", "ea"))
-    make_reviser(reply, [example])([(message("system", "s"), message("user", "q"))], ["a"], PRINCIPLES[:1], 0)
+    make_reviser(reply, [example])([(message("system", "s"), message("user", "q"))], ["a"], PRINCIPLES[:1], [0], 0)
     assert [turn["role"] for turn in heard[0]] == ["system", "user", "assistant", "user", "assistant", "user"]
     assert [turn["content"] for turn in heard[0]] == ["s", "eq", "ea", "q", "a", "What?"]
 

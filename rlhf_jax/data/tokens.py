@@ -159,8 +159,11 @@ def padded_when_asked(prompts: Sequence[Ids], *, length: int, pad_id: int) -> Pr
     return host_batch(Prompts, tokens, mask, np.arange(len(prompts), dtype=np.int32))
 
 
-def pad_prompts(prompts: Sequence[Ids], *, length: int, pad_id: int) -> Prompts:
-    """Prompt ids -> left-padded numpy `Prompts` [B, length]. Raises ValueError when one is longer."""
+def pad_prompts(prompts: Sequence[Ids], *, length: int, pad_id: int, rows: Sequence[int] | None = None) -> Prompts:
+    """Prompt ids -> left-padded numpy `Prompts` [B, length]. Raises ValueError when one is longer.
+
+    `rows` are the numbers of their rows; counted from 0 unless given.
+    """
     tokens = np.full((len(prompts), length), pad_id, np.int32)
     mask = np.zeros(tokens.shape, bool)
     for row, ids in enumerate(prompts):
@@ -168,7 +171,8 @@ def pad_prompts(prompts: Sequence[Ids], *, length: int, pad_id: int) -> Prompts:
             raise ValueError(f"prompt {row} has {len(ids)} tokens, more than the batch's length of {length}")
         tokens[row, length - len(ids) :] = ids
         mask[row, length - len(ids) :] = True
-    return host_batch(Prompts, tokens, mask, np.arange(len(prompts), dtype=np.int32))
+    numbers = np.asarray(range(len(prompts)) if rows is None else rows, np.int32)
+    return host_batch(Prompts, tokens, mask, numbers)
 
 
 def narrowed(prompts: Prompts, width: int | None = None) -> Prompts:

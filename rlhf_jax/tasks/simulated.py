@@ -150,13 +150,18 @@ class World:
         problems = self._by_prompt()
 
         def revise(
-            prompts: Sequence[Conversation], answers: Sequence[str], principles: Sequence[Principle], number: int
+            prompts: Sequence[Conversation],
+            answers: Sequence[str],
+            principles: Sequence[Principle],
+            rows: Sequence[int],
+            number: int,
         ) -> list[Step]:
-            rng = np.random.default_rng([self._seed, 7, number])
-            return [
-                Step(principle, *map(Said, revisers.revise(rng, problems[prompt[-1]["content"]], answer, principle)))
-                for prompt, answer, principle in zip(prompts, answers, principles, strict=True)
-            ]
+            steps = []
+            for prompt, answer, principle, row in zip(prompts, answers, principles, rows, strict=True):
+                rng = np.random.default_rng([self._seed, 7, number, row])
+                said = revisers.revise(rng, problems[prompt[-1]["content"]], answer, principle)
+                steps.append(Step(principle, *map(Said, said)))
+            return steps
 
         return revise
 

@@ -14,11 +14,13 @@ from experiments.dpo import DPO
 from experiments.sft import SFT
 from rlhf_jax import revision
 from rlhf_jax.constitution import read_constitution
+from rlhf_jax.data.conversations import message
 from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import from_language_model, load_hf, save_hf_reward_model
 from rlhf_jax.pretrained import load_policy
+from rlhf_jax.sampling.sampler import make_sampler
 
 FLAGS = {"eval_batch_size": 64, "sft": SFT(steps=2, batch_size=8), "dpo": DPO(steps=2, batch_size=8)}
 
@@ -113,6 +115,24 @@ def test_on_real_text_with_demonstrations_and_comparisons(stories, tmp_path, mon
     assert np.isfinite(metrics["constitutional_kl"])
 
 
+def test_replies_are_those_of_their_rows_whatever_is_asked_beside_them(stories):
+    model = load_policy(stories)
+    sample = make_sampler(
+        model.config, seed=0, max_new_tokens=12, temperature=1.0, eos_id=model.eos_id, pad_id=model.pad_id,
+        batch_size=4,
+    )  # fmt: skip
+    reply = revision.make_reply(model, lambda prompts, number: sample(model.params, prompts, number), max_length=64)
+    asked = [
+        (message("user", f"Tell a story about {thing}."),) for thing in ("a dog", "a cat", "a king", "a long " * 40)
+    ]
+    together = reply([*asked, asked[0]], [7, 8, 9, 10, 11], 3)
+    assert together[3].missing == revision.LONG and together[0] != together[4]
+    assert [reply([asked[place]], [7 + place], 3)[0] for place in (2, 0, 1)] == [
+        together[place] for place in (2, 0, 1)
+    ]
+    assert reply(asked[:1], [7], 4) != together[:1]
+
+
 def test_watched_models_are_read_before_anything_is_sampled(stories, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"why {n}?"}) + "\n" for n in range(8)))
@@ -124,9 +144,9 @@ def test_watched_models_are_read_before_anything_is_sampled(stories, tmp_path):
     for name in ("a", "b"):
         tokenizer = AutoTokenizer.from_pretrained(stories)
         save_hf_reward_model(tmp_path / name / "reward_model", config, rewards, tokenizer=tokenizer)
-    for folders, message in ((("a", "b"), "two models are called 'reward_model'"), (("no",), "no/reward_model")):
+    for folders, words in ((("a", "b"), "two models are called 'reward_model'"), (("no",), "no/reward_model")):
         watch = tuple(str(tmp_path / name / "reward_model") for name in folders)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=words):
             constitutional.main(replace(cfg, watch=watch, run_dir=str(tmp_path / f"run-{folders[0]}")))
         assert not (tmp_path / f"run-{folders[0]}" / "chains.jsonl").exists()
 
