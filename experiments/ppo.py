@@ -493,7 +493,7 @@ def train(
     trained = state.policy.params, state.critic.params
     loop.say_memory(
         base.config, trained, (state, frozen), shape, adapters=bool(frozen.trunk),
-        sampled=(frozen.over_trunk(state.policy.params), cfg.responses),
+        sampled=(frozen.over_trunk(state.policy.params), cfg.responses, "--responses"),
     )  # fmt: skip
     with count_compilations() as compilations:
         for step in loop:

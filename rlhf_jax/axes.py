@@ -61,10 +61,6 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
 """The last names of a parameter's path -> its axes. Others (norms, scalar heads: vectors) are whole everywhere."""
 
 
-SHORT = 128
-"""Tokens from which on a mesh that cuts sequences must be able to cut them."""
-
-
 def parameter_axes(names: Sequence[str], ndim: int) -> tuple[str | None, ...]:
     """The axes of a parameter, or of what has its name and rank (gradients, moments), by the names on its path.
 
@@ -124,17 +120,16 @@ def parts(size: int, axis: str) -> int:
     return math.prod(sizes[name] for name in ((entry,) if isinstance(entry, str) else entry))
 
 
-def check_sequence(length: int, heads: int) -> None:
-    """Raises UserError where the mesh cuts sequences, and cannot cut these.
+def to_pad(length: int, heads: int) -> int:
+    """How many tokens more a sequence needs, that the mesh may cut it.
 
-    Short ones that "sequence" does not divide are not worth it: each device has them whole.
+    Raises UserError where the mesh cuts sequences, and cannot cut that many heads.
     """
     sizes = _sizes()
     sequence, tensor = sizes.get("sequence", 1), sizes.get("tensor", 1)
-    if length % sequence and length >= SHORT:
-        raise UserError(f"a sequence of {length} tokens does not divide over sequence={sequence} of the mesh")
-    if length % sequence == 0 and sequence > 1 and heads % (sequence * tensor):
+    if sequence > 1 and heads % (sequence * tensor):
         raise UserError(f"{heads} heads do not divide over sequence × tensor = {sequence * tensor} parts of the mesh")
+    return -length % sequence
 
 
 def on_parts(function: Callable[..., Any], arrays: Sequence[Any], axes: Sequence[Sequence[str | None]]) -> Any:

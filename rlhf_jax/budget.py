@@ -69,15 +69,16 @@ def sampling_memory(config: ModelConfig, params: Params, *, rows: int, length: i
     `length` counts the tokens of prompt and answer. See `sampling/layout.py`.
     """
     mesh, copy = current_mesh(), copy_bytes(config, params)
-    devices, tensor = 1, 1
+    ways, tensor, moved = 1, 1, False
     if mesh is not None:
         layout = sampling_mesh(mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh, config, copy)
-        devices, tensor = math.prod(layout.axis_sizes), layout.shape["tensor"]
-    if devices == 1 and copy == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)):
-        copy = 0  # the weights themselves are read
+        tensor, moved = layout.shape["tensor"], layout.axis_sizes != tuple(mesh.shape.values())
+        ways = layout.shape["data"] * (1 if config.n_kv_heads % tensor else tensor)
+    if not moved:  # what is of the same type is read where it lies
+        copy = copy_bytes(config, params, narrower=True)
     itemsize = jnp.dtype(config.precision.compute).itemsize
     cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * itemsize * rows * length
-    return copy / tensor + cache / devices
+    return copy / tensor + cache / ways
 
 
 def device_bytes(tree: Any) -> float:
@@ -114,12 +115,12 @@ def memory_line(stage: str, needed: StepMemory, free: float | None) -> str:
     return line if free is None else f"{line}, and {_gigabytes(free)} are free"
 
 
-def advice(config: ModelConfig, needed: StepMemory, *, rows: int, adapters: bool) -> list[str]:
-    """The flags that would help, the most useful first."""
+def advice(config: ModelConfig, needed: StepMemory, *, rows: int, adapters: bool, sampling: str = "") -> list[str]:
+    """The flags that would help, the most useful first. `sampling` is the one for fewer answers at a time."""
     lora = [] if adapters else ["--lora-rank 16"]
     fewer = ["a larger --accumulate" if rows > 1 else "a smaller --max-length"]
     if needed.sampling > needed.gradients + needed.activations:
-        return ["fewer answers at a time (--responses, --slots)", "a smaller --max-new-tokens", *lora]
+        return [f"a smaller {sampling}", "a smaller --max-new-tokens", *lora]
     if needed.activations > needed.gradients:
         return ([] if config.remat else ["--remat True"]) + fewer + lora
     return (lora or ["--frozen-dtype int8"]) + fewer

@@ -187,10 +187,12 @@ def train_groups(
     policy = loop.restore(policy)
     learned = numbers.prompts * numbers.group_size // numbers.minibatches // numbers.accumulate
     shape = learned, sets.train.tokens.shape[1] + numbers.max_new_tokens
-    at_once = numbers.slots if current_mesh() is None else numbers.prompts * numbers.group_size
+    at_once, flag = numbers.slots, "--slots"
+    if current_mesh() is not None:
+        at_once, flag = numbers.prompts * numbers.group_size, "--groups"
     loop.say_memory(
         base.config, policy.params, (policy, frozen), shape, adapters=adapters,
-        sampled=(frozen.over_trunk(policy.params), at_once),
+        sampled=(frozen.over_trunk(policy.params), at_once, flag),
     )  # fmt: skip
     with count_compilations() as compilations:
         for step in loop:

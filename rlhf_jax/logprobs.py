@@ -61,9 +61,9 @@ def chunked_logprobs(
     Exact in value and in gradient: each chunk's logits are computed again in the backward pass, so that no
     [B, T, V] array exists in either. Where there is one chunk its logits are kept instead: three matrix products, not
     four, in the same memory. Chunks run along T, so that rows may stay sharded. With a mask, each row's masked entries
-    are 0 and, in several chunks, not computed (as many as in the row that has fewest). The logits go through
-    `soft_cap`, then are divided by the temperature, which gets no gradient; jax.grad and vjp work, jvp and jacfwd do
-    not. Raises ValueError if chunk_size is not positive, or for targets or a mask of another shape.
+    are 0 and, in several chunks, not computed (as many as in the row, or part of one, that has fewest). The logits go
+    through `soft_cap`, then are divided by the temperature, which gets no gradient; jax.grad and vjp work, jvp and
+    jacfwd do not. Raises ValueError if chunk_size is not positive, or for targets or a mask of another shape.
     """
     return _scored(_logprobs, chunk_size, softcap, hidden, head_kernel, targets, mask, temperature)[0]
 

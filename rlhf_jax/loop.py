@@ -76,12 +76,12 @@ class Loop:
         shape: tuple[int, int],
         *,
         adapters: bool,
-        sampled: tuple[Params, int] | None = None,
+        sampled: tuple[Params, int, str] | None = None,
     ) -> None:
         """Says what the stage's steps will take, before they are compiled, and warns where that is not free.
 
         `shape` is (rows, tokens) of a microbatch, `held` all arrays that a step is given. `sampled` are the weights
-        that sample, and how many answers at a time, of as many tokens. Small models are left out.
+        that sample, how many answers at a time, of as many tokens, and the flag for fewer. Small models are left out.
         """
         needed = step_memory(config, trained, held, rows=shape[0], length=shape[1])
         if sampled is not None:
@@ -89,7 +89,8 @@ class Loop:
         free = free_memory()
         fits = free is None or needed.more <= free
         if not fits:
-            flags = ", ".join(advice(config, needed, rows=shape[0], adapters=adapters))
+            flag = "" if sampled is None else sampled[2]
+            flags = ", ".join(advice(config, needed, rows=shape[0], adapters=adapters, sampling=flag))
             self.run.warn(f"{memory_line(self.stage, needed, free)}: {flags} would help")
         elif needed.held + needed.more > SMALL:
             self.run.say(memory_line(self.stage, needed, free))

@@ -78,9 +78,10 @@ def test_so_is_one_with_biases_a_norm_of_projections_and_an_adapter_on_an_int8_t
     chex.assert_trees_all_close(found, expected, rtol=2e-4, atol=2e-3)
 
 
-def test_no_device_holds_a_layers_tokens_of_whole_sequences_but_in_attention():
+@pytest.mark.parametrize("n_kv_heads", [2, 4])  # fewer than parts, and as many
+def test_no_device_holds_a_layers_tokens_of_whole_sequences_but_in_attention(n_kv_heads):
     """By the compiled program: heads are exchanged for times, and of whole sequences only numbers are gathered."""
-    config = replace(CONFIG, n_kv_heads=4)
+    config = replace(CONFIG, n_kv_heads=n_kv_heads)
     params, batch = weights(config), documents()
     with jax.set_mesh(make_mesh("fsdp=2,sequence=4")):
         args = shard_params(params), shard_batch(batch)
@@ -121,24 +122,29 @@ def test_the_heads_scores_of_cut_sequences_are_those_of_one_device(mesh):
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "length, mesh, message",
-    [
-        (201, "fsdp=2,sequence=4", "a sequence of 201 tokens does not divide over sequence=4 of the mesh"),
-        (200, "sequence=4,tensor=2", "4 heads do not divide over sequence × tensor = 8 parts of the mesh"),
-    ],
-)
-def test_sequences_that_cannot_be_cut_are_one_line(length, mesh, message):
+def test_heads_that_cannot_be_cut_are_one_line():
     config = replace(CONFIG, n_heads=4)
-    with jax.set_mesh(make_mesh(mesh)), pytest.raises(UserError) as error:
-        jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, length), jnp.int32))
-    assert str(error.value) == message
+    with jax.set_mesh(make_mesh("sequence=4,tensor=2")), pytest.raises(UserError) as error:
+        jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, LENGTH), jnp.int32))
+    assert str(error.value) == "4 heads do not divide over sequence × tensor = 8 parts of the mesh"
 
 
-def test_a_short_sequence_that_does_not_divide_is_whole_on_each_device():
+@pytest.mark.parametrize("length", [1, 30, 197])
+def test_a_length_that_does_not_divide_is_padded(length):
+    """Values and gradients, also of the head's scores."""
     params = weights(CONFIG)
-    batch = jax.tree.map(lambda x: x[:, :30], documents())
-    expected = run(CONFIG, None, params, batch)
+    batch = jax.tree.map(lambda x: x[:, :length], documents())
+    targets, mask = batch[0], batch[2] > 0
+
+    def scores(params, batch, targets, mask):
+        def total(params):
+            hidden = Transformer(CONFIG).apply({"params": params}, *batch, method="hidden_states")
+            found = chunked_logprobs(hidden, params["embedding"].T, targets, chunk_size=16, mask=mask)
+            return jnp.sin(found).sum(), found
+
+        return jax.jit(jax.grad(total, has_aux=True))(params)
+
+    expected = scores(params, batch, targets, mask)
     with jax.set_mesh(make_mesh("fsdp=2,sequence=4")):
-        found = run(CONFIG, None, shard_params(params), shard_batch(batch))
-    chex.assert_trees_all_close(found, expected, rtol=2e-4, atol=2e-4)
+        found = scores(shard_params(params), *shard_batch((batch, targets, mask)))
+    chex.assert_trees_all_close(found, expected, rtol=5e-4, atol=5e-3)

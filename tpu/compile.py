@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}  # before jax: no TPU is looked for
+# Before jax: no TPU is looked for, nor is one taken, so that several may compile at once.
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "")
 
 if __name__ == "__main__":  # this checkout's files, whatever is installed
@@ -27,7 +28,7 @@ import jax
 from jax.experimental import topologies
 
 from experiments.bench.programs import Case, Program, build
-from experiments.bench.shapes import CHIPS, Chip, model_config, parameter_shapes
+from experiments.bench.shapes import CHIPS, Chip, least_seconds, model_config, parameter_shapes
 from experiments.flags import PRECISIONS
 from rlhf_jax.batches import Rankings, Tokens
 from rlhf_jax.cli import run_main
@@ -78,8 +79,8 @@ def too_large(cfg: Config, message: str) -> UserError:
     said = f"it needs {found[1]}B of the {found[2]}B a chip" if found else message.splitlines()[0]
     return UserError(
         f"{cfg.experiment} of {cfg.model} does not fit {cfg.topology} as {cfg.mesh}: {said}; take more chips, "
-        f"a larger fsdp or tensor, fewer --rows, shorter --prompt and --response, more --minibatches (PPO), or "
-        f"adapters (--lora-rank)"
+        f"a larger fsdp, sequence or tensor, fewer --rows, shorter --prompt and --response, more --minibatches (PPO), "
+        f"or adapters (--lora-rank)"
     )
 
 
@@ -112,7 +113,8 @@ def main(cfg: Config, *, quiet: bool = False) -> dict[str, float]:
 
     def turns(loop: str) -> int:
         """The most turns of a loop whose end depends on data: the sampler's, or the head's over chunks of columns."""
-        return cfg.response if "generate" in loop else -(-cfg.response // HEAD_COLUMNS)
+        columns = min(cfg.response, (cfg.prompt + cfg.response) // mesh.shape["sequence"])
+        return cfg.response if "generate" in loop else -(-columns // HEAD_COLUMNS)
 
     traffic = hlo.sent(compiled.as_text(), otherwise=turns)
     chips = mesh.size
@@ -122,7 +124,7 @@ def main(cfg: Config, *, quiet: bool = False) -> dict[str, float]:
         "reading": program.decoded / chips / chip.hbm_bandwidth,
         "links": sum(traffic.bytes.values()) / (chip.ici_bandwidth / 2),
     }
-    least = max(seconds["operations"] + seconds["reading"], seconds["links"])
+    least, limit = least_seconds(seconds)
     figures = {
         "hbm_gb": (held + memory.temp_size_in_bytes) / 1e9,
         "arguments_gb": memory.argument_size_in_bytes / 1e9,
@@ -147,7 +149,7 @@ def main(cfg: Config, *, quiet: bool = False) -> dict[str, float]:
     for kind, times in traffic.times.most_common():
         print(f"{kind}: {times} times, {traffic.bytes[kind] / 1e9:.3g} GB to each chip")
     print("seconds at least: " + ", ".join(f"{name} {value:.3g}" for name, value in seconds.items()))
-    print(f"so {least:.3g} s at best, MFU at most {figures['mfu']:.0%}")
+    print(f"so {least:.3g} s at best, limited by {limit}, MFU at most {figures['mfu']:.0%}")
     print(f"compiled in {figures['compile_seconds']:.0f} s")
     return figures
 

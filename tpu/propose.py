@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 import jax
 
 from experiments.bench.programs import SAMPLING, Case, Program, build
-from experiments.bench.shapes import CHIPS, Chip, model_config, parameter_shapes
+from experiments.bench.shapes import CHIPS, Chip, least_seconds, model_config, parameter_shapes
 from experiments.flags import PRECISIONS
 from rlhf_jax.axes import MESH_AXES
 from rlhf_jax.batches import Rankings, Tokens
@@ -92,31 +92,41 @@ class Proposal(NamedTuple):
     @property
     def least(self) -> float:
         """The seconds that a step takes at least."""
-        return max(self.seconds["operations"] + self.seconds["reading"], self.seconds["links"])
+        return least_seconds(self.seconds)[0]
 
     @property
     def limit(self) -> str:
-        """The longest of its seconds."""
-        return max(self.seconds, key=lambda name: self.seconds[name])
+        """What takes them."""
+        return least_seconds(self.seconds)[1]
 
 
-def meshes(chips: int, config: ModelConfig, rows: int, length: int) -> Iterator[Sizes]:
+def meshes(chips: int, configs: Sequence[ModelConfig], rows: int, length: int) -> Iterator[Sizes]:
     """Meshes of so many chips whose sizes are powers of two.
 
-    data and fsdp divide the rows, tensor the keys' heads, sequence × tensor all heads; sequences of LONG tokens are
-    cut.
+    data and fsdp divide the rows, tensor the keys' heads, sequence × tensor all heads, of each of the models.
+    Sequences of LONG tokens and more may be cut.
     """
     powers = [2**i for i in range(chips.bit_length())]
     for tensor, sequence, fsdp in itertools.product(powers, powers, powers):
         data = chips // (tensor * sequence * fsdp)
         cut = sequence == 1 or (length >= LONG and not length % sequence)
-        heads = not config.n_kv_heads % tensor and not config.n_heads % (sequence * tensor)
+        heads = all(not some.n_kv_heads % tensor and not some.n_heads % (sequence * tensor) for some in configs)
         if data * fsdp * sequence * tensor == chips and cut and heads and not rows % (data * fsdp):
             yield data, fsdp, sequence, tensor
 
 
-def sent(case: Case, config: ModelConfig, sizes: Sizes, rows: int, weights: float, trained: float) -> float:
-    """Bytes that a chip receives in a step, of a model of so many `weights`, so many of them `trained`.
+class Load(NamedTuple):
+    """A model of a step."""
+
+    config: ModelConfig
+    weights: float
+    """How many it has."""
+    trained: float
+    """How many of them, or of an adapter's, are trained."""
+
+
+def sent(case: Case, policy: Load, judge: Load, sizes: Sizes, rows: int) -> float:
+    """Bytes that a chip receives in a step. `judge` is PPO's reward model, and its critic.
 
     Along fsdp × sequence weights are gathered in each pass and gradients scattered; along data gradients are added up,
     in float32; along tensor the residual stream, twice a layer and pass; along sequence queries, keys, values and what
@@ -124,34 +134,44 @@ def sent(case: Case, config: ModelConfig, sizes: Sizes, rows: int, weights: floa
     """
     data, fsdp, sequence, tensor = sizes
     ways, fsdp = data * fsdp * sequence, fsdp * sequence
-    keys = math.lcm(config.n_kv_heads, sequence * tensor)
-    gather = WIDTH * weights / tensor * (fsdp - 1) / fsdp
-    update = 2 * gather + WIDTH * trained / tensor * (fsdp - 1) / fsdp
-    update += 2 * 4 * trained / (fsdp * tensor) * (data - 1) / data
 
-    def sums(tokens: float) -> float:
-        """What one pass over so many tokens of all rows adds up and moves."""
+    def gather(load: Load) -> float:
+        return WIDTH * load.weights / tensor * (fsdp - 1) / fsdp
+
+    def update(load: Load) -> float:
+        scattered = WIDTH * load.trained / tensor * (fsdp - 1) / fsdp
+        return 2 * gather(load) + scattered + 2 * 4 * load.trained / (fsdp * tensor) * (data - 1) / data
+
+    def sums(load: Load) -> float:
+        """What one pass over the tokens of all rows adds up and moves."""
+        config, tokens = load.config, rows * (case.prompt + case.response)
+        keys = math.lcm(config.n_kv_heads, sequence * tensor)
         summed = 2 * config.d_model * 2 * (tensor - 1) / tensor
         moved = 2 * (config.n_heads + keys) * config.head_dim / tensor * (sequence - 1) / sequence
         return config.n_layers * tokens / ways * WIDTH * (summed + moved)
 
-    tokens = rows * (case.prompt + case.response)
     if case.experiment == "grpo":  # one gather for sampling, one for the reference, and the update
-        return 2 * gather + update + (1 + 1 + 3) * sums(tokens)
+        return 2 * gather(policy) + update(policy) + (1 + 1 + 3) * sums(policy)
     if case.experiment != "ppo":
-        return update + 3 * sums(tokens)
-    # One gather for sampling; four models score in parts; two are updated by minibatches.
-    return (1 + 4 * case.minibatches) * gather + 2 * case.minibatches * update + (1 + 4 + 2 * 3) * sums(tokens)
+        return update(policy) + 3 * sums(policy)
+    # One gather for sampling; policy and reference, reward model and critic score in parts; two are updated by
+    # minibatches.
+    found = gather(policy) + sums(policy)
+    for load in (policy, judge):
+        found += case.minibatches * (2 * gather(load) + update(load)) + (2 + 3) * sums(load)
+    return found
 
 
 def propose(case: Case, chip: Chip, chips: int) -> list[Proposal]:
     """All meshes: those that fit, the fastest and smallest first, then the others by their memory."""
-    config = model_config(case.model, PRECISIONS[case.precision])
+    config, judge = (
+        model_config(name, PRECISIONS[case.precision]) for name in (case.model, case.reward_model or case.model)
+    )
     rows, length = case.rows or chips * (4 if case.experiment in SAMPLING else 2), case.prompt + case.response
     shapes, found = parameter_shapes(config), []
     weights, copied = count_weights(shapes), copy_bytes(config, shapes)
     cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * WIDTH * rows  # of one token
-    for sizes in meshes(chips, config, rows, length):
+    for sizes in meshes(chips, (config, judge), rows, length):
         data, fsdp, sequence, tensor = sizes
         mesh = make_mesh(named(sizes), devices=jax.devices()[:chips])
         program = build(case, jax.eval_shape, data * fsdp)
@@ -170,7 +190,9 @@ def propose(case: Case, chip: Chip, chips: int) -> list[Proposal]:
         held = held_bytes(program, mesh)
         gradients = 2 * 4 * count_weights(trained) / (fsdp * sequence * tensor)
         head = HEADS * 4 * config.d_model * config.vocab_size / tensor
-        moved = sent(case, config, sizes, rows, weights, count_weights(trained))
+        learned = count_weights(state.critic.params) if case.experiment == "ppo" else 0
+        policy = Load(config, weights, count_weights(trained))
+        moved = sent(case, policy, Load(judge, count_weights(parameter_shapes(judge)), learned), sizes, rows)
         seconds = {
             "operations": program.flops / chips / chip.flops, "reading": reading,
             "links": moved / (chip.ici_bandwidth / 2),
@@ -204,7 +226,10 @@ def main(cfg: Config) -> dict[str, float]:
     jax.config.update("jax_num_cpu_devices", chips)
     found = propose(cfg, chip, chips)
     if not found:
-        raise UserError(f"--rows {cfg.rows} do not divide over {cfg.topology}: take a multiple of a power of two")
+        raise UserError(
+            f"--rows {cfg.rows} and the heads of {cfg.model} do not divide over {cfg.topology}: take a multiple of a"
+            " power of two, or fewer chips"
+        )
     fits = [one for one in found if one.memory <= chip.hbm]
     print("| mesh | HBM, GB | sent to a chip, GB | s at least | limited by |\n|---|---|---|---|---|")
     for one in (fits or found)[: cfg.show]:

@@ -16,6 +16,7 @@ from compile import Config as Case
 from compile import main as compile_case
 
 from experiments.bench.programs import Experiment
+from experiments.bench.shapes import least_seconds
 from rlhf_jax.cli import run_main
 from rlhf_jax.errors import UserError
 
@@ -97,7 +98,7 @@ def main(cfg: Config) -> dict[str, float]:
         memory = f"{found['hbm_gb']:.1f} of {found['hbm_of_gb']:.0f}"
         parts = f"{found['arguments_gb']:.1f}, {found['temporaries_gb']:.1f}"
         print(f"{begin} {memory} ({parts}) | {found['received_gb']:.3g} | {found['seconds']:.3g} |", end="")
-        limit = max(("operations", "reading", "links"), key=lambda name: found[f"seconds_of_{name}"])
+        _, limit = least_seconds({name.removeprefix("seconds_of_"): value for name, value in found.items()})
         print(f" {limit} | {found['mfu']:.0%} |", flush=True)
         seconds[f"{number}_seconds"] = found["seconds"]
     return seconds

@@ -1,5 +1,6 @@
 """Published shapes of models, and of the chips they may run on."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -90,6 +91,17 @@ CHIPS = {
     "v5p": Chip(459e12, 95e9, 2765e9, 1200e9),
     "v6e": Chip(918e12, 32e9, 1640e9, 800e9),
 }
+
+
+def least_seconds(seconds: Mapping[str, float]) -> tuple[float, str]:
+    """The seconds that a step takes at least, and what limits it: "operations", "reading" (while sampling) or "links".
+
+    Operations and reading come one after the other, and chips send beside both.
+    """
+    busy = seconds["operations"] + seconds["reading"]
+    if seconds["links"] > busy:
+        return seconds["links"], "links"
+    return busy, max(("operations", "reading"), key=lambda name: seconds[name])
 
 
 def parameter_shapes(config: ModelConfig) -> Params:

@@ -71,7 +71,9 @@ def to_attend(
 
     def moved(x: Array) -> Array:
         x = constrain(x, "batch", "heads", "time")  # what goes before stays where it is, and so does its gradient
-        return constrain(jnp.repeat(x, times, axis=1) if times > 1 else x, "batch", "attending")
+        if times > 1:
+            x = constrain(jnp.repeat(x, times, axis=1), "batch", "heads", "time")
+        return constrain(x, "batch", "attending")
 
     return queries, moved(keys), moved(values)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from rlhf_jax.axes import LINEAR, PARAMETERS, check_sequence, constrain, parts
+from rlhf_jax.axes import LINEAR, PARAMETERS, constrain, parts, to_pad
 from rlhf_jax.logprobs import soft_cap
 from rlhf_jax.models.attention import (
     LayerNumbers,
@@ -267,17 +267,21 @@ class Transformer(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """The final hidden states, normed, in `precision.head`: what the heads read."""
-        length = tokens.shape[1]
+        real = tokens.shape[1]
         if positions is None:
-            positions = jnp.broadcast_to(jnp.expand_dims(jnp.arange(length), 0), tokens.shape)
+            positions = jnp.broadcast_to(jnp.expand_dims(jnp.arange(real), 0), tokens.shape)
+        if more := to_pad(real, self.config.n_heads):  # at the end, where nothing before sees it
+            tokens, positions = (jnp.pad(x, ((0, 0), (0, more))) for x in (tokens, positions))
+            segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, more)))
+        length = real + more
         visible = distances = None
         if attention_kernel(self.config, length) == "reference":
             visible, distances = jnp.tri(length, dtype=bool)[None], self._distances(positions, positions)
             if segment_ids is not None:
                 visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
         scene = Scene(positions, segment_ids, visible, distances, jnp.zeros((), jnp.int32))
-        hidden, _ = self._run(tokens, None, scene, length)
-        return hidden
+        hidden, _ = self._run(tokens, None, scene, real)
+        return hidden[:, :real]
 
     def decode(
         self,
@@ -314,8 +318,6 @@ class Transformer(nn.Module):
         limit = config.length_limit
         if limit is not None and length > limit:
             raise ValueError(f"a sequence of {length} tokens is longer than the {limit} that this model can read")
-        if layers is None:
-            check_sequence(length, config.n_heads)
         dtype = config.precision.compute
         # On a mesh each device looks up its columns of all rows, which then go where the rows are; the table stays.
         x = constrain(self.embedding, *PARAMETERS["embedding"])[constrain(tokens, "copy")].astype(dtype)

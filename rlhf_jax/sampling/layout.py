@@ -61,10 +61,11 @@ def device_memory(mesh: AbstractMesh) -> float | None:
     return float(stats["bytes_limit"]) if stats and "bytes_limit" in stats else None
 
 
-def copy_bytes(config: ModelConfig, params: Params) -> int:
-    """Bytes of a copy for sampling. `params` may be shapes."""
+def copy_bytes(config: ModelConfig, params: Params, *, narrower: bool = False) -> int:
+    """Bytes of a copy for sampling, or of what is in a narrower type in it. `params` may be shapes."""
     placed = jax.eval_shape(partial(as_computed, config), params)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(placed))
+    leaves = zip(jax.tree.leaves(placed), jax.tree.leaves(params), strict=True)
+    return sum(new.size * new.dtype.itemsize for new, old in leaves if not narrower or new.dtype != old.dtype)
 
 
 def as_computed(config: ModelConfig, params: Params) -> Params:

@@ -160,6 +160,7 @@ mesh = make_mesh("fsdp=8,sequence=8", devices=slice.devices)
 print(len(set(mesh.devices.flat)), mesh.devices.shape)
 """
     settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": ""}
+    settings |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment | settings, capture_output=True, text=True, timeout=300
     )

@@ -27,8 +27,8 @@ def case(propose, experiment, **sizes):
 
 def sent(propose, experiment, mesh, rows, trained=8.03e9, **sizes):
     some = case(propose, experiment, **sizes)
-    config = propose.model_config(some.model, propose.PRECISIONS[some.precision])
-    return propose.sent(some, config, mesh, rows, 8.03e9, trained) / 1e9
+    load = propose.Load(propose.model_config(some.model, propose.PRECISIONS[some.precision]), 8.03e9, trained)
+    return propose.sent(some, load, load, mesh, rows) / 1e9
 
 
 def test_what_is_sent_by_hand(propose):
@@ -61,13 +61,26 @@ def test_what_is_sent_is_about_what_the_compiler_says(propose, experiment, mesh,
     assert sent(propose, experiment, mesh, rows) == pytest.approx(compiled, rel=within)
 
 
+def test_a_smaller_reward_model_and_critic_are_sent_as_such(propose):
+    """Nothing but the policy and its reference is left where the others have no weights."""
+    some = case(propose, "ppo")
+    config = propose.model_config("llama3-8b", propose.PRECISIONS["mixed"])
+    load, none = propose.Load(config, 8.03e9, 8.03e9), propose.Load(config, 0.0, 0.0)
+    mesh = (1, 128, 1, 1)
+    # A gather to sample; for each of four minibatches two to score, two and a scatter to update.
+    assert propose.sent(some, load, none, mesh, 128) / 1e9 == pytest.approx((1 + 4 * 5) * 16.06 * 127 / 128)
+    assert propose.sent(some, load, load, mesh, 128) / 1e9 == pytest.approx((1 + 2 * 4 * 5) * 16.06 * 127 / 128)
+    small = propose.model_config("qwen3-0.6b", propose.PRECISIONS["mixed"])
+    assert all(s * t <= 16 for *_, s, t in propose.meshes(64, [config, small], 2, 131_072))
+
+
 def test_meshes_divide_rows_and_heads(propose):
     config = propose.model_config("llama3-8b", propose.PRECISIONS["mixed"])
-    found = set(propose.meshes(16, config, 8, 1024))
+    found = set(propose.meshes(16, [config], 8, 1024))
     assert found == {(d, f, 1, t) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) for t in (2, 4, 8) if d * f * t == 16}
-    long = set(propose.meshes(64, config, 1, 131_072))
+    long = set(propose.meshes(64, [config], 1, 131_072))
     assert long == {(1, 1, s, t) for s in (8, 16, 32) for t in (2, 4, 8) if s * t == 64 and 32 % (s * t) == 0}
-    assert set(propose.meshes(64, config, 2, 131_072)) == {
+    assert set(propose.meshes(64, [config], 2, 131_072)) == {
         (d, f, s, t) for d in (1, 2) for f in (1, 2) for s in (1, 2, 4, 8, 16, 32) for t in (1, 2, 4, 8)
         if d * f * s * t == 64 and d * f <= 2 and s * t <= 32
     }  # fmt: skip
@@ -93,7 +106,7 @@ def test_the_command_names_the_fastest_mesh_that_fits_first():
         (("sft", "--model", "llama3-8b", "--topology", "v9:4x4"), "topology 'v9:4x4' is not one of v5e, v5p, v6e"),
         (
             ("sft", "--model", "llama3-8b", "--topology", "v5e:8x8", "--rows", "3"),
-            "--rows 3 do not divide over v5e:8x8",
+            "--rows 3 and the heads of llama3-8b do not divide over v5e:8x8",
         ),
         (("sft", "--model", "llama3-8b", "--topology", "v5e:64x64"), "slices of at most 2048 chips"),
     ],
