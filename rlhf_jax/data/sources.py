@@ -41,13 +41,14 @@ def read_source(source: str, *, start: int = 0, streaming: bool = False, order: 
     """(place, fields or what is wrong) of every row from number `start` (from 0) on.
 
     `streaming` reads a set on the Hub row by row instead of downloading it first; files always are. The files of a
-    folder come by their names, or in the random order of a seed, `order`.
+    folder, and those of a set that is streamed, come by their names, or in the random order of a seed, `order`. Rows
+    of such a set are then counted as they come.
     Raises UserError when the source itself is at fault: missing, empty, damaged, a folder of several splits.
     """
     path, split = _parse(source)
     if path is None:
         name, _, rest = source.partition(":")
-        yield from _from_hub(name, rest or None, start, streaming)
+        yield from _from_hub(name, rest or None, start, streaming, order)
     elif path.is_dir() and _saved(path):
         yield from _from_datasets(_opened(path), str(path), split, start)
     else:
@@ -200,7 +201,7 @@ def _opened(folder: Path) -> Any:
         raise UserError(f"{folder}: cannot be read as a saved dataset: {_first_line(error)}") from None
 
 
-def _from_hub(name: str, split: str | None, start: int, streaming: bool) -> Iterator[Item]:
+def _from_hub(name: str, split: str | None, start: int, streaming: bool, order: int | None) -> Iterator[Item]:
     """Rows of "owner/name" or "owner/name/config"; whatever the Hub answers becomes one line."""
     import datasets
 
@@ -214,10 +215,10 @@ def _from_hub(name: str, split: str | None, start: int, streaming: bool) -> Iter
         ) from None
     if split and not isinstance(opened, dict):
         name, split = f"{name}:{split}", None
-    yield from _from_datasets(opened, name, split, start)
+    yield from _from_datasets(opened, name, split, start, order)
 
 
-def _from_datasets(opened: Any, name: str, split: str | None, start: int) -> Iterator[Item]:
+def _from_datasets(opened: Any, name: str, split: str | None, start: int, order: int | None = None) -> Iterator[Item]:
     import datasets
 
     if isinstance(opened, dict):
@@ -229,6 +230,8 @@ def _from_datasets(opened: Any, name: str, split: str | None, start: int) -> Ite
         opened, name = opened[split], f"{name}:{split}"
     elif split is not None:
         raise UserError(f"{name}: was saved without splits, so there is no {split!r}")
+    if order is not None and isinstance(opened, datasets.IterableDataset):
+        opened = opened.shuffle(seed=order, buffer_size=1)  # its files, and no row among others
     if start and isinstance(opened, datasets.Dataset) and start >= len(opened):
         return  # nothing is left, which `skip` would call an error
     items = _counted(opened.skip(start) if start else opened, name, start)

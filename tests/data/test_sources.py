@@ -134,6 +134,22 @@ def test_a_name_on_the_hub(monkeypatch):
         fields("owner/set")
 
 
+def test_files_of_a_streamed_set_come_in_the_order_of_a_seed(tmp_path, monkeypatch):
+    files = [tmp_path / f"{n}.jsonl" for n in range(6)]
+    for n, file in enumerate(files):
+        file.write_text("".join(json.dumps({"file": n, "row": row}) + "\n" for row in range(3)))
+    opened = datasets.load_dataset(
+        "json", data_files=list(map(str, files)), split="train", streaming=True, cache_dir=str(tmp_path / "cache")
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: opened)
+    by_name, first, again, second = (fields("owner/set:train", streaming=True, order=n) for n in (None, 0, 0, 1))
+    assert by_name == [{"file": n, "row": row} for n in range(6) for row in range(3)]
+    assert first == again != second and first != by_name
+    assert fields("owner/set:train", streaming=True, order=0, start=7) == first[7:]
+    for some in (first, second):  # the rows of each file in their order
+        assert sorted(some, key=lambda row: row["file"]) == by_name
+
+
 def test_a_path_never_becomes_a_name_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the Hub"))
     for source in (f"{tmp_path}/no", "./no", "no.jsonl", "no.parquet", "a/b/c/d", "two words"):
