@@ -88,6 +88,7 @@ def main(cfg: Config) -> dict[str, float]:
         case = CASES[number]
         what = case.experiment + (f", adapters of {case.lora_rank}" if case.lora_rank else "")
         what += f", reward model {case.reward_model}" if case.reward_model else ""
+        what += f", {case.rows} rows" if case.rows else ""
         what += f", {length:,} tokens" if (length := case.prompt + case.response) != USUAL else ""
         begin = f"| {what} | {case.model} | {case.topology} | {case.mesh} |"
         try:
