@@ -44,6 +44,11 @@ if jax.__version_info__ < (0, 12):  # XLA ends a process that gives it a flag th
     QUICK += ("--xla_cpu_use_fusion_emitters=false",)
 os.environ["XLA_FLAGS"] = " ".join([GIVEN, *(flag for flag in QUICK if flag.partition("=")[0] not in GIVEN)]).strip()
 
+# Each worker has its share of the cores: threads of two that wait for each other's cores take longer than one each.
+WORKER, WORKERS = os.environ.get("PYTEST_XDIST_WORKER", ""), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKER and hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) >= WORKERS:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[int(WORKER.removeprefix("gw")) :: WORKERS])
+
 # Before anything asks for a device: the number of devices is fixed from then on.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

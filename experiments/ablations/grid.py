@@ -305,30 +305,42 @@ def make_missing(works: Sequence[Work], jobs: int, run: Run) -> list[Done]:
 
 
 def run_processes(works: Sequence[Work], jobs: int, hear: Callable[[Done], None]) -> None:
-    """`make_cells` in new processes, so many at once. None is left when this returns or raises."""
-    waiting, running = deque(works), dict[Connection, tuple[BaseProcess, Work]]()
+    """`make_cells` in new processes, so many at once. None is left when this returns or raises.
+
+    Each has its share of the CPU cores: threads of several that wait for each other's cores take longer than one each.
+    """
+    waiting, running = deque(works), dict[Connection, tuple[BaseProcess, Work, list[int]]]()
+    shares = core_shares(min(jobs, len(works)))
     context = multiprocessing.get_context("spawn")
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 link, theirs = context.Pipe(duplex=False)
+                cores = shares.pop()
                 # A daemon ends with this process, also if that is interrupted before the next line.
-                process: BaseProcess = context.Process(target=live, args=(waiting[0], theirs), daemon=True)
+                process: BaseProcess = context.Process(target=live, args=(waiting[0], theirs, cores), daemon=True)
                 process.start()
-                running[link] = process, waiting.popleft()
+                running[link] = process, waiting.popleft(), cores
                 theirs.close()
             for ready in wait(list(running)):
                 assert isinstance(ready, Connection)
                 try:
                     hear(ready.recv())
                 except EOFError:
-                    process, work = running.pop(ready)
+                    process, work, cores = running.pop(ready)
                     process.join()
+                    shares.append(cores)
                     if process.exitcode:
                         log = work.folder / "log.txt"
                         hear(Done(work.seed, None, f"its process ended, exit code {process.exitcode}, see {log}", 0.0))
     finally:
-        end_processes([process for process, _ in running.values()])
+        end_processes([process for process, *_ in running.values()])
+
+
+def core_shares(jobs: int) -> list[list[int]]:
+    """The cores of this process, shared out. [] may use all of them: where they are fewer than jobs, or not known."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return [cores[number::jobs] if len(cores) >= jobs else [] for number in range(jobs)]
 
 
 def end_processes(processes: Sequence[BaseProcess]) -> None:
@@ -345,8 +357,10 @@ def end_processes(processes: Sequence[BaseProcess]) -> None:
             process.join()
 
 
-def live(work: Work, link: Connection) -> None:
+def live(work: Work, link: Connection, cores: Sequence[int]) -> None:
     """A process's life: it writes to its seed's log.txt, and ends when the one that started it does."""
+    if cores:
+        os.sched_setaffinity(0, cores)
     log = os.open(work.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from experiments.ablations.grid import GridFlags, run_grid
+from experiments.ablations.grid import GridFlags, core_shares, run_grid
 from experiments.ablations.grid_results import (
     Cells,
     Column,
@@ -62,7 +62,8 @@ def one(cfg, prepared, seed, variant, run):
             os.kill(os.getpid(), signal.SIGKILL)
     run.log("one", 1, {"pid": os.getpid()})
     y = prepared**variant.power
-    return {"y": y, "pid": os.getpid(), "none": np.nan, "steps": np.arange(3), "curve": y * np.arange(3.0)}
+    curves = {"steps": np.arange(3), "curve": y * np.arange(3.0)}
+    return {"y": y, "pid": os.getpid(), "cores": len(os.sched_getaffinity(0)), "none": np.nan, **curves}
 
 
 def present(cfg, cells):
@@ -102,8 +103,18 @@ def test_in_processes(tmp_path):
     # A process a seed, none of them this one, and what a seed's variants share is made once.
     pids = [json.loads(path.read_text())["values"]["pid"] for path in sorted(folder.glob("seed-[02]/power-*.json"))]
     assert len(set(pids)) == 2 and os.getpid() not in pids and pids[0] == pids[1]
+    cores = [json.loads(path.read_text())["values"]["cores"] for path in folder.glob("seed-[02]/power-*.json")]
+    assert set(cores) <= {len(share) or os.cpu_count() for share in core_shares(2)}
     assert [len(path.read_text().splitlines()) for path in folder.glob("seed-*/shared/metrics.jsonl")] == [1, 1, 1]
     assert (folder / "trivial.svg").read_text().startswith("<?xml")
+
+
+def test_processes_share_out_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 1, 2, 7, 9})
+    assert core_shares(2) == [[1, 4, 9], [2, 7]] and core_shares(1) == [[1, 2, 4, 7, 9]]
+    assert core_shares(6) == [[]] * 6
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert core_shares(2) == [[], []]
 
 
 def forget(folder, trouble):
