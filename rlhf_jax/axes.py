@@ -11,8 +11,6 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from rlhf_jax.errors import UserError
-
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 """Copies of the model; parts of each parameter, whole again where it is used; parts of each sequence; parts of each
 layer's work."""
@@ -120,16 +118,10 @@ def parts(size: int, axis: str) -> int:
     return math.prod(sizes[name] for name in ((entry,) if isinstance(entry, str) else entry))
 
 
-def to_pad(length: int, heads: int) -> int:
-    """How many tokens more a sequence needs, that the mesh may cut it.
-
-    Raises UserError where the mesh cuts sequences, and cannot cut that many heads.
-    """
+def ways(axis: str) -> int:
+    """Into how many parts the mesh cuts an axis of a size that divides."""
     sizes = _sizes()
-    sequence, tensor = sizes.get("sequence", 1), sizes.get("tensor", 1)
-    if sequence > 1 and heads % (sequence * tensor):
-        raise UserError(f"{heads} heads do not divide over sequence × tensor = {sequence * tensor} parts of the mesh")
-    return -length % sequence
+    return math.prod(sizes.get(name, 1) for name in RULES[axis])
 
 
 def on_parts(function: Callable[..., Any], arrays: Sequence[Any], axes: Sequence[Sequence[str | None]]) -> Any:

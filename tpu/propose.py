@@ -48,7 +48,7 @@ HEADS = 3
 LONG = 8192
 """Tokens from which on a mesh may cut sequences: below, rows are many enough."""
 Sizes = tuple[int, int, int, int]
-"""Of the axes of a mesh, in the order of `MESH_AXES`."""
+"""The sizes of a mesh, in the order of `MESH_AXES`."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Proposal(NamedTuple):
 
     @property
     def limit(self) -> str:
-        """What takes them."""
+        """The limit of the step, as `least_seconds` has it."""
         return least_seconds(self.seconds)[1]
 
 
@@ -143,7 +143,7 @@ def sent(case: Case, policy: Load, judge: Load, sizes: Sizes, rows: int) -> floa
         return 2 * gather(load) + scattered + 2 * 4 * load.trained / (fsdp * tensor) * (data - 1) / data
 
     def sums(load: Load) -> float:
-        """What one pass over the tokens of all rows adds up and moves."""
+        """Bytes that one pass over the tokens of all rows adds up and moves."""
         config, tokens = load.config, rows * (case.prompt + case.response)
         keys = math.lcm(config.n_kv_heads, sequence * tensor)
         summed = 2 * config.d_model * 2 * (tensor - 1) / tensor

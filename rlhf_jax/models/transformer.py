@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from rlhf_jax.axes import LINEAR, PARAMETERS, constrain, parts, to_pad
+from rlhf_jax.axes import LINEAR, PARAMETERS, constrain, parts, ways
+from rlhf_jax.errors import UserError
 from rlhf_jax.logprobs import soft_cap
 from rlhf_jax.models.attention import (
     LayerNumbers,
@@ -266,11 +267,17 @@ class Transformer(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """The final hidden states, normed, in `precision.head`: what the heads read."""
+        """The final hidden states, normed, in `precision.head`: what the heads read.
+
+        Raises UserError where the mesh cuts sequences and does not divide the heads.
+        """
         real = tokens.shape[1]
         if positions is None:
             positions = jnp.broadcast_to(jnp.expand_dims(jnp.arange(real), 0), tokens.shape)
-        if more := to_pad(real, self.config.n_heads):  # at the end, where nothing before sees it
+        heads, cut = self.config.n_heads, ways("attending")
+        if ways("time") > 1 and heads % cut:
+            raise UserError(f"{heads} heads do not divide over sequence × tensor = {cut} parts of the mesh")
+        if more := -real % ways("time"):  # at the end, where nothing before sees it
             tokens, positions = (jnp.pad(x, ((0, 0), (0, more))) for x in (tokens, positions))
             segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, more)))
         length = real + more
