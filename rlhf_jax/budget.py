@@ -50,9 +50,9 @@ def step_memory(config: ModelConfig, trained: Params, held: Any, *, rows: int, l
     chunk = min(length, head_chunk(rows))
     rows = max(1, rows // row_devices())
     parts = 1 if mesh is None else mesh.shape["tensor"]
-    pieces = 1 if mesh is None or length % mesh.shape["sequence"] else mesh.shape["sequence"]
+    pieces = 1 if mesh is None else mesh.shape["sequence"]
     itemsize = jnp.dtype(config.precision.compute).itemsize
-    tokens = rows * length // pieces
+    tokens = rows * -(-length // pieces)
     queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     # Before and after the softmax; the kernels of accelerators never hold them.
     scores = 2 * config.n_heads * length if attention_kernel(config, length) == "reference" else 0

@@ -200,8 +200,7 @@ def _joined(x: Array, length: int) -> Array:
     """The inverse of `_pieces`, of arrays [rows, columns]."""
     if x.shape[1] == length:
         return x
-    times = length // x.shape[1]
-    joined = x.reshape(times, -1, x.shape[1]).swapaxes(0, 1).reshape(-1, length)
+    joined = x.reshape(length // x.shape[1], -1, x.shape[1]).swapaxes(0, 1).reshape(-1, length)
     return constrain(joined, "batch", "time")
 
 
@@ -278,29 +277,17 @@ def _scored(
     length = targets.shape[1]
     hidden, targets = _pieces(hidden), _pieces(targets)
     mask = None if mask is None else _pieces(mask)
-    found = _scored_rows(score, chunk_size, softcap, hidden, kernel, targets, mask, temperature)
-    return tuple(_joined(x, length) for x in found)
-
-
-def _scored_rows(
-    score: Score,
-    chunk_size: int,
-    softcap: float | None,
-    hidden: Array,
-    kernel: Array,
-    targets: Array,
-    mask: Array | None,
-    temperature: ScalarLike,
-) -> tuple[Array, ...]:
     kernel = _spread(kernel, len(targets))
     if targets.shape[1] > chunk_size:
-        return _chunked(score, chunk_size, softcap, hidden, kernel, targets, mask, temperature)
-    if mask is not None:
-        hidden, targets = jnp.where(mask[:, :, None], hidden, jnp.zeros_like(hidden)), jnp.where(mask, targets, 0)
-    if isinstance(temperature, Array):
-        temperature = jax.lax.stop_gradient(temperature)
-    found = score(_logits(hidden, kernel, softcap) / temperature, targets)
-    return found if mask is None else tuple(jnp.where(mask, x, 0.0) for x in found)
+        found = _chunked(score, chunk_size, softcap, hidden, kernel, targets, mask, temperature)
+    else:
+        if mask is not None:
+            hidden, targets = jnp.where(mask[:, :, None], hidden, jnp.zeros_like(hidden)), jnp.where(mask, targets, 0)
+        if isinstance(temperature, Array):
+            temperature = jax.lax.stop_gradient(temperature)
+        found = score(_logits(hidden, kernel, softcap) / temperature, targets)
+        found = found if mask is None else tuple(jnp.where(mask, x, 0.0) for x in found)
+    return tuple(_joined(x, length) for x in found)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

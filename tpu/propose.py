@@ -170,6 +170,7 @@ def propose(case: Case, chip: Chip, chips: int) -> list[Proposal]:
     rows, length = case.rows or chips * (4 if case.experiment in SAMPLING else 2), case.prompt + case.response
     shapes, found = parameter_shapes(config), []
     weights, copied = count_weights(shapes), copy_bytes(config, shapes)
+    judged = count_weights(parameter_shapes(judge))
     cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * WIDTH * rows  # of one token
     for sizes in meshes(chips, (config, judge), rows, length):
         data, fsdp, sequence, tensor = sizes
@@ -192,7 +193,7 @@ def propose(case: Case, chip: Chip, chips: int) -> list[Proposal]:
         head = HEADS * 4 * config.d_model * config.vocab_size / tensor
         learned = count_weights(state.critic.params) if case.experiment == "ppo" else 0
         policy = Load(config, weights, count_weights(trained))
-        moved = sent(case, policy, Load(judge, count_weights(parameter_shapes(judge)), learned), sizes, rows)
+        moved = sent(case, policy, Load(judge, judged, learned), sizes, rows)
         seconds = {
             "operations": program.flops / chips / chip.flops, "reading": reading,
             "links": moved / (chip.ici_bandwidth / 2),

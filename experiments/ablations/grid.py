@@ -305,10 +305,7 @@ def make_missing(works: Sequence[Work], jobs: int, run: Run) -> list[Done]:
 
 
 def run_processes(works: Sequence[Work], jobs: int, hear: Callable[[Done], None]) -> None:
-    """`make_cells` in new processes, so many at once. None is left when this returns or raises.
-
-    Each has its share of the CPU cores: threads of several that wait for each other's cores take longer than one each.
-    """
+    """`make_cells` in new processes, so many at once, each on cores of its own. None is left when this ends."""
     waiting, running = deque(works), dict[Connection, tuple[BaseProcess, Work, list[int]]]()
     shares = core_shares(min(jobs, len(works)))
     context = multiprocessing.get_context("spawn")
