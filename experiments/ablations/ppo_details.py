@@ -121,6 +121,11 @@ CLAIMS = (
           "of explained variance", above=0.0),
     Claim("and the policy is better for it", "Ouyang et al. 2022", "not told", ends_above("default",
           "critic_from_the_policy"), "of true utility", above=0.0),
+    Claim("how a new head begins does not matter", "Ziegler et al. 2019; Huang et al. 2024",
+          "zeros in the one, 1/√(d + 1) in the other", ends_above("critic_of_zeros", "critic_from_the_policy"),
+          "of true utility", above=-0.1, below=0.1),
+    Claim("without whitening nothing is lost", "Andrychowicz et al. 2021", "it hardly matters",
+          ends_above("no_whitening"), "of true utility", above=-0.1),
 )  # fmt: skip
 
 
