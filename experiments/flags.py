@@ -127,20 +127,13 @@ class DataFlags(Flags):
 
 
 @dataclass(frozen=True)
-class DemonstrationFlags(DataFlags):
-    """Prompts with answers to imitate."""
+class StreamFlags(DataFlags):
+    """Rows that are read while training goes on."""
 
-    demonstrations: str | tuple[str, ...] | None = None
-    """Files, folders or names on the Hub, NAME[:SPLIT]."""
-    demonstrations_format: str | None = None
-    """messages, sharegpt, prompt_completion, alpaca or text; by default recognised from the columns."""
-    demonstrations_columns: tuple[str, ...] = ()
-    """Names of the columns in the files, OURS=THEIRS, as in prompt=question completion=answer."""
-    demonstrations_weights: tuple[float, ...] = ()
-    """How often each source is drawn from; by default as large as it is (streamed: all equally)."""
     streaming: bool = False
-    """Read demonstrations as they are needed, for sets larger than the disk has room for twice. The files of a folder
-    come in a new order each time, and their rows are shuffled in a window."""
+    """Read demonstrations and comparisons as they are needed, for sets larger than the disk has room for twice. The
+    files of a folder come in a new order each time, and their rows are shuffled in a window. Of the first 2560 rows
+    some are held out, and prompts are of these where there are no --prompts."""
     shuffle_window: int | None = None
     """Rows of that window, by default 1024."""
 
@@ -151,6 +144,20 @@ class DemonstrationFlags(DataFlags):
             if not self.streaming:
                 raise UserError("--shuffle-window is about --streaming; other rows are shuffled as a whole")
         super().__post_init__()
+
+
+@dataclass(frozen=True)
+class DemonstrationFlags(StreamFlags):
+    """Prompts with answers to imitate."""
+
+    demonstrations: str | tuple[str, ...] | None = None
+    """Files, folders or names on the Hub, NAME[:SPLIT]."""
+    demonstrations_format: str | None = None
+    """messages, sharegpt, prompt_completion, alpaca or text; by default recognised from the columns."""
+    demonstrations_columns: tuple[str, ...] = ()
+    """Names of the columns in the files, OURS=THEIRS, as in prompt=question completion=answer."""
+    demonstrations_weights: tuple[float, ...] = ()
+    """How often each source is drawn from; by default as large as it is (streamed: all equally)."""
 
     def sources(self) -> dict[str, Source]:
         """All files that the flags name, by their kind. Raises UserError for flags about files that are not given."""
@@ -165,7 +172,7 @@ class DemonstrationFlags(DataFlags):
 
 
 @dataclass(frozen=True)
-class ComparisonFlags(DataFlags):
+class ComparisonFlags(StreamFlags):
     """Answers of which people preferred some."""
 
     comparisons: str | tuple[str, ...] | None = None
@@ -175,7 +182,8 @@ class ComparisonFlags(DataFlags):
     comparisons_columns: tuple[str, ...] = ()
     """Names of the columns in the files, OURS=THEIRS."""
     comparisons_weights: tuple[float, ...] = ()
-    """Shares of the sources; as many comparisons are used as these allow without repeating one."""
+    """Shares of the sources; as many comparisons are used as these allow without repeating one (streamed: without an
+    end)."""
     comparisons_clamp: float | None = None
     """The highest probability that a label may have, such as 0.6; the lowest is 1 minus that (Bai et al. 2022). For
     files with a column probability; rows without one keep their label."""

@@ -115,6 +115,8 @@ class Config(RunFlags, SamplingFlags, JudgeFlags, PromptFlags, ComparisonFlags, 
     def __post_init__(self) -> None:
         """Raises UserError for flags about the form of files, and for those that nothing here would use."""
         refuse_forms(self, "comparisons")
+        if self.streaming:
+            raise UserError("--streaming is not used here: each round learns from all comparisons so far")
         refuse_without_files(self, "judge", "people")
         if self.people and self.judge:
             raise UserError("--people and --judge are two answers to the question who labels: give one")

@@ -109,6 +109,7 @@ def train_and_choose(
         eval_batch_size=size,
         zero=None if demonstrations is None else demonstrations.validation,
     )
+    task.finish()
     if demonstrations is None or not trained.epochs:  # on one trunk PPO starts where the reward model did
         return trained.params, trained.params, rewards, metrics
     scores = score_in_batches(partial(response_rewards, ScalarModel(base.config)), size)

@@ -43,10 +43,10 @@ from experiments.stages import member_names, open_task, or_default, policy_sampl
 from experiments.training import AdapterDropout, Adapters, Training
 from rlhf_jax.batches import PackedRankings, Rankings, Tokens
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
-from rlhf_jax.data.order import EpochOrder
 from rlhf_jax.data.preferences import stack_batches
+from rlhf_jax.drawn import DrawnRankings
 from rlhf_jax.ensemble import ensemble_metrics
-from rlhf_jax.errors import at_least
+from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.evaluate import agreement
 from rlhf_jax.export import export_reward_model
 from rlhf_jax.log import Run
@@ -69,15 +69,21 @@ class RewardModelFlags(Flags):
 
     epochs: float | None = None
     """Passes over the comparisons. By default 2 in the controlled world, else 1."""
+    steps: int | None = None
+    """Steps instead of passes; of a stream 1000 by default."""
     prompts_per_step: int = 16
     """Prompts in a step, each with all of its K answers."""
     evaluations: int = 8
     """The number of evaluations on held-out comparisons."""
 
     def __post_init__(self) -> None:
+        """Raises UserError for numbers out of range, and for a length that is given twice."""
         at_least(self, prompts_per_step=1, evaluations=1)
-        if self.epochs is not None:
-            at_least(self, epochs=0)
+        for name in ("epochs", "steps"):
+            if getattr(self, name) is not None:
+                at_least(self, **{name: 0})
+        if self.epochs is not None and self.steps is not None:
+            raise UserError("--epochs and --steps both say how long to train: give one of them")
         super().__post_init__()
 
 
@@ -108,11 +114,14 @@ class Config(RunFlags, SamplingFlags, ModelFlags, DemonstrationFlags, Comparison
     """A reward model from comparisons."""
 
 
-def with_defaults(cfg: RewardModel, base: Pretrained) -> RewardModel:
-    """The flags. Those that are not given get numbers for the model."""
+def with_defaults(cfg: RewardModel, base: Pretrained, *, streamed: bool = False) -> RewardModel:
+    """The flags. Those that are not given get numbers for the model. Raises UserError for epochs of a stream."""
+    if streamed and cfg.epochs is not None:
+        raise UserError("a stream has no passes to count: give --steps instead of --epochs")
+    length: dict[str, Any] = {} if cfg.steps is not None else {"steps": 1000} if streamed else {"epochs": 1}
     if base.name is None:
-        return or_default(cfg, epochs=2, learning_rate=1e-3, lora_rank=0)
-    return or_default(cfg, epochs=1, **pretrained_defaults(cfg, base))
+        return or_default(cfg, **(length and {"epochs": 2}), learning_rate=1e-3, lora_rank=0)
+    return or_default(cfg, **length, **pretrained_defaults(cfg, base))
 
 
 def make_step(cfg: RewardModel, config: ModelConfig) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -165,17 +174,16 @@ def train(
     `start` is a reward model of that shape to go on from; by default a new head on the weights of `base`.
     If `zero` is given, the head's bias is moved at the end so that the answers in it score 0 on average.
     """
-    given, cfg = cfg, with_defaults(cfg, base)
+    given, cfg = cfg, with_defaults(cfg, base, streamed=comparisons.stream is not None)
     say_defaults(run, stage, given, cfg, base)
     if start is None:
         params = from_language_model(shard_params(base.params), jax.random.key(seed + 1), base.config)
     else:
         params = shard_params(start)
     prompts = len(comparisons.train)
-    prompts_a_step = min(prompts, cfg.prompts_per_step)
+    prompts_a_step = cfg.prompts_per_step if comparisons.stream else min(prompts, cfg.prompts_per_step)
     cfg.check_parts(prompts_a_step, "prompts")
-    steps_an_epoch = prompts // prompts_a_step
-    steps = math.ceil((cfg.epochs or 0) * steps_an_epoch)
+    steps = math.ceil((cfg.epochs or 0) * (prompts // prompts_a_step)) if cfg.steps is None else cfg.steps
     frozen, trainable = shard_params(cfg.split_trainable(params, jax.random.key(seed + 3)))
     del params  # which may stand beside its rounded weights
     model, optimizer, train_step, score = make_programs(cfg, base.config, steps, eval_batch_size)
@@ -186,11 +194,10 @@ def train(
 
     loop = cfg.make_loop(run, stage, steps, show=("loss", "accuracy", "val_accuracy"), log_every=20)
     state = loop.restore(state)
-    drawn = EpochOrder([seed, 2], prompts, prompts_a_step)
+    drawn = DrawnRankings(comparisons.train, comparisons.stream, prompts_a_step, seed, loop)
     for step in loop:
-        parts = np.split(drawn.rows(step), cfg.accumulate)
-        batch = stack_batches([comparisons.lay([comparisons.train[i] for i in part]) for part in parts])
-        batch = shard_stacked(batch, cfg.accumulate)
+        parts = [comparisons.lay(part) for part in drawn.parts(step, cfg.accumulate)]
+        batch = shard_stacked(stack_batches(parts), cfg.accumulate)
         if step == loop.first:
             shape = microbatch_shape(batch, cfg.accumulate)
             loop.say_memory(base.config, state.params, (state, frozen), shape, adapters=bool(frozen))
@@ -200,7 +207,8 @@ def train(
         evaluated = (step + 1) % max(1, steps // cfg.evaluations) == 0 or loop.is_last(step)
         if evaluated:
             metrics |= evaluate(with_lora(frozen, state.params))
-        loop.end_step(step, state, metrics, evaluated=evaluated, best=metrics.get("val_accuracy"))
+        best, position = metrics.get("val_accuracy"), drawn.data_state()
+        loop.end_step(step, state, metrics, evaluated=evaluated, best=best, data_state=position)
 
     params = with_lora(frozen, jax.tree.map(jnp.copy, state.params))
     if zero is not None:  # Ouyang et al. 2022, §3.5
@@ -244,6 +252,7 @@ def main(cfg: Config) -> dict[str, float]:
                 zero=zero, stage=stage,
             )  # fmt: skip
             metrics |= found
+            task.finish()
             scores.append(score(params, comparisons.heldout.responses))
             export_reward_model(
                 run, task.base, params, algorithm="Bradley-Terry reward model from comparisons", metrics=found,

@@ -16,6 +16,7 @@ from experiments.flags import PRECISIONS, names
 from experiments.reports import group_report, preference_report
 from rlhf_jax.cli import run_with_report
 from rlhf_jax.data.pairs import Examples, paired, singly
+from rlhf_jax.drawn import RankingStream
 from rlhf_jax.errors import UserError
 from rlhf_jax.export import export_policy
 from rlhf_jax.group_loop import train_groups
@@ -227,8 +228,10 @@ def open_rewards(
         yield rewards
 
 
-def preference_defaults(cfg: Any, base: Pretrained, rows: int, learning_rate: float) -> Any:
-    """The flags of a preference loss, with numbers where none are given."""
+def preference_defaults(cfg: Any, base: Pretrained, rows: int | None, learning_rate: float) -> Any:
+    """The flags of a preference loss, with numbers where none are given; a stream has no number of rows."""
+    if rows is None:
+        return or_default(cfg, steps=1000, batch_size=8, **pretrained_defaults(cfg, base, slower=10.0))
     if base.name is None:
         return or_default(cfg, steps=200, batch_size=64, learning_rate=learning_rate, lora_rank=0)
     size = min(rows, cfg.batch_size or 8)
@@ -240,7 +243,7 @@ def train_preference(
     loss: PreferenceLoss,
     implicit_reward: ImplicitReward,
     base: Pretrained,
-    examples: Examples,
+    examples: Examples | RankingStream,
     comparisons: Comparisons | None,
     run: Run,
     seed: int,
@@ -252,7 +255,9 @@ def train_preference(
     measure: Callable[[Params, Params, int], dict[str, Any]] | None = None,
 ) -> Trained:
     """`train_preferences` with the numbers of the flags."""
-    filled = preference_defaults(cfg, base, len(examples.groups), 5e-4)
+    filled = preference_defaults(
+        cfg, base, None if isinstance(examples, RankingStream) else len(examples.groups), 5e-4
+    )
     say_defaults(run, stage, cfg, filled, base)
     show = ("loss", "val_accuracy", "kl_k1", "utility")
     return train_preferences(
@@ -278,13 +283,17 @@ def preference_stage(
     """A run of one preference loss: reads, trains, compares the policy with where it started, exports.
 
     `single`: the loss takes answers one by one (KTO), from `--unpaired` or from comparisons taken apart. `soft`: it
-    has soft labels, a doubt of each pair.
+    has soft labels, a doubt of each pair. Raises UserError for a stream of what is not pairs.
     """
+    if cfg.streaming and (single or cfg.pairs == "all"):
+        what = f"{who} sets answers beside those to other prompts" if single else "--pairs all takes rankings apart"
+        raise UserError(f"--streaming is not used here: {what}, and a stream gives each ranking's best and worst")
     with run_with_report(cfg, stage, preference_report(stage, who)) as run:
         task = open_task(cfg, run, first="sft")
         sampler = policy_sampler(cfg, task)
         alone = single and cfg.unpaired
         comparisons = None if alone else task.comparisons(partial(sampler, task.base.params))
+        examples: Examples | RankingStream
         if comparisons is None:
             assert isinstance(task, TextTask)
             examples = task.unpaired()
@@ -293,13 +302,14 @@ def preference_stage(
                 run.warn(f"{stage} has no margin between answers: the column 'margin' is not used")
             if not soft and any(ranking.doubt for ranking in comparisons.train):
                 run.warn(f"{stage} has no soft labels: the column 'probability' only says which answer is better")
-            examples = paired(comparisons.train, cfg.pairs)
-            examples = singly(examples) if single else examples
+            pairs = paired(comparisons.train, cfg.pairs)
+            examples = comparisons.stream or (singly(pairs) if single else pairs)
         trained = train_preference(
             cfg, loss, implicit_reward, task.base, examples, comparisons, run, cfg.seed, stage=stage,
             eval_batch_size=task.eval_batch_size, reference=open_reference(cfg, run, task), mismatched=single,
             measure=make_policy_measure(task, sampler, task.eval_batch_size),
         )  # fmt: skip
+        task.finish()
         metrics = {f"{stage}_{name}": value for name, value in trained.metrics.items()}
         metrics |= task.facts | ({} if comparisons is None else comparisons.facts)
         metrics |= compare_policies(

@@ -1,6 +1,7 @@
 """Offline preference optimisation: the loop that DPO, IPO, SimPO, ORPO and KTO share. Only their losses differ.
 
-Each answer's log-probability under the reference is computed once, before training, and kept in the run's folder.
+Each answer's log-probability under the reference is computed once, before training, and kept in the run's folder; of
+a stream it is computed as the answer comes.
 """
 
 import hashlib
@@ -20,10 +21,12 @@ import optax
 from flax.training.train_state import TrainState
 from jaxtyping import Array, Float
 
-from rlhf_jax.batches import PackedAnswers, Rankings, Tokens
+from rlhf_jax.batches import PackedAnswers, RankedAnswers, Rankings, Tokens
 from rlhf_jax.data.order import EpochOrder
-from rlhf_jax.data.pairs import AnswerBatch, Examples, lay_out, mismatch, width
-from rlhf_jax.data.preferences import Answer, packed_logprobs, stack_batches
+from rlhf_jax.data.pairs import AnswerBatch, Examples, lay_out, mismatch, paired, width
+from rlhf_jax.data.preferences import Answer, pack_answers, packed_logprobs, stack_batches
+from rlhf_jax.data.tokens import host_batch
+from rlhf_jax.drawn import DrawnRankings, RankingStream
 from rlhf_jax.evaluate import agreement
 from rlhf_jax.folder import read_json
 from rlhf_jax.hosts import first, from_first
@@ -32,7 +35,7 @@ from rlhf_jax.masking import masked_mean
 from rlhf_jax.models import ModelConfig, Transformer, with_lora
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.scoring import answer_logprobs, response_logprobs, score_documents, score_in_batches
-from rlhf_jax.sharding import shard_params
+from rlhf_jax.sharding import shard_batch, shard_params, to_host
 from rlhf_jax.train import make_state, make_train_step
 from rlhf_jax.types import Metrics, Params
 
@@ -103,36 +106,65 @@ def make_batches(
     """
     answers = examples.answers
     length, ref_logprobs = width(answers, config.max_length), ref_score(answers)
-    lengths = np.array([len(response) for _, response in answers])
     if mismatched:
         others = mismatch(answers, longest=length, seed=seed)
         other_length, ref_others = width(others, config.max_length), ref_score(others)
     order = EpochOrder([seed, 4], len(examples.groups), groups_a_step)
     lay = partial(lay_out, pad_id=pad_id, packed=packed)
 
-    def lay_groups(drawn: np.ndarray) -> AnswerBatch:
-        rows, good = (numbers[drawn].T.reshape(-1) for numbers in (examples.groups, examples.good))
-        doubt: Any = np.tile(examples.doubt[drawn], examples.groups.shape[1])
-        batch = AnswerBatch(
-            lay([answers[row] for row in rows], length=length), good, lengths[rows], ref_logprobs[rows], doubt
-        )
+    def part(drawn: np.ndarray) -> AnswerBatch:
+        batch, rows = lay_groups(examples, drawn, partial(lay, length=length))
+        batch = batch._replace(ref_logprobs=ref_logprobs[rows])
         if not mismatched:
             return batch
         beside = lay([others[row] for row in rows], length=other_length)
         return batch._replace(mismatched=beside, ref_mismatched=ref_others[rows])
 
     def batch(step: int) -> AnswerBatch:
-        parts = [lay_groups(part) for part in np.split(order.rows(step), accumulate)]
+        parts = [part(drawn) for drawn in np.split(order.rows(step), accumulate)]
         return shard_stacked(stack_batches(parts), accumulate)
 
     return batch
+
+
+def stream_batches(
+    drawn: DrawnRankings,
+    ref_score: Callable[[PackedAnswers], np.ndarray],
+    *,
+    accumulate: int,
+    length: int,
+    pad_id: int,
+) -> Callable[[int], AnswerBatch]:
+    """Returns batch(step) of a stream: each ranking's best and worst answer, which `ref_score` scores as they come."""
+    lay = partial(pack_answers, length=length, pad_id=pad_id)
+
+    def part(rankings: Sequence[RankedAnswers]) -> AnswerBatch:
+        examples = paired(rankings, "best_worst")
+        batch, _ = lay_groups(examples, np.arange(len(examples.groups)), lay)
+        return batch._replace(ref_logprobs=ref_score(batch.answers))  # type: ignore[arg-type]
+
+    def batch(step: int) -> AnswerBatch:
+        return shard_stacked(stack_batches([part(some) for some in drawn.parts(step, accumulate)]), accumulate)
+
+    return batch
+
+
+def lay_groups(
+    examples: Examples, drawn: np.ndarray, lay: Callable[[Sequence[Answer]], Tokens | PackedAnswers]
+) -> tuple[AnswerBatch, np.ndarray]:
+    """The batch of some groups by their numbers, its reference still at 0, and the numbers of its answers."""
+    rows, good = (numbers[drawn].T.reshape(-1) for numbers in (examples.groups, examples.good))
+    answers = [examples.answers[row] for row in rows]
+    lengths = np.array([len(response) for _, response in answers])
+    doubt = np.tile(examples.doubt[drawn], examples.groups.shape[1])
+    return host_batch(AnswerBatch, lay(answers), good, lengths, np.zeros(len(rows), np.float32), doubt), rows
 
 
 def train_preferences(
     loss: PreferenceLoss,
     implicit_reward: ImplicitReward,
     base: Pretrained,
-    examples: Examples,
+    examples: Examples | RankingStream,
     heldout: Rankings | None,
     loop: Loop,
     seed: int,
@@ -150,8 +182,9 @@ def train_preferences(
 ) -> Trained:
     """Trains `base` on pairs (or single answers) of `examples`.
 
-    `split(params, key)` returns the frozen and the trained parameters. `reference` is by default the model that
-    training starts from. A step takes `batch_size` pairs, or twice as many single answers. At each of `evaluations`
+    Of a stream the pairs are the best and the worst answer of each ranking. `split(params, key)`
+    returns the frozen and the trained parameters. `reference` is by default the model that training starts from. A
+    step takes `batch_size` pairs, or twice as many single answers. At each of `evaluations`
     evaluations the implicit reward predicts the comparisons in `heldout`, and `measure(policy, reference, number)`
     adds metrics of samples.
     Raises UserError when a step's pairs do not divide into `accumulate` microbatches and over the mesh.
@@ -184,16 +217,28 @@ def train_preferences(
             os.replace(temporary, file)
         return scores
 
-    groups, each = examples.groups.shape
-    groups_a_step = min(groups, 2 * batch_size // each)
-    check_microbatches(groups_a_step, accumulate, "pairs")
-    batch = make_batches(
-        examples, ref_score, base.config, groups_a_step=groups_a_step, accumulate=accumulate, packed=packed,
-        pad_id=base.pad_id, mismatched=mismatched, seed=seed,
-    )  # fmt: skip
+    state, drawn = loop.restore(state), None
+    if isinstance(examples, RankingStream):
+        assert not mismatched
+        check_microbatches(batch_size, accumulate, "pairs")
+        drawn, score_packed = (
+            DrawnRankings((), examples, batch_size, seed, loop),
+            jax.jit(partial(batch_logprobs, model)),
+        )
+        batch = stream_batches(
+            drawn, lambda packed: to_host(score_packed(reference, shard_batch(packed))), accumulate=accumulate,
+            length=examples.length, pad_id=base.pad_id,
+        )  # fmt: skip
+    else:
+        groups, each = examples.groups.shape
+        groups_a_step = min(groups, 2 * batch_size // each)
+        check_microbatches(groups_a_step, accumulate, "pairs")
+        batch = make_batches(
+            examples, ref_score, base.config, groups_a_step=groups_a_step, accumulate=accumulate, packed=packed,
+            pad_id=base.pad_id, mismatched=mismatched, seed=seed,
+        )  # fmt: skip
     evaluate = make_evaluation(implicit_reward, score, reference, heldout)
 
-    state = loop.restore(state)
     for step in loop:
         some = batch(step)
         if step == loop.first:
@@ -207,7 +252,8 @@ def train_preferences(
             policy = with_lora(frozen, state.params)
             metrics |= evaluate(policy)
             metrics |= measure(policy, reference, step + 1) if measure else {}
-        loop.end_step(step, state, metrics, evaluated=evaluated, best=metrics.get("val_accuracy"))
+        best, position = metrics.get("val_accuracy"), None if drawn is None else drawn.data_state()
+        loop.end_step(step, state, metrics, evaluated=evaluated, best=best, data_state=position)
 
     policy = with_lora(frozen, state.params)
 

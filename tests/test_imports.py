@@ -23,6 +23,7 @@ LEVELS = (
         "adapters",
         "best_of_n",
         "constitution",
+        "drawn",
         "frontier",
         "revision",
         "row_file",

@@ -24,12 +24,12 @@ class Pass(NamedTuple):
     """(number of this host, number of hosts): it wants the rows whose number leaves its own when divided by theirs."""
 
 
-Open = Callable[[int, Pass], Iterator[tuple[int, Document]]]
-"""open(start, pass) -> (number of the row, its document) of the usable rows of its shard, from number `start` on."""
+Open = Callable[[int, Pass], Iterator[tuple[int, Any]]]
+"""open(start, pass) -> (number of the row, its ids) of the usable rows of its shard, from number `start` on."""
 
 
 class Rows(grain.IterDataset):
-    """Documents of a source that is read from its beginning again whenever it ends."""
+    """Rows of a source that is read from its beginning again whenever it ends."""
 
     def __init__(self, open_source: Open, shard: tuple[int, int], seed: int):
         super().__init__()
@@ -44,17 +44,17 @@ class _RowsIterator(grain.DatasetIterator):
         super().__init__()
         self._open, self._shard, self._seed = open_source, shard, seed
         self._row, self._pass = 0, 0
-        self._rows: Iterator[tuple[int, Document]] | None = None
+        self._rows: Iterator[tuple[int, Any]] | None = None
 
-    def __next__(self) -> Document:
+    def __next__(self) -> Any:
         empty = 0
         while True:
             if self._rows is None:
                 order = int(np.random.default_rng([self._seed, self._pass]).integers(2**31))
                 self._rows = self._open(self._row, Pass(self._pass, order, self._shard))
-            for number, document in self._rows:
+            for number, ids in self._rows:
                 self._row = number + 1
-                return document
+                return ids
             # A second pass that finds nothing either: there is nothing for this host.
             empty += 1
             if empty > 1:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_jax.batches import Tokens
+from rlhf_jax.batches import RankedAnswers, Tokens
 from rlhf_jax.data.tokens import Document
 from rlhf_jax.errors import UserError
 
@@ -74,10 +74,35 @@ def streamed_batches(
     UserError unless `weights` has one number above 0 for each source; the iterator raises one when a source has no row
     that can be used.
     """
+    from rlhf_jax.data.iterators import Packs
+
+    rows = _streamed_rows(sources, seed, weights, shard, window)
+    return iter(Packs(rows, batch_size, length, pad_id))
+
+
+def streamed_rankings(
+    sources: "Sequence[Open]",
+    *,
+    batch_size: int,
+    seed: int,
+    weights: Sequence[float] | None = None,
+    window: int = 1024,
+) -> "grain.DatasetIterator[list[RankedAnswers]]":
+    """Endless batches of so many rankings of sources that are not in memory, in the order of `streamed_batches`.
+
+    Every host reads all of them. Raises UserError as `streamed_batches`.
+    """
+    return iter(_streamed_rows(sources, seed, weights, (0, 1), window).batch(batch_size, batch_fn=list))
+
+
+def _streamed_rows(
+    sources: "Sequence[Open]", seed: int, weights: Sequence[float] | None, shard: Shard, window: int
+) -> "grain.IterDataset[Any]":
+    """The rows of all sources, each shuffled within a window, mixed."""
     import grain
     from grain.experimental import ThreadPrefetchIterDataset, WindowShuffleIterDataset
 
-    from rlhf_jax.data.iterators import Packs, Rows
+    from rlhf_jax.data.iterators import Rows
 
     # A thread reads the next window while this one is learned, so that no step waits for a whole window.
     ahead = [ThreadPrefetchIterDataset(Rows(one, shard, _seed(seed, number)), prefetch_buffer_size=window)
@@ -87,8 +112,7 @@ def streamed_batches(
         for number, rows in enumerate(ahead)
     ]
     weights = _weights([1.0] * len(mixed) if weights is None else weights, sources)
-    everything = mixed[0] if len(mixed) == 1 else grain.IterDataset.mix(mixed, weights=weights)
-    return iter(Packs(everything, batch_size, length, pad_id))
+    return mixed[0] if len(mixed) == 1 else grain.IterDataset.mix(mixed, weights=weights)
 
 
 def mix_once(sources: Sequence[Sequence[Any]], weights: Sequence[float], *, seed: int) -> list[Any]:

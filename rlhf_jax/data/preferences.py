@@ -193,6 +193,11 @@ def reordered(ids: RankedAnswers, order: Sequence[int]) -> RankedAnswers:
     return ids._replace(responses=[ids.responses[i] for i in order], ranks=tuple(ids.ranks[i] for i in order))
 
 
+def clamped(ids: RankedAnswers, most: float) -> RankedAnswers:
+    """The same ranking, whose order is right with a probability of at most so much."""
+    return ids._replace(doubt=max(ids.doubt, 1.0 - most))
+
+
 def _filled(numbers: Sequence[float], count: int) -> Float[np.ndarray, " P"]:
     found = np.zeros(count, np.float32)
     found[: len(numbers)] = numbers

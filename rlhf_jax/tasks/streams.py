@@ -1,12 +1,16 @@
-"""Demonstrations that are read as they are needed: of each source the first ones at once, the others in passes."""
+"""Rows that are read as they are needed: of each source the first ones at once, the others in passes."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from rlhf_jax.batches import RankedAnswers
 from rlhf_jax.data.encode import encode_rows
-from rlhf_jax.data.heldout import split_head
+from rlhf_jax.data.heldout import opening_of_row, split_head
+from rlhf_jax.data.preferences import clamped, reordered
 from rlhf_jax.data.rejects import Rejects
 from rlhf_jax.data.rows import Read
 from rlhf_jax.data.tokenizer import PreTrainedTokenizerBase
@@ -16,7 +20,70 @@ if TYPE_CHECKING:
     from rlhf_jax.data.iterators import Pass
 
 STREAM_HEAD = 2560
-"""Documents at the beginning of a source of which some are held out."""
+"""Rows at the beginning of a source of which some are held out."""
+
+
+def opener(
+    rows: Callable[..., Iterator[Read]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    keep: Callable[[Read, Any], Any],
+    *,
+    counted: Rejects,
+    in_order: bool,
+) -> Callable[[int, "Pass"], Iterator[tuple[int, Any]]]:
+    """open(start, pass) for `loader`: a source's rows, as keep(row, ids) makes them; None leaves one out.
+
+    `rows(rejects, …)` is `read_rows` of the source. `counted` hears of rows that cannot be used, in the first pass.
+    `in_order`: all passes have one order of files.
+    """
+    own: Any = copy.deepcopy(tokenizer)  # a thread of its own reads each source
+
+    def open_source(start: int, one: "Pass") -> Iterator[tuple[int, Any]]:
+        rejects = counted if one.number == 0 else Rejects("skip")
+        found = rows(rejects, start=start, order=None if in_order else one.order, shard=one.shard)
+        for read, ids in encode_rows(found, own, max_length, rejects):
+            kept = keep(read, ids)
+            if kept is not None:
+                yield read.number, kept
+
+    return open_source
+
+
+def ranking_opener(
+    rows: Callable[..., Iterator[Read]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    heldout: Collection[str],
+    answers: int,
+    clamp: float | None,
+    seed: int,
+    counted: Rejects,
+    in_order: bool,
+) -> Callable[[int, "Pass"], Iterator[tuple[int, Any]]]:
+    """`opener` of comparisons: without those that begin as the held-out ones do, each ranking in an order of its own.
+
+    Those with more than so many `answers`, for which no batch has room, are left out and counted. `clamp` is the
+    highest probability of a soft label.
+    """
+
+    def fitting(rejects: Rejects, **where: Any) -> Iterator[Read]:
+        for read in rows(rejects, **where):
+            if len(read.row.ranks) > answers:
+                reason = f"more answers than any of the first {STREAM_HEAD} rows"
+                rejects.reject(read.row.place, reason, read.fields, detail=f"{len(read.row.ranks)}, not {answers}")
+            else:
+                yield read
+
+    def keep(read: Read, ids: RankedAnswers) -> RankedAnswers | None:
+        if len(set(ids.ranks)) < 2 or opening_of_row(read.row) in heldout:
+            return None
+        if clamp is not None and read.row.probability is not None:
+            ids = clamped(ids, clamp)
+        return reordered(ids, np.random.default_rng([seed, 7, read.number]).permutation(len(ids.ranks)).tolist())
+
+    return opener(fitting, tokenizer, max_length, keep, counted=counted, in_order=in_order)
 
 
 class StreamedSource:
@@ -32,24 +99,17 @@ class StreamedSource:
         counted: Rejects,
         in_order: bool,
     ) -> None:
-        """`rows(rejects, …)` is `read_rows` of the source. At most `budget` rows, and at most a tenth, are held out.
+        """At most `budget` rows, and at most a tenth, are held out; the rest is as in `opener`.
 
-        `counted` hears of the rows that cannot be used, in the first pass. `in_order`: all passes have one order of
-        files. Raises UserError for a source that cannot be read.
+        Raises UserError for a source that cannot be read.
         """
-        self._rows, self._max_length, self._counted, self._in_order = rows, max_length, counted, in_order
         policy = counted.policy
         begin = encode_rows(rows(Rejects(policy)), tokenizer, max_length, Rejects(policy))
         kept, out = split_head([(read.row.place, ids) for read, ids in islice(begin, STREAM_HEAD)], budget=budget)
         self.head: list[Document] = [ids for _, ids in kept]
         self.validation: list[Document] = [ids for _, ids in out]
-        self._heldout = {place for place, _ in out}
-        self._tokenizer: Any = copy.deepcopy(tokenizer)  # a thread of its own reads each source
-
-    def open(self, start: int, one: "Pass") -> Iterator[tuple[int, Document]]:
-        """(number, ids) of a pass's rows from number `start` on, without those that are held out."""
-        rejects = self._counted if one.number == 0 else Rejects("skip")
-        rows = self._rows(rejects, start=start, order=None if self._in_order else one.order, shard=one.shard)
-        for read, ids in encode_rows(rows, self._tokenizer, self._max_length, rejects):
-            if read.row.place not in self._heldout:
-                yield read.number, ids
+        places = {place for place, _ in out}
+        self.open = opener(
+            rows, tokenizer, max_length, lambda read, ids: None if read.row.place in places else ids, counted=counted,
+            in_order=in_order,
+        )  # fmt: skip

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from rlhf_jax.batches import Completions, PackedRankings, Prompts, Rankings, Tokens
 from rlhf_jax.data.encode import RankedAnswers
 from rlhf_jax.data.tokens import take
+from rlhf_jax.drawn import RankingStream
 from rlhf_jax.pretrained import Pretrained
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Comparisons(NamedTuple):
     """Rankings of answers to the same prompts, by people or by simulated annotators."""
 
     train: Sequence[RankedAnswers]
+    """All of them; of a stream the first ones."""
     heldout: Rankings
     """Two answers to each prompt."""
     facts: dict[str, float]
@@ -45,6 +47,8 @@ class Comparisons(NamedTuple):
     """The batch of some rankings."""
     packed: bool
     """Whether a row of a batch holds several answers."""
+    stream: RankingStream | None = None
+    """Where the rankings to train on come from when they are not all in `train`."""
 
 
 class PromptSets(NamedTuple):

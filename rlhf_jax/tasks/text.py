@@ -12,9 +12,9 @@ from rlhf_jax.data.encoders import default_processes, encode_many
 from rlhf_jax.data.formats import Text
 from rlhf_jax.data.heldout import split_by_hash, split_by_opening, split_rows
 from rlhf_jax.data.lazy import Lazy, joined, picked
-from rlhf_jax.data.loader import document_batches, mix_once, streamed_batches
+from rlhf_jax.data.loader import document_batches, mix_once, streamed_batches, streamed_rankings
 from rlhf_jax.data.pairs import Examples, labelled
-from rlhf_jax.data.preferences import pack_rankings, pad_rankings, reordered, shuffled
+from rlhf_jax.data.preferences import clamped, pack_rankings, pad_rankings, reordered, shuffled
 from rlhf_jax.data.rejects import OnBadRow, Rejects
 from rlhf_jax.data.rows import (
     Read,
@@ -39,6 +39,7 @@ from rlhf_jax.data.tokens import (
     size,
     take,
 )
+from rlhf_jax.drawn import RankingStream
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import gather
 from rlhf_jax.log import Run
@@ -46,7 +47,7 @@ from rlhf_jax.models import count_weights
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.scoring import rows_at_once
 from rlhf_jax.sharding import host_share
-from rlhf_jax.tasks.streams import StreamedSource
+from rlhf_jax.tasks.streams import STREAM_HEAD, StreamedSource, ranking_opener
 from rlhf_jax.tasks.task import Comparisons, Demonstrations, PromptRow, PromptSets, Sampler
 
 if TYPE_CHECKING:
@@ -147,19 +148,21 @@ class TextTask:
 
     def comparisons(self, sampler: Sampler) -> Comparisons:
         """The comparisons of `--comparisons`; the sampler is not asked. Raises UserError without any."""
-        train, heldout = (part.ids for part in self._compared())
+        parts = self._compared()
+        train, heldout = (part.ids for part in parts)
         ends = [(int(np.argmin(r.ranks)), int(np.argmax(r.ranks))) for r in heldout]
         pairs = [reordered(r, sorted(pair)) for r, pair in zip(heldout, ends, strict=True)]
         pad_id = self.base.pad_id
         shapes = ((len(r.ranks), len(r.prompt) + max(map(len, r.responses))) for r in joined([train, heldout]))
         answers, longest = np.max(np.fromiter(shapes, np.dtype((int, 2))), axis=0).tolist()
-        length = self._row_width(longest)
+        stream = self._stream_comparisons(parts[1].openings, answers) if self._streaming else None
+        length = self._max_length if stream else self._row_width(longest)
 
         def lay(rankings: Sequence[RankedAnswers]) -> PackedRankings:
             return pack_rankings(rankings, length=length, pad_id=pad_id, answers=answers)
 
         padded = pad_rankings(pairs, length=bucket(longest, longest=self._max_length), pad_id=pad_id)
-        return Comparisons(train, padded, {}, lay, packed=True)
+        return Comparisons(train, padded, {}, lay, packed=True, stream=stream)
 
     def unpaired(self) -> Examples:
         """Answers found good or not, of `--unpaired`."""
@@ -228,7 +231,7 @@ class TextTask:
         """Only the first of each source in memory, for validation and PPO-ptx; the rest is read when it is needed."""
         source = self._sources["demonstrations"]
         counted, found = self._rejects if self._run.first else self._elsewhere, []
-        for name, form in zip(source.names, self._formats(source, streaming=True), strict=True):
+        for name, form in zip(source.names, self._formats(source), strict=True):
             rows = partial(read_rows, name, form, columns=source.columns, streaming=True, limit=self._limit)
             # The first rows of a source are those of one order.
             one = StreamedSource(
@@ -253,14 +256,34 @@ class TextTask:
         self._announce(packed)
         return Demonstrations(packed, self._pad(validation), batches, None)
 
+    def _stream_comparisons(self, heldout: Sequence[str], answers: int) -> RankingStream:
+        """All comparisons but those with the openings of the held-out ones, with so many answers at most."""
+        source = self._sources["comparisons"]
+        counted = self._rejects if self._run.first else Rejects(self._rejects.policy)  # all hosts read the same rows
+        opened = [
+            ranking_opener(
+                partial(read_rows, name, form, columns=source.columns, streaming=True, limit=self._limit),
+                self.base.tokenizer, self._max_length, heldout=frozenset(heldout), answers=answers, clamp=source.clamp,
+                seed=self._seed, counted=counted, in_order=self._limit is not None,
+            )
+            for name, form in zip(source.names, self._formats(source), strict=True)
+        ]  # fmt: skip
+
+        def batches(batch_size: int, seed: int) -> "grain.DatasetIterator[list[RankedAnswers]]":
+            return streamed_rankings(
+                opened, batch_size=batch_size, seed=seed, weights=source.weights or None, window=self._window
+            )
+
+        return RankingStream(batches, self._max_length)
+
     def _compared(self) -> tuple[Stored, Stored]:
-        """Training and held-out comparisons; no conversation begins alike in both."""
+        """Training and held-out comparisons, of a stream its first ones; no conversation begins alike in both."""
         return self._once("comparisons", self._read_comparisons)
 
     def _read_comparisons(self) -> tuple[Stored, Stored]:
         found, rng = self._read("comparisons"), self._rng(2)
         rows, weights = together(found), self._sources["comparisons"].weights
-        if weights:
+        if weights and not self._streaming:
             ends = np.cumsum([0, *(len(some.ids) for some in found)])
             numbers = [range(start, end) for start, end in pairwise(ends.tolist())]
             rows = of_numbers(rows, mix_once(numbers, weights, seed=self._seed))
@@ -268,7 +291,8 @@ class TextTask:
         if not all(part.ids for part in parts):
             raise UserError(f"{self._name('comparisons')}: too few comparisons to train on some and hold out others")
         self._announce()
-        self._run.say(f"comparisons: {len(parts[0].ids)} to train on, {len(parts[1].ids)} held out")
+        first = " of the first ones, the others as they are needed" if self._streaming else ""
+        self._run.say(f"comparisons: {len(parts[0].ids)} to train on{first}, {len(parts[1].ids)} held out")
         # The preferred one is not always first: nothing may learn the place.
         train, heldout = (part._replace(ids=shuffled(part.ids, rng)) for part in parts)
         return train, heldout
@@ -283,13 +307,7 @@ class TextTask:
             raise UserError(f"--comparisons-clamp {clamp}: no row of {self._name('comparisons')} has a probability")
         ids = rows.ids
         if clamp is not None:
-            least = 1.0 - clamp
-
-            def softened(row: int) -> RankedAnswers:
-                found = ids[row]
-                return found._replace(doubt=max(found.doubt, least)) if soft[row] else found
-
-            rows = rows._replace(ids=Lazy(len(ids), softened))
+            rows = rows._replace(ids=Lazy(len(ids), lambda row: clamped(ids[row], clamp) if soft[row] else ids[row]))
         mean = sum(some.doubt for some in rows.ids) / soft.sum()
         self._run.say(f"comparisons: {soft.sum()} of {len(soft)} have a probability; it is {1 - mean:.2f} on average")
         return rows
@@ -356,31 +374,40 @@ class TextTask:
         return self._once(f"rows of {kind}", partial(self._read_rows, self._sources[kind]))
 
     def _read_rows(self, source: Source) -> list[Stored]:
-        found = []
-        for number, (name, form) in enumerate(zip(source.names, self._formats(source), strict=True)):
-            limit = None if number < source.own else self._limit
+        formats = self._formats(source)
+        return [
+            self._read_one(source, name, form, own=number < source.own)
+            for number, (name, form) in enumerate(zip(source.names, formats, strict=True))
+        ]
 
-            def encode(rejects: Rejects, name: str = name, form: str = form, limit: int | None = limit) -> Any:
-                rows = read_rows(name, form, rejects, columns=source.columns, limit=limit)
-                encoded = encode_many(rows, self.base.tokenizer, self._max_length, rejects, processes=self._processes)
-                return reported(encoded, name, self._run.say, every_seconds=SECONDS)
+    def _read_one(self, source: Source, name: str, form: str, *, own: bool) -> Stored:
+        """The usable rows of one file; of a stream the first ones. Raises UserError where there are none."""
+        streamed = self._streaming and source.kind == "comparisons"
+        limit = None if own else self._limit
+        limit = min(limit or STREAM_HEAD, STREAM_HEAD) if streamed else limit
+        rejects = (
+            Rejects(self._rejects.policy) if streamed else self._rejects
+        )  # the stream meets and counts them again
 
-            settings = (form, source.columns, limit, self._max_length)
-            found.append(
-                stored(
-                    name, settings, self.base.tokenizer, encode, self._rejects, self._cache,
-                    keep=number >= source.own,
-                )
-            )  # fmt: skip
-            if not found[-1].ids:
-                reasons = ", ".join(f"{reason} ({rows})" for reason, rows in self._rejects.counts().items())
-                raise UserError(f"{name}: no row can be used: {reasons}")
+        def encode(rejects: Rejects) -> Any:
+            rows = read_rows(name, form, rejects, columns=source.columns, limit=limit, streaming=streamed)
+            encoded = encode_many(rows, self.base.tokenizer, self._max_length, rejects, processes=self._processes)
+            return reported(encoded, name, self._run.say, every_seconds=SECONDS)
+
+        settings = (form, source.columns, limit, self._max_length)
+        found = stored(name, settings, self.base.tokenizer, encode, rejects, self._cache, keep=not own)
+        if not found.ids:
+            reasons = ", ".join(f"{reason} ({rows})" for reason, rows in rejects.counts().items())
+            raise UserError(f"{name}: no row can be used: {reasons}")
         return found
 
-    def _formats(self, source: Source, *, streaming: bool = False) -> list[str]:
+    def _formats(self, source: Source) -> list[str]:
         """The form of each source's rows."""
+        return self._once(f"formats of {source.kind}", partial(self._find_formats, source))
+
+    def _find_formats(self, source: Source) -> list[str]:
         found = [
-            find_format(name, source.kind, format=source.format, columns=source.columns, streaming=streaming)
+            find_format(name, source.kind, format=source.format, columns=source.columns, streaming=self._streaming)
             for name in source.names
         ]
         for name, form in zip(source.names, found, strict=True):

@@ -1,0 +1,176 @@
+"""Comparisons that are read while training goes on: all but those held out, resumed exactly, scored as they come."""
+
+import json
+import shutil
+from itertools import islice
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import dpo, kto, reward_model
+from experiments.stages import open_task
+from rlhf_jax import checkpoint, loop
+from rlhf_jax.data.preferences import pack_answers
+from rlhf_jax.drawn import DrawnRankings
+from rlhf_jax.errors import UserError
+from rlhf_jax.log import Run
+from rlhf_jax.models import Transformer
+from rlhf_jax.preference import batch_logprobs, stream_batches
+from rlhf_jax.tasks import streams
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+ROWS, ANSWERS = 60, ("good", "bad", "so so")
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def ranked(number, answers):
+    """A ranking whose answers say which prompt they are of, and how good they are."""
+    said = [f"{word} {number}" for word in ANSWERS[:answers]]
+    return {"prompt": f"what of {number}?", "responses": said, "ranks": [0, 2, 1][:answers]}
+
+
+@pytest.fixture
+def files(tmp_path, stories):
+    comparisons = lines(tmp_path / "comparisons.jsonl", [ranked(n, 2 + n % 2) for n in range(ROWS)])
+    return dict(model=stories, comparisons=comparisons, streaming=True, max_length=64, max_new_tokens=8)
+
+
+def task_of(tmp_path, **flags):
+    with Run(tmp_path / "task", cfg := reward_model.Config(**flags), name="task") as run:
+        return open_task(cfg, run)
+
+
+def said(task, ranking):
+    """(number of the prompt, the words of its answers from the best to the worst)."""
+    read = [task.base.tokenizer.decode(ids, skip_special_tokens=True).split() for ids in ranking.responses]
+    order = np.argsort(ranking.ranks)
+    (number,) = {words[-1] for words in read}
+    assert str(number) in task.base.tokenizer.decode(ranking.prompt)
+    return int(number), [" ".join(read[i][:-1]) for i in order]
+
+
+def test_every_ranking_comes_but_those_held_out_and_none_of_their_openings(files, tmp_path):
+    twice = lines(tmp_path / "twice.jsonl", [ranked(n % ROWS, 2 + n % 2) for n in range(2 * ROWS)])
+    task = task_of(tmp_path, **{**files, "comparisons": twice}, shuffle_window=16)
+    comparisons = task.comparisons(None)
+    heldout = {said(task, one)[0] for one in task._compared()[1].ids}
+    assert heldout
+    batches = comparisons.stream.batches(4, 0)
+    drawn = [ranking for batch in islice(batches, 60) for ranking in batch]
+    found = [said(task, ranking) for ranking in drawn]
+    assert {number for number, _ in found} == set(range(ROWS)) - heldout
+    for number, words in found:
+        assert words == [["good", "bad"], ["good", "so so", "bad"]][number % 2]
+    firsts = {ranking.ranks[0] for ranking in drawn}
+    assert len(firsts) == 3  # nothing may learn the place
+    again = [said(task, one) for batch in islice(comparisons.stream.batches(4, 0), 60) for one in batch]
+    other = [said(task, one) for batch in islice(comparisons.stream.batches(4, 1), 60) for one in batch]
+    assert again == found != other
+
+
+def test_a_ranking_with_more_answers_than_there_is_room_for_is_left_out_and_counted(
+    files, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(streams, "STREAM_HEAD", 30)
+    monkeypatch.setattr("rlhf_jax.tasks.text.STREAM_HEAD", 30)
+    rows = [ranked(n, 2) for n in range(30)] + [ranked(n, 2 + n % 2) for n in range(30, 40)]
+    task = task_of(
+        tmp_path,
+        **{**files, "comparisons": lines(tmp_path / "more.jsonl", rows)},
+        on_bad_row="skip",
+        shuffle_window=16,
+    )
+    batches = task.comparisons(None).stream.batches(2, 0)
+    numbers = {said(task, ranking)[0] for batch in islice(batches, 60) for ranking in batch}
+    assert {31, 33, 35, 37, 39}.isdisjoint(numbers) and {30, 32, 34, 36, 38} <= numbers
+    task.finish()
+    shown = capsys.readouterr().out
+    assert "more answers than any of the first 30 rows: 5 rows left out (lines 32, 34, 36, 38, 40)" in shown
+    assert "35 rows used" in shown
+
+
+def test_probabilities_of_a_stream_are_clamped(files, tmp_path):
+    rows = [{"prompt": f"what of {n}?", "chosen": f"good {n}", "rejected": f"bad {n}", "probability": 0.9}
+            for n in range(40)]  # fmt: skip
+    path = lines(tmp_path / "soft.jsonl", rows)
+    for clamp, doubt in ((None, 0.1), (0.6, 0.4)):
+        task = task_of(tmp_path / str(clamp), **{**files, "comparisons": path}, comparisons_clamp=clamp)
+        batch = next(task.comparisons(None).stream.batches(8, 0))
+        np.testing.assert_allclose([ranking.doubt for ranking in batch], doubt, atol=1e-6)
+
+
+STAGES = {
+    "reward_model": (reward_model, dict(prompts_per_step=4)),
+    "dpo": (dpo, dict(batch_size=4)),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_run_on_a_stream_goes_on_to_the_very_same_parameters(files, tmp_path, monkeypatch, stage):
+    module, flags = STAGES[stage]
+
+    def train(**changes):
+        cfg = module.Config(
+            **files, **flags, steps=6, learning_rate=1e-3, evaluations=3, keep=3, accumulate=2,
+            run_dir=str(tmp_path / "run"), **changes,
+        )  # fmt: skip
+        module.main(cfg)
+        return checkpoint.inspect(tmp_path / "run", stage, 6).sha256
+
+    straight = train()
+    folder = tmp_path / "run" / "checkpoints" / stage
+
+    def again():
+        for step in (4, 6):
+            shutil.rmtree(folder / str(step))
+        return train(resume=True)
+
+    assert again() == straight
+    # It is the stream's position that does it: from the beginning on, the end is another.
+    beginning = task_of(tmp_path, **files).comparisons(None).stream.batches(4, 0).get_state()
+    inspect = checkpoint.inspect
+    monkeypatch.setattr(loop.checkpoint, "inspect", lambda *a, **k: inspect(*a, **k)._replace(data_state=beginning))
+    assert again() != straight
+
+
+def test_answers_of_a_stream_are_scored_by_the_reference_as_they_come(files, tmp_path):
+    task = task_of(tmp_path, **files)
+    model, base = Transformer(task.base.config), task.base
+    score = jax.jit(lambda packed: batch_logprobs(model, base.params, packed))
+
+    class Begun:
+        first, steps = 0, 4
+
+        def data_state(self):
+            return None
+
+    drawn = DrawnRankings((), task.comparisons(None).stream, 4, 0, Begun())
+    batch = stream_batches(drawn, score, accumulate=1, length=64, pad_id=base.pad_id)(0)
+    rankings = next(task.comparisons(None).stream.batches(4, 0))
+    assert batch.good.tolist() == [True] * 4 + [False] * 4
+    for number, ranking in enumerate(rankings):
+        for place, rank in ((number, min(ranking.ranks)), (number + 4, max(ranking.ranks))):
+            answer = ranking.responses[ranking.ranks.index(rank)]
+            alone = score(pack_answers([(ranking.prompt, answer)], length=64, pad_id=base.pad_id))
+            np.testing.assert_allclose(batch.ref_logprobs[place], alone[0], rtol=2e-5)
+            assert batch.lengths[place] == len(answer)
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "message"),
+    [
+        (kto, {}, "--streaming is not used here: KTO sets answers beside those to other prompts"),
+        (dpo, {"pairs": "all"}, "--streaming is not used here: --pairs all"),
+        (reward_model, {"epochs": 1.0}, "a stream has no passes to count: give --steps instead of --epochs"),
+        (reward_model, {"epochs": 1.0, "steps": 1}, "--epochs and --steps both say how long to train"),
+    ],
+)
+def test_what_a_stream_cannot_give_is_one_line(files, tmp_path, module, flags, message):
+    with pytest.raises(UserError, match=message):
+        module.main(module.Config(**files, **flags, run_dir=str(tmp_path / "run")))
