@@ -8,7 +8,6 @@ from rlhf_jax.folder import read_json
 from rlhf_jax.log import Run
 from rlhf_jax.models import (
     ModelCard,
-    merge_lora,
     save_hf,
     save_hf_reward_model,
     save_peft,
@@ -33,10 +32,10 @@ def export_policy(
     folder: str = "policy",
 ) -> None:
     """Writes the policy to policy/ in the run's folder, or to another `folder` there, its adapters merged."""
-    merged = to_host(merge_lora(params))
+    whole = to_host(params)
     if run.first:
         card = ModelCard(algorithm, None, base.name, metrics, card_facts(read_json(run.dir / "run.json")))
-        save_hf(run.dir / folder, base.config, merged, tokenizer=base.tokenizer, eos_id=base.eos_id, card=card)
+        save_hf(run.dir / folder, base.config, whole, tokenizer=base.tokenizer, eos_id=base.eos_id, card=card)
         run.say(f"policy: {run.dir / folder}")
 
 
@@ -51,11 +50,11 @@ def export_reward_model(
     name: str = "reward_model",
 ) -> None:
     """Writes the reward model to the folder `name` in the run's, its adapters merged."""
-    merged = to_host(merge_lora(params))
+    whole = to_host(params)
     if run.first:
         card = ModelCard(algorithm, None, base.name, metrics, card_facts(read_json(run.dir / "run.json")))
         save_hf_reward_model(
-            run.dir / name, base.config, merged, tokenizer=base.tokenizer, eos_id=base.eos_id, card=card
+            run.dir / name, base.config, whole, tokenizer=base.tokenizer, eos_id=base.eos_id, card=card
         )
         run.say(f"reward model: {run.dir / name}")
 
@@ -72,7 +71,7 @@ def export_adapters(run: Run, base: Pretrained, start: Params, policy: Params, r
     folder, vocab_size = (run.dir / "base").resolve(), base.config.vocab_size
     if adapter or reward_adapter:
         frozen = trunk if adapter else with_lora(start, reward_trunk)  # which may lack the language head
-        frozen = to_host(merge_lora(frozen))  # int8 as the floats that it stands for
+        frozen = to_host(frozen)
         if run.first:
             card = ModelCard("Supervised fine-tuning", None, base.name)
             save_hf(

@@ -1,6 +1,7 @@
 """Hugging Face checkpoints written as config.json and safetensors, with the tokenizer and a card."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,9 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.families import family_of
 from rlhf_jax.models.files import write_text
 from rlhf_jax.models.hf import BIAS, SCORE, without_head
+from rlhf_jax.models.lora import merge_lora
 from rlhf_jax.models.tokenizer import with_padding
+from rlhf_jax.models.transformer import LORA_LEAVES
 from rlhf_jax.models.weights import (
     Tensor,
     flat,
@@ -29,6 +32,7 @@ from rlhf_jax.models.weights import (
 WEIGHTS = "model.safetensors"
 SHARD = 5 * 10**9
 """Bytes of a file of weights; more are several files."""
+KERNEL_PARTS = ("kernel", "kernel_scale", *LORA_LEAVES)
 ONE_LABEL = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 """Rows of config.json for a classifier with one label. A language model may have them: it is then loaded as one."""
 
@@ -45,6 +49,7 @@ def save_hf(
 ) -> None:
     """Writes a folder that transformers loads, as the language model that `config.family` names, with the same logits.
 
+    Adapters are merged, and int8 becomes float32, one tensor at a time: the whole model is never beside `params`.
     The tokenizer too if given: it pads on the left, as generating wants it. `eos_id` are the tokens that end an
     answer, by default the tokenizer's EOS. With `one_label` a classifier over this model has one, as PEFT needs it for
     a reward model's adapter. A README.md says what `card` does. Each file is written whole or not at all. Raises
@@ -162,9 +167,35 @@ def _write_shards(folder: Path, tensors: list[Tensor]) -> None:
             older.unlink()
 
 
+class _Merged:
+    """A kernel that is merged with its adapter, and with its scale if it is int8, when numpy asks for it."""
+
+    def __init__(self, parts: Mapping[str, Any], layer: int | None = None):
+        self._parts, self._layer = parts, layer
+        self.shape = np.shape(parts["kernel"])[int(layer is not None) :]
+        self.size = math.prod(self.shape)
+
+    def __getitem__(self, layer: int) -> "_Merged":
+        return _Merged(self._parts, layer)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        parts = {name: leaf if self._layer is None else leaf[self._layer] for name, leaf in self._parts.items()}
+        return np.asarray(merge_lora({"linear": parts})["linear"]["kernel"], dtype)
+
+
+def _merged(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves without those of adapters and scales, which are in the kernels that these belong to."""
+    found, kernels = dict(leaves), {name.removesuffix("kernel") for name in leaves if name.endswith("/kernel")}
+    for module in kernels:
+        parts = {part: found.pop(module + part) for part in KERNEL_PARTS if module + part in found}
+        found[f"{module}kernel"] = _Merged(parts) if len(parts) > 1 else parts["kernel"]
+    return found
+
+
 def _layers_apart(config: ModelConfig, params: Any) -> dict[str, Any]:
-    """Leaves by name, scanned layers one by one. Raises ValueError unless they are those of the config."""
-    leaves = layers_apart(config, flat(params))
+    """Leaves by name, scanned layers one by one, adapters to be merged. Raises ValueError unless they are those of the
+    config."""
+    leaves = layers_apart(config, _merged(flat(params)))
     shapes = param_shapes(config)
     for name in [*shapes, *leaves]:
         has, wants = np.shape(leaves[name]) if name in leaves else "none", shapes.get(name, "none")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from numpy.testing import assert_allclose, assert_array_equal
+from safetensors.numpy import load_file
 from test_lora import EVERYTHING, PAIR, forward, new_adapter
 from tiny import TOKENS, new_params
 
@@ -20,12 +21,13 @@ from rlhf_jax.models import (
     init_lora,
     merge_lora,
     quantize_frozen,
+    save,
     save_hf,
     split_lora,
     with_lora,
 )
 from rlhf_jax.models.transformer import Linear
-from rlhf_jax.models.weights import flat
+from rlhf_jax.models.weights import flat, nested
 from rlhf_jax.scoring import token_scores
 
 CONFIG = replace(tiny.CONFIG, tie_embeddings=False, qkv_bias=True, learned_positions=True)
@@ -99,12 +101,31 @@ def test_in_bfloat16_the_scale_is_not_rounded():
     assert_array_equal(out, merge_lora({"up": params})["up"]["kernel"].astype(jnp.bfloat16))
 
 
-def test_it_is_merged_before_it_is_saved(tmp_path):
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_adapters_and_int8_are_merged_as_they_are_saved_one_kernel_at_a_time(tmp_path, monkeypatch, scan_layers):
+    config = replace(CONFIG, family="qwen2", learned_positions=False, scan_layers=scan_layers)
+    plain = new_params(config)
+    own = init_lora(jax.random.key(1), plain, rank=2, alpha=3.0, targets="up|query")
+    own = nested({name: leaf + 0.1 for name, leaf in flat(own).items()})
+    both = with_lora(quantize_frozen(plain), own)
+    merged = []
+    monkeypatch.setattr(save, "merge_lora", lambda tree: merged.append(flat(tree)) or merge_lora(tree))
+    save_hf(tmp_path / "as_it_is", config, both)
+    kernels = [name for name in flat(plain) if name.endswith("/kernel")]
+    assert len(merged) == len(kernels) * (config.n_layers if scan_layers else 1)
+    assert all(leaf.ndim < 3 for leaves in merged for leaf in leaves.values())  # a layer's, of scanned ones
+    save_hf(tmp_path / "merged", config, merge_lora(both))
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("as_it_is", "merged"))
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert_allclose(tensor, expected[name], rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_an_adapter_alone_is_no_model(tmp_path):
     config = replace(CONFIG, family="qwen2", learned_positions=False)
-    params = quantize_frozen(new_params(config))
-    with pytest.raises(ValueError, match=r"layer_0/\w+/kernel_scale is \(\d+,\), and should be none"):
-        save_hf(tmp_path / "int8", config, params)
-    save_hf(tmp_path / "float", config, merge_lora(params))
+    own = init_lora(jax.random.key(1), new_params(config), rank=2, alpha=3.0, targets="up")
+    with pytest.raises(ValueError, match="parameters are not those of this config"):
+        save_hf(tmp_path, config, own)
 
 
 def test_one_layer_at_a_time_is_converted():
