@@ -48,8 +48,10 @@ def render(
     return run_template(template, conversation, special, tools=tools, add_generation_prompt=add_generation_prompt)
 
 
-def answer_spans(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, *, tools: Tools = None) -> Spans:
-    """The text, and the characters of it that the model is to write.
+def answer_spans(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, *, tools: Tools = None, last: bool = False
+) -> Spans:
+    """The text, and the characters of it that the model is to write; `last`: only those of its last answer are needed.
 
     A span begins where the prompt of that turn ends as the model meets it when it generates, and ends with the
     template's end of turn. A template without one leaves the end to the sign of the next turn, which then is learned.
@@ -64,7 +66,9 @@ def answer_spans(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
     tools = list(tools) if tools else None
     template, special = tokenizer.get_chat_template(tools=tools), tokenizer.special_tokens_map
     text, places = _written(template, conversation, special, tools)
-    spans = _spans(text, places, template, conversation, special, tools)
+    if last and answers and places[answers[-1]] is not None:
+        answers = answers[-1:]
+    spans = _spans(text, places, template, conversation, special, tools, answers)
     stop, endless = stop_sign(template, _hashable(special)), []
     signs = tuple(name for name in tokenizer.all_special_tokens if name)
     for number, (start, end) in spans.items():
@@ -106,7 +110,8 @@ def template_spans(
     Raises BadRow when the template refuses the conversation, or does not show an answer.
     """
     text, turns = _written(template, conversation, special_tokens, tools)
-    return text, _spans(text, turns, template, conversation, special_tokens, tools)
+    answers = [number for number, turn in enumerate(conversation) if turn["role"] == "assistant"]
+    return text, _spans(text, turns, template, conversation, special_tokens, tools, answers)
 
 
 def _spans(
@@ -116,12 +121,12 @@ def _spans(
     conversation: Conversation,
     special_tokens: dict[str, Any],
     tools: Tools,
+    answers: Sequence[int],
 ) -> dict[int, Span]:
-    """The characters of each answer, of the text and those of all messages. Raises BadRow."""
+    """The characters of the answers by their numbers, of the text and those of all messages. Raises BadRow."""
     spans: dict[int, Span] = {}
-    for number, turn in enumerate(conversation):
-        if turn["role"] != "assistant":
-            continue
+    for number in answers:
+        turn = conversation[number]
         mine = (template, conversation, special_tokens, tools, number)
         after = max((end for _, end in spans.values()), default=0)
         span = _marked(text, turns[number], mine) or _compared(text, after, mine)
@@ -208,7 +213,7 @@ def _marked(text: str, span: Span | None, mine: Mine) -> Span | None:
     start, end = span
     if number == len(conversation) - 1:
         end = len(text)  # what some templates write after the last turn, an EOS, is the model's too
-    saying = lru_cache(maxsize=2)(partial(_saying, mine))
+    saying = _Saying(mine).__getitem__
     begin = start + _header(text[start:end], generation_prompt(template, _hashable(special)), saying)
     end = _end(text, begin, end, conversation[number]["content"])
     shown = text[begin:end]
@@ -218,12 +223,19 @@ def _marked(text: str, span: Span | None, mine: Mine) -> Span | None:
     return (begin, end) if begin < end else None
 
 
-def _saying(mine: Mine, word: str) -> str | None:
-    """The turn of the answer with that word in its place."""
-    template, conversation, special, tools, number = mine
-    other, turns, _ = run_marked(template, _replaced(conversation, number, word), special, tools=tools)
-    found = turns[number]
-    return None if found is None else other[slice(*found)]
+class _Saying(dict[str, str | None]):
+    """The turn of an answer with a word in its place, by the word; found when it is first asked for."""
+
+    def __init__(self, mine: Mine):
+        super().__init__()
+        self._mine = mine
+
+    def __missing__(self, word: str) -> str | None:
+        template, conversation, special, tools, number = self._mine
+        other, turns, _ = run_marked(template, _replaced(conversation, number, word), special, tools=tools)
+        found = turns[number]
+        self[word] = None if found is None else other[slice(*found)]
+        return self[word]
 
 
 def _compared(text: str, after: int, mine: Mine) -> Span | None:

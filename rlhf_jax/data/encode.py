@@ -257,7 +257,7 @@ def _answers(
     for answer in answers:
         if len(answer) != 1:
             raise BadRow("an answer of more than one message")
-        whole = answer_spans((*prompt, *answer), tokenizer, tools=tools)
+        whole = answer_spans((*prompt, *answer), tokenizer, tools=tools, last=True)
         found.append((whole.text, *whole.spans[len(prompt)]))
         shown = shown and whole.shown
     # A template may give one answer more than another (an empty thought): what all are given is the prompt.

@@ -7,7 +7,7 @@ from typing import Any
 from rlhf_jax.data.chat import generation_prompt, stop_sign, template_spans
 from rlhf_jax.data.conversations import Conversation, message
 from rlhf_jax.data.rejects import BadRow
-from rlhf_jax.data.tokenizer import PreTrainedTokenizerBase
+from rlhf_jax.data.tokenizer import PreTrainedTokenizerBase, specials_of
 
 HEADERS = (
     r"<\|im_start\|>\s*\w+", r"<\|start_header_id\|>\s*\w+", r"<\|header_start\|>\s*\w+", r"<start_of_turn>\s*\w+",
@@ -67,7 +67,7 @@ def end_signs(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """EOS, and the chat template's end of turn where that is a special token."""
     signs = [tokenizer.eos_token]
     if tokenizer.chat_template:
-        stop = stop_sign(tokenizer.get_chat_template(), _specials(tokenizer))
+        stop = stop_sign(tokenizer.get_chat_template(), specials_of(tokenizer))
         signs += [stop] if stop in tokenizer.all_special_tokens else []
     return tuple(sign for sign in signs if sign)
 
@@ -75,7 +75,7 @@ def end_signs(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 def _own_headers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     if not tokenizer.chat_template:
         return ()
-    return _headers(tokenizer.get_chat_template(), _specials(tokenizer))
+    return _headers(tokenizer.get_chat_template(), specials_of(tokenizer))
 
 
 @lru_cache(maxsize=64)
@@ -89,7 +89,3 @@ def _headers(template: str, specials: tuple[tuple[str, str], ...]) -> tuple[str,
     except BadRow:
         pass
     return tuple(sign.strip() for sign in found if OWN.search(sign))
-
-
-def _specials(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((name, str(value)) for name, value in tokenizer.special_tokens_map.items()))

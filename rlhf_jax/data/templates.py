@@ -9,7 +9,7 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, ext, nodes
@@ -27,6 +27,7 @@ OPEN, CLOSE, SHUT = "\ufdd0", "\ufdd1", "\ufdd2"
 NONCE = secrets.token_hex(8)
 """Drawn for this process: with it between the code points a mark occurs in no text."""
 MARK = re.compile(f"([{OPEN}{SHUT}]){NONCE}\\.(\\d+){CLOSE}")
+MARKED = "rlhf_jax_mark"
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -90,15 +91,13 @@ def _run(
     forms = [chat if asks else with_arguments(chat, as_text=False), with_arguments(chat, as_text=True)]
     first: Exception | None = None
     for form in forms if calls else [chat]:
-        form = [dict(turn) for turn in form]
-        mark = partial(_mark, {id(turn): number for number, turn in enumerate(form)})
+        form = [_Turn(turn, number) for number, turn in enumerate(form)] if marked else [dict(turn) for turn in form]
         try:
             written = _compiled(template, marked).render(
                 messages=form,
                 tools=list(tools) if tools else None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **({"rlhf_jax_mark": mark} if marked else {}),
                 **special_tokens,
             )
         except Exception as error:  # a template is a program, and may fail in any way
@@ -108,25 +107,37 @@ def _run(
     raise BadRow(f"refused by the chat template: {first}") from None
 
 
-def _mark(numbers: dict[int, int], turn: Any, sign: str) -> str:
-    return f"{sign}{NONCE}.{numbers[id(turn)]}{CLOSE}" if id(turn) in numbers else ""
+class _Turn(dict[str, Any]):
+    """A message that knows its number."""
+
+    __slots__ = ("_number",)
+
+    def __init__(self, turn: dict[str, Any], number: int):
+        super().__init__(turn)
+        self._number = number
+
+
+def _mark(turn: Any, sign: str) -> str:
+    """A filter, for templates: those are called directly, and functions only after checks."""
+    return f"{sign}{NONCE}.{turn._number}{CLOSE}" if isinstance(turn, _Turn) else ""
 
 
 def _unmarked(marked: str, count: int) -> tuple[str, tuple[Span | None, ...], int]:
     """The text without its marks; a message shown in several loops is where it last became visible text."""
     turns: list[Span | None] = [None] * count
     began: dict[int, int] = {}
-    text, tail, at = "", 0, 0
+    parts: list[str] = []
+    length = visible = tail = at = 0
     for found in MARK.finditer(marked):
-        text += marked[at : found.start()]
-        at = found.end()
+        parts.append(part := marked[at : found.start()])
+        length, at = length + len(part), found.end()
+        visible = length if part and not part.isspace() else visible
         number = int(found[2])
         if found[1] == OPEN:
-            began[number] = len(text)
-        elif text[began[number] :].strip():
-            turns[number], tail = (began[number], len(text)), len(text)
-    text += marked[at:]
-    return text, tuple(turns), tail
+            began[number] = length
+        elif visible > began[number]:
+            turns[number], tail = (began[number], length), length
+    return "".join([*parts, marked[at:]]), tuple(turns), tail
 
 
 def check_template(template: str | None, name: object) -> None:
@@ -166,12 +177,12 @@ class _Generation(ext.Extension):
 
 @lru_cache(maxsize=128)
 def _compiled(template: str, marked: bool) -> Any:
-    """A template as transformers compiles it; marked, with a call of `rlhf_jax_mark` around each pass of each loop."""
+    """A template as transformers compiles it; marked, with a mark before and after each pass of each loop."""
     environment = _environment()
     tree = environment.parse(template)
     for loop in list(tree.find_all(nodes.For)) if marked else ():
         if isinstance(loop.target, nodes.Name):
-            loop.body = [_call(loop, OPEN), *loop.body, _call(loop, SHUT)]
+            loop.body = [_marks(loop, OPEN), *loop.body, _marks(loop, SHUT)]
     code = environment.compile(tree)
     return environment.template_class.from_code(environment, code, environment.make_globals(None))
 
@@ -181,15 +192,16 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
+    environment.filters[MARKED] = _mark
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: clock.now().strftime(form)
     return environment
 
 
-def _call(loop: nodes.For, sign: str) -> nodes.Node:
+def _marks(loop: nodes.For, sign: str) -> nodes.Node:
     target = nodes.Name(loop.target.name, "load")  # type: ignore[attr-defined]
-    call = nodes.Call(nodes.Name("rlhf_jax_mark", "load"), [target, nodes.Const(sign)], [], None, None)
-    return nodes.Output([call]).set_lineno(loop.lineno)
+    mark = nodes.Filter(target, MARKED, [nodes.Const(sign)], [], None, None)
+    return nodes.Output([mark]).set_lineno(loop.lineno)
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

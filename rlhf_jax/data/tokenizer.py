@@ -1,5 +1,6 @@
 """The type of a tokenizer, for signatures: transformers takes most of a second to import, and `--help` needs none."""
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -7,7 +8,7 @@ if TYPE_CHECKING:
 else:
     PreTrainedTokenizerBase = Any
 
-__all__ = ["PreTrainedTokenizerBase", "Steady", "backend"]
+__all__ = ["PreTrainedTokenizerBase", "Steady", "backend", "specials_of"]
 
 
 class Steady:
@@ -20,6 +21,11 @@ class Steady:
         """The tokenizer itself."""
         return self._inner
 
+    @cached_property
+    def specials(self) -> tuple[tuple[str, str], ...]:
+        """`specials_of` the tokenizer."""
+        return specials_of(self._inner)
+
     def __getattr__(self, name: str) -> Any:
         """An attribute or a method of the tokenizer, as it was when it was first asked for."""
         self.__dict__[name] = found = getattr(self._inner, name)
@@ -28,6 +34,13 @@ class Steady:
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Calls the tokenizer."""
         return self._inner(*args, **options)
+
+
+def specials_of(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, str], ...]:
+    """The names and texts of the special tokens, such as ("eos_token", "</s>"), in an order of their own."""
+    if isinstance(tokenizer, Steady):
+        return tokenizer.specials
+    return tuple(sorted((name, str(value)) for name, value in tokenizer.special_tokens_map.items()))
 
 
 def backend(tokenizer: PreTrainedTokenizerBase) -> Any:
