@@ -29,12 +29,11 @@ from experiments.ablations.memory import process_memory
 from rlhf_jax.cli import run_main
 from rlhf_jax.data.encode import encode_rows
 from rlhf_jax.data.encoders import default_processes, encode_many
-from rlhf_jax.data.loader import streamed_batches
+from rlhf_jax.data.loader import streamed_batches, streamed_rankings
 from rlhf_jax.data.rejects import Rejects
 from rlhf_jax.data.rows import find_format, read_rows
 from rlhf_jax.data.sources import read_source
 from rlhf_jax.data.store import stored
-from rlhf_jax.data.tokens import Document
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.models.tokenizer import read_tokenizer
 
@@ -55,7 +54,7 @@ class Config:
     max_length: int = 1024
     stream: bool = False
     batch_size: int = 8
-    """Packed rows a batch of the stream."""
+    """Packed rows, or comparisons, a batch of the stream."""
     step_seconds: float = 0.0
     """Seconds between two batches of the stream, as a training step takes them."""
 
@@ -121,18 +120,21 @@ def tokens_of(ids: Any) -> int:
 def soak(cfg: Config, file: str) -> None:
     """Streams the rows once; says the memory ten times, and compares what follows the state of the middle.
 
-    Raises UserError for comparisons, and without a number of rows.
+    Raises UserError without a number of rows.
     """
     tokenizer, form = read_tokenizer(Path(cfg.model)), find_format(file, cfg.kind)
-    if cfg.kind != "demonstrations" or not cfg.rows:
-        raise UserError("--stream is for demonstrations, and needs --rows")
+    if not cfg.rows:
+        raise UserError("--stream needs --rows")
+    ranked = cfg.kind == "comparisons"
 
-    def opened(start: int, one: Any) -> Iterator[tuple[int, Document]]:
+    def opened(start: int, one: Any) -> Iterator[tuple[int, Any]]:
         rejects = Rejects("skip")
         rows = read_rows(file, form, rejects, start=start, order=one.order, shard=one.shard)
         yield from ((read.number, ids) for read, ids in encode_rows(rows, tokenizer, cfg.max_length, rejects))
 
     def stream() -> Any:
+        if ranked:
+            return streamed_rankings([opened], batch_size=cfg.batch_size, seed=0)
         return streamed_batches([opened], batch_size=cfg.batch_size, length=cfg.max_length, pad_id=0, seed=0)
 
     batches, seen, said, middle = stream(), 0, 0, None
@@ -145,7 +147,7 @@ def soak(cfg: Config, file: str) -> None:
         batch = next(batches)
         longest = max(longest, time.perf_counter() - asked) if seen else 0.0
         time.sleep(cfg.step_seconds)
-        seen += int(batch.segment_ids.max(axis=1).sum())
+        seen += len(batch) if ranked else int(batch.segment_ids.max(axis=1).sum())
         if middle is not None and len(following) < 3:
             following.append(batch)
         if seen >= said * cfg.rows // 10:
@@ -154,7 +156,11 @@ def soak(cfg: Config, file: str) -> None:
             said += 1
     again = stream()
     again.set_state(middle)
-    same = all(np.array_equal(x, y) for batch in following for x, y in zip(batch, next(again), strict=True))
+    same = all(
+        x == y if ranked else np.array_equal(x, y)
+        for batch in following
+        for x, y in zip(batch, next(again), strict=True)
+    )
     print(f"{seen:,} rows; the longest wait for a batch {longest:.2f} s; resumed in the middle: "
           + ("the same batches" if same else "OTHER BATCHES"))  # fmt: skip
 
