@@ -15,6 +15,7 @@ goes on. It writes page.md. With SmolLM2-135M and 1,100 pairs it takes about two
 import collections
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,20 +146,19 @@ def commands(cfg: Config, folder: Path) -> list[Command]:
 # The page.
 
 
-def reward_model_rows(cfg: Config, folder: Path) -> list[list[str]]:
+def reward_model_rows(folder: Path, names: Sequence[str], preferences: Sequence[str]) -> list[list[str]]:
     """A row for each reward model: its own held-out pairs, then the other files."""
     rows = []
-    for name in [f"reward-model-{seed}" for seed in range(cfg.seeds)] + [JUDGE]:
+    for name in names:
         own, tested = finished(folder, name) or {}, finished(folder, f"{name}-test") or {}
         row = [name, rate(own, "reward_model_val_accuracy")]
         row += [f"{own['reward_model_calibration_error']:.2f} ({own['reward_model_calibration_floor']:.2f})"
                 if own else "not run"]  # fmt: skip
-        rows.append(row + [rate(tested, f"{Path(file).name.split('.')[0]}_accuracy") for file in cfg.preferences])
-    tested = finished(folder, f"{CHOOSER}-test") or {}
-    own = finished(folder, CHOOSER) or {}
+        rows.append(row + [rate(tested, f"{Path(file).name.split('.')[0]}_accuracy") for file in preferences])
+    tested, own = finished(folder, f"{names[0]}-test") or {}, finished(folder, names[0]) or {}
     longer = [f"{100 * own['reward_model_length_baseline']:.0f}%" if own else "not run", ""]
-    names = [Path(file).name.split(".")[0] for file in cfg.preferences]
-    rows.append(["pick the longer", *longer, *(rate(tested, f"{name}_length_baseline") for name in names)])
+    files = [Path(file).name.split(".")[0] for file in preferences]
+    rows.append(["pick the longer", *longer, *(rate(tested, f"{file}_length_baseline") for file in files)])
     return rows
 
 
@@ -199,8 +199,10 @@ def side_by_side(folder: Path, count: int = 4) -> str:
 def page_parts(cfg: Config, folder: Path) -> list[str]:
     """Tables of what is finished."""
     tested = [Path(file).name.split(".")[0] for file in cfg.preferences]
+    names = [*(f"reward-model-{seed}" for seed in range(cfg.seeds)), JUDGE]
     parts = ["## Reward models", rows_markdown(
-        ["", "own held-out pairs", "calibration error (by chance alone)", *tested], reward_model_rows(cfg, folder)
+        ["", "own held-out pairs", "calibration error (by chance alone)", *tested],
+        reward_model_rows(folder, names, cfg.preferences),
     )]  # fmt: skip
     if (chosen := finished(folder, f"{BEST}-test")) is not None:
         parts += [

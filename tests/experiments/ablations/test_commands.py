@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import tyro
 
-from experiments.ablations import commands, real_constitution, real_preferences, real_sums
+from experiments.ablations import commands, real_constitution, real_preferences, real_rewards, real_sums
 from experiments.ablations.commands import Command, finished, run_missing
 from rlhf_jax.cli import run_main
 from rlhf_jax.errors import UserError
@@ -27,6 +27,9 @@ STUDIES = {
     )),
     "constitution": (real_constitution, real_constitution.Config(
         model="M", comparisons="F", asked="G", constitution="C", run_dir="runs/x",
+    )),
+    "rewards": (real_rewards, real_rewards.Config(
+        model="M", comparisons=("HH", "B"), preferences=("HH", "B", "C"), run_dir="runs/x",
     )),
     "sums": (real_sums, real_sums.Config(model="M", run_dir="runs/x", seeds=2)),
 }  # fmt: skip
