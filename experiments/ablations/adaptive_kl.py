@@ -1,10 +1,11 @@
 """An adaptive β holds its KL; three ways in which it does not, and how these are told from hacking and collapse.
 
-Ziegler et al. 2019, §2.2 (https://arxiv.org/abs/1909.08593) multiply β by 1 + clip(KL / target − 1, ±0.2) · batch /
-horizon. The controller fails on purpose where the horizon is so long that β hardly moves, where it is so short that β
-over-reacts, and where the batch is so small that β follows the noise of its KL. A far target is hacking instead: the
-true utility falls, with answers that differ. A learning rate of ten times was to be collapse, where prompts get each
-other's answers. Each seed has a world, an SFT policy and a reward model of its own.
+Ziegler et al. 2019, §2.2 (https://arxiv.org/abs/1909.08593) multiply β by 1 + 0.1 · clip(KL / target − 1, ±0.2); in
+their code, as here, batch / horizon stands for 0.1. The controller fails on purpose where the horizon is so long that
+β hardly moves, where it is so short that β over-reacts, and where the batch is so small that β follows the noise of
+its KL. A far target is hacking instead: the true utility falls, with answers that differ. A learning rate of ten times
+was to be collapse, where prompts get each other's answers. Each seed has a world, an SFT policy and a reward model of
+its own.
     python experiments/ablations/adaptive_kl.py
 Expect about 15 minutes on 2 CPU cores for 5 seeds.
 """

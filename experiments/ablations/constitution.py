@@ -157,21 +157,24 @@ def measured(begun: Begun, policy: Params) -> dict[str, Any]:
 
 
 CLAIMS = (
-    Claim("each revision is better", "Bai et al. 2022, fig. 5", "harmlessness rises with revisions, by less each time",
+    Claim("each revision is better", "Bai et al. 2022, fig. 5", "harmlessness rises with every revision",
           minus(of("utility", stage="revisions", dose=2), of("utility", stage="revisions", dose=0)),
           "of true utility by two", above=0.0),
-    Claim("the second helps less than the first", "Bai et al. 2022, fig. 5", "most comes of the first",
+    Claim("the second helps less than the first", "Bai et al. 2022, §3.1", "most comes of the first",
           minus(minus(of("utility", stage="revisions", dose=2), of("utility", stage="revisions", dose=1)),
                 minus(of("utility", stage="revisions", dose=1), of("utility", stage="revisions", dose=0))),
           "of true utility", below=0.0),
     Claim("a judge's bias reaches the policy", "Perez et al. 2022; Sharma et al. 2023", "sycophancy is rewarded",
           minus(of("flattery", stage="bias", dose=1), of("flattery", stage="bias", dose=0)),
           "flattering words an answer", above=0.1),
-    Claim("while it still agrees with the truth", "Sharma et al. 2023", "preference data is mostly right",
+    Claim("while it still agrees with the truth", "Sharma et al. 2023",
+          "sycophancy wins over the truth a part of the time",
           of("judge", stage="bias", dose=1), "of pairs", above=0.85, digits=3),
     Claim("soft labels are better than hard ones", "Bai et al. 2022, §4.3", "much better results",
           minus(of("utility", stage="bias", dose=0), of("utility", stage="hard")), "of true utility", above=0.0),
-    Claim("and than labels drawn by the same doubt", "Lee et al. 2023 (RLAIF), §2", "less noise", minus(
+    Claim("and than labels drawn by the same doubt", "Lee et al. 2023 (RLAIF), §2.1",
+          "a distribution tells more than one"
+          " label", minus(
           of("utility", stage="bias", dose=0), of("utility", stage="drawn")), "of true utility", above=0.0),
     Claim("doubt clamped to 40 to 60% is as good", "Bai et al. 2022, §4.3", "better, where labels are too sure",
           minus(of("utility", stage="clamped"), of("utility", stage="bias", dose=0)), "of true utility",

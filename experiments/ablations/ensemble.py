@@ -157,9 +157,10 @@ def above_one(combination: str, key: str = "ppo_utility") -> Numbers:
 
 
 CLAIMS = (
-    Claim("the least of four rewards is over-optimised less", "Coste et al. 2023", "worst-case: not at all",
+    Claim("the least of four rewards is over-optimised less", "Coste et al. 2023, §5.2", "worst-case reduces it"
+          " without a KL term, and does not end it",
           above_one("min"), "of true utility above one reward model's, β = 0", above=0.0),
-    Claim("so is mean − λ·std", "Coste et al. 2023", "uncertainty-weighted optimisation removes it",
+    Claim("so is mean − λ·std", "Coste et al. 2023, §5.2", "uncertainty-weighted optimisation reduces it",
           above_one("lower"), "of true utility above one reward model's, β = 0", above=0.0),
     Claim("averaged weights beat one model", "Ramé et al. 2024 (WARM)", "79% wins against one",
           above_one("weights"), "of true utility above one reward model's, β = 0", above=0.0),

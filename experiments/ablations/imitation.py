@@ -106,11 +106,12 @@ def one(cfg: Config, prepared: None, seed: int, variant: Variant, run: Run) -> d
 
 BEST = of("utility", people="careless", number=32_000, learned="answer")
 CLAIMS = (
-    Claim("SFT does not pass its demonstrators", "Stiennon et al. 2020; Ouyang et al. 2022", "it caps at people",
+    Claim("SFT does not pass its demonstrators", "Stiennon et al. 2020, fig. 1", "supervised summaries win 43% against"
+          " the references",
           minus(BEST, of("demonstrators_utility", people="careless", number=32_000)), "true utility above theirs",
           below=0.0),
-    Claim("learning the prompt, too, costs something", "Ouyang et al. 2022; Shi et al. 2024", "it is masked;"
-          " instruction modelling helps only where answers are short", minus(of("utility", learned="all"), BEST),
+    Claim("learning the prompt, too, costs something", "Shi et al. 2024", "learning it, too, helps most where"
+          " answers are short or examples few", minus(of("utility", learned="all"), BEST),
           "true utility", below=0.0),
     Claim("1,000 careful demonstrations beat 32,000 careless ones", "Zhou et al. 2023 (LIMA)",
           "1,000 careful ones beat 52,000",

@@ -169,27 +169,32 @@ def curved(metrics: Metrics, kl: np.ndarray, utility: np.ndarray) -> dict[str, A
 
 FREE, HELD = {"beta": 0.0}, {"beta": 0.1}
 CLAIMS = (
-    Claim("imitation caps at its demonstrators", "Stiennon et al. 2020; Ouyang et al. 2022", "preferences pass them",
+    Claim("imitation caps at its demonstrators", "Stiennon et al. 2020, fig. 1", "supervised summaries lose to the"
+          " references, those from preferences win",
           minus(of("sft_utility", **HELD), of("demonstrators_utility", **HELD)), "true utility of SFT above theirs",
           below=0.0),
-    Claim("PPO with a KL term passes them", "Ouyang et al. 2022", "labelers prefer it to SFT and to demonstrations",
+    Claim("PPO with a KL term passes them", "Stiennon et al. 2020, fig. 1", "people prefer it to reference summaries",
           minus(of("ppo_utility", **HELD), of("demonstrators_utility", **HELD)), "true utility above theirs",
           above=0.0),
-    Claim("a reward model nears what annotators' noise allows", "Ouyang et al. 2022, §3.5", "69.6% where people agree"
-          " on 72.6%", of("reward_model_share_above_chance", **HELD), "of what can be had above chance", above=0.8,
+    Claim("a reward model nears what annotators' noise allows", "Ouyang et al. 2022, §3.4 and §4.1", "72.4% of"
+          " its own labelers' preferences, who agree on 72.6%", of("reward_model_share_above_chance", **HELD),
+          "of what can be had above chance", above=0.8,
           digits=3),
     Claim("without the KL term true utility turns down", "Gao et al. 2023, fig. 1", "peaks and falls",
           minus(of("peak", **FREE), of("end", **FREE)), "of true utility from its peak", above=0.2),
     Claim("while the proxy is higher than ever", "Gao et al. 2023, fig. 1", "rises on",
           minus(of("ppo_score", **FREE), of("ppo_score", **HELD)), "of proxy above that at β = 0.1", above=0.0),
-    Claim("its gain is d(α − β log d)", "Gao et al. 2023, eq. 2", "fits everywhere", of("gao_r2", **FREE), "R²",
+    Claim("its gain is d(α − β log d)", "Gao et al. 2023, §1", "fits well, save near the origin", of("gao_r2",
+          **FREE), "R²",
           above=0.8),
     Claim("the KL term leaves the way as it was", "Gao et al. 2023, fig. 9", "it acts like stopping early",
           minus(of("utility_at_4", **HELD), of("utility_at_4", **FREE)), "of true utility at 4 nats, β = 0.1 above 0",
           above=-0.2, below=0.2),
-    Claim("good runs end 5 to 15 nats away", "Gao et al. 2023; Bai et al. 2022", "√KL of 2 to 5", of("kl", **HELD),
-          "nats at β = 0.1", above=5.0, below=15.0, digits=1),
-    Claim("a large β keeps the policy where it was", "Stiennon et al. 2020, fig. 5", "β trades reward for KL",
+    Claim("good runs end 5 to 15 nats away", "Gao et al. 2023, fig. 1", "PPO peaks at about 13 nats by the smallest"
+          " reward model, later by larger ones", of("kl", **HELD), "nats at β = 0.1", above=5.0, below=15.0, digits=1),
+    Claim("a large β keeps the policy where it was", "Stiennon et al. 2020, fig. 5",
+          "preference against KL, at several"
+          " strengths",
           of("kl", beta=10.0), "nats at β = 10", below=0.5),
 )  # fmt: skip
 

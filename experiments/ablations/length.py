@@ -1,11 +1,11 @@
 """A liking for length reaches the policy dose by dose; how much of the reward's gain it is, and what corrects it.
 
-Singhal et al. 2023 (https://arxiv.org/abs/2310.03716) find that most of what PPO gains in reward is length, 47 to 98%
-on three sets: among answers of equal length less is gained; and that length alone as a reward does most of what a
-reward model does. Park et al. 2024 (https://arxiv.org/abs/2403.19159) let DPO maximise a reward minus α for each
-token. Here annotators like each word by a dose, where the true worth of an empty word is −0.16 and less; whatever the
-dose, two of them agree as often, so their noise grows with it. Each seed has a world and an SFT policy of its own;
-reward models and DPO learn the annotators' rankings of its answers.
+Singhal et al. 2023 (https://arxiv.org/abs/2310.03716) find that 47 to 98% of what PPO gains in reward is length, on
+three sets: among answers of equal length less is gained; and that length alone as a reward does most of what a reward
+model does. Park et al. 2024 (https://arxiv.org/abs/2403.19159) let DPO maximise a reward minus α for each token. Here
+annotators like each word by a dose, where the true worth of an empty word is −0.16 and less; whatever the dose, two of
+them agree as often, so their noise grows with it. Each seed has a world and an SFT policy of its own; reward models
+and DPO learn the annotators' rankings of its answers.
     python experiments/ablations/length.py
 PPO and DPO against the largest dose are also run with their corrections: the reward model's slope by length, within
 prompts, is taken off its scores; α is what its pairs say that a token is worth to the annotators. Expect about 25
@@ -156,7 +156,7 @@ def with_length(model: Reward, a_token: float, factor: float) -> Reward:
 
 
 def by_dpo(cfg: Config, begun: AfterSFT, seed: int, variant: Variant, run: Run) -> Params:
-    """DPO, or Park et al.'s eq. 9, where it is corrected: −log σ(β Δ log π/π_ref + α Δ|y|), chosen minus rejected."""
+    """DPO, or Park et al.'s loss, where it is corrected: −log σ(β Δ log π/π_ref + α Δ|y|), chosen minus rejected."""
     flags = cfg.preference
     examples, alpha = paired(begun.comparisons.train, flags.pairs), 0.0
     if variant.learner == "dpo_corrected":
@@ -211,7 +211,7 @@ def differ(name: str, first: Learner, second: Learner) -> Any:
 
 
 CLAIMS = (
-    Claim("a liking for length reaches the policy", "Singhal et al. 2023; Ouyang et al. 2022", "answers grow",
+    Claim("a liking for length reaches the policy", "Singhal et al. 2023, table 2", "answers grow 1.3 to 2.3 times",
           minus(of("length", learner="ppo", dose=0.4), of("length", learner="ppo", dose=0.0)), "words, dose 0.4"
           " above 0", above=1.0, digits=1),
     Claim("and at half of that dose, too", "Singhal et al. 2023", "with the bias of the data",
@@ -224,8 +224,9 @@ CLAIMS = (
                 times(0.5, of("perceived_gain", learner="ppo", dose=0.4))),
           "of what annotators perceive above a half of the reward model's", above=0.0),
     Claim("the corrected reward model is truly better", "Singhal et al. 2023, §4; Shen et al. 2023", "length falls,"
-          " quality stays", differ("utility", "ppo_corrected", "ppo"), "of true utility, dose 0.4", above=0.0),
-    Claim("DPO with α a token writes less", "Park et al. 2024, fig. 2", "length as SFT's",
+          " quality stays on some sets", differ("utility", "ppo_corrected", "ppo"), "of true utility, dose 0.4",
+          above=0.0),
+    Claim("DPO with α a token writes less", "Park et al. 2024", "it prevents length exploitation",
           differ("length", "dpo_corrected", "dpo"), "words, dose 0.4", below=0.0, digits=1),
     Claim("and is truly better", "Park et al. 2024", "more wins by a length-controlled judge",
           differ("utility", "dpo_corrected", "dpo"), "of true utility, dose 0.4", above=0.0),

@@ -169,7 +169,7 @@ OFFLINE, ONLINE, SHUFFLED = {"plan": "offline"}, {"plan": "online"}, {"plan": "s
 CURVES = ("nats", "utility")
 """Curves of the cells that claims are decided by."""
 CLAIMS = (
-    Claim("at equal KL online is better than offline", "Tang et al. 2024, fig. 1", "at every KL",
+    Claim("at equal KL online is better than offline", "Tang et al. 2024, fig. 1", "generally, at a fixed KL",
           ahead(ONLINE, OFFLINE), "true utility at the largest KL that both reach", above=0.0),
     Claim("at its best it is, too: offline is the worse generator", "Tang et al. 2024, fig. 1", "a higher peak",
           minus(of("peak", **ONLINE), of("peak", **OFFLINE)), "true utility, peak above peak", above=0.0),

@@ -2,8 +2,9 @@
 
     python experiments/ablations/pages.py            writes the table into README.md, and says what has changed since
     python experiments/ablations/pages.py --check    decides each claim again from the stored numbers
-With --check the exit code is 1 where a claim, its verdict or README's table is not what is stored. An ablation's page
-is written by its own command, with --publish.
+With --check the exit code is 1 where a claim, its verdict, README's table or the beginning of a page is not what is
+stored. An ablation's page is written by its own command, with --publish; its beginning, what the file says of itself
+and of its claims, is written here, too: a citation may be put right without new numbers.
 """
 
 import importlib
@@ -19,7 +20,16 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 
 from experiments.ablations.claims import decide, verdict_words, verdicts
 from experiments.ablations.grid_results import rows_markdown
-from experiments.ablations.records import RESULTS, ROOT, cells_of, changed_since, claims_of, read_record
+from experiments.ablations.records import (
+    RESULTS,
+    ROOT,
+    cells_of,
+    changed_since,
+    claims_of,
+    page_head,
+    read_record,
+    with_head,
+)
 from experiments.flags import Flags
 from rlhf_jax.cli import run_main
 from rlhf_jax.errors import UserError
@@ -71,6 +81,14 @@ def with_table(readme: str, table: str) -> str:
     return before + BEGIN + table + END + after
 
 
+def with_heads() -> Iterator[tuple[Path, str, str]]:
+    """(path, text, the text as it is to be) of each page."""
+    for record, module in published():
+        path = RESULTS / f"{record['page']}.md"
+        text = path.read_text(encoding="utf-8")
+        yield path, text, with_head(text, page_head(module, claims_of(module), cells_of(record, module)))
+
+
 def differences() -> list[str]:
     """Where a stored verdict is not what the stored numbers and the claims of today say."""
     found = []
@@ -82,6 +100,8 @@ def differences() -> list[str]:
         texts = [claim["text"] for claim in now]
         found += [f"{name}: {claim['text']!r} is stored, and no claim any more" for claim in record["claims"]
                   if claim["text"] not in texts]  # fmt: skip
+    found += [f"{path.name}: its beginning is another one; pages.py writes it"
+              for path, text, wanted in with_heads() if text != wanted]  # fmt: skip
     if README.exists() and with_table(README.read_text(encoding="utf-8"), claims_markdown()) != README.read_text(
         "utf-8"
     ):
@@ -103,6 +123,8 @@ def main(cfg: Config) -> None:
         if wrong:
             raise SystemExit("error: " + "\n".join(wrong))
     else:
+        for path, _, wanted in with_heads():
+            path.write_text(wanted, encoding="utf-8")
         README.write_text(with_table(README.read_text(encoding="utf-8"), claims_markdown()), encoding="utf-8")
     print(claims_markdown(), end="")
 

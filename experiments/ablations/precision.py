@@ -1,7 +1,8 @@
 """The effect of bfloat16 arithmetic: SFT, reward model and PPO in float32 and in mixed precision.
 
-Micikevicius et al. 2017 (https://arxiv.org/abs/1710.03740). Each seed has one whole run in each precision, on the
-answers that this run samples. The initial weights and the order of the data are the same; only arithmetic differs.
+Micikevicius et al. 2017 (https://arxiv.org/abs/1710.03740), who used float16. Each seed has one whole run in each
+precision, on the answers that this run samples. The initial weights and the order of the data are the same; only
+arithmetic differs.
     python experiments/ablations/precision.py
 It takes about 15 minutes on 2 CPU cores, which emulate bfloat16. The first table has each seed's final numbers, the
 differences between precisions seed by seed, and the spread over seeds. The second table has SFT trained in one

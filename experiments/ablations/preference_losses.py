@@ -1,8 +1,9 @@
 """The effect of β in DPO, IPO, SimPO, ORPO and KTO: true utility against the distance from SFT.
 
-Rafailov et al. 2024 (https://arxiv.org/abs/2406.02900) find that these losses are over-optimised as reward models are:
-a smaller β moves the policy further from the reference, and beyond some distance it gets worse. Here the true utility
-is known. Each seed has a world, an SFT policy and comparisons of its own. Each loss, β and learning rate is a run.
+Rafailov et al. 2024 (https://arxiv.org/abs/2406.02900) find that DPO, IPO and SLiC are over-optimised as reward models
+are: a smaller β moves the policy further from the reference, and beyond some distance it gets worse. Here the true
+utility is known. Each seed has a world, an SFT policy and comparisons of its own. Each loss, β and learning rate is a
+run.
     python experiments/ablations/preference_losses.py
     python experiments/ablations/preference_losses.py --losses dpo ipo simpo orpo kto --betas
 Without a number after --betas each loss has its default β. DPO at five β takes about 50 minutes on 2 CPU cores for 5
@@ -119,11 +120,12 @@ def ends_above(beta: float, other: float) -> Numbers:
 
 
 CLAIMS = (
-    Claim("DPO with a small β is over-optimised", "Rafailov et al. 2024, fig. 2", "the win rate peaks and falls",
+    Claim("DPO with a small β is over-optimised", "Rafailov et al. 2024, fig. 1", "the win rate peaks and falls",
           ends_above(0.01, 0.1), "of true utility, β = 0.01 above 0.1", below=0.0),
-    Claim("it is at its best before the first epoch ends", "Rafailov et al. 2024", "after a quarter of it, far off",
+    Claim("it is at its best before the first epoch ends", "Rafailov et al. 2024, fig. 2",
+          "after a quarter of it, far off",
           of("peak_epoch", loss="dpo", beta=0.01), "epochs of 1.07, β = 0.01", below=0.5),
-    Claim("with a large β it stays behind, too", "Rafailov et al. 2024, fig. 2", "it stays near the reference",
+    Claim("with a large β it stays behind, too", "Rafailov et al. 2024, fig. 1", "it stays near the reference",
           ends_above(1.0, 0.1), "of true utility, β = 1 above 0.1", below=0.0),
     Claim("the policy leaves the reference further", "Rafailov et al. 2023", "β holds it there",
           minus(of("kl_k1", loss="dpo", beta=0.01), of("kl_k1", loss="dpo", beta=0.3)), "nats", above=2.0, digits=1),

@@ -73,11 +73,7 @@ def page_text(
     name: str, module: ModuleType, record: dict[str, Any], claims: Sequence[Claim], cells: Cells, page: Page
 ) -> str:
     """The page: what the file says of itself, its claims, its figure and tables, and how they were made."""
-    title, _, rest = inspect.cleandoc(module.__doc__ or name).partition("\n")
-    said = re.sub(r"\n((?:    .*\n?)+)", r"\n\n\1\n", rest.strip() + "\n").strip()  # commands in a block of their own
-    parts = [f"# {title}", said]
-    if claims:
-        parts += ["## Claims", table_markdown(claims_table(claims, cells))]
+    parts = [page_head(module, claims, cells)]
     if page.panels:
         parts.append(f"![{', '.join(panel.title for panel in page.panels)}]({name}.svg)")
     parts += ["## Numbers", tables_markdown(page, cells).strip()]
@@ -88,6 +84,20 @@ def page_text(
         f" {record['commit']}; {packages}."
     )
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def page_head(module: ModuleType, claims: Sequence[Claim], cells: Cells) -> str:
+    """The beginning of a page: what the file says of itself, and its claims."""
+    title, _, rest = inspect.cleandoc(module.__doc__ or module.__name__).partition("\n")
+    said = re.sub(r"\n((?:    .*\n?)+)", r"\n\n\1\n", rest.strip() + "\n").strip()  # commands in a block of their own
+    table = ["## Claims", table_markdown(claims_table(claims, cells))] if claims else []
+    return "\n\n".join(filter(None, [f"# {title}", said, *table]))
+
+
+def with_head(text: str, head: str) -> str:
+    """A page with another beginning, before its figure or its numbers."""
+    found = re.search(r"\n\n(?:!\[|## Numbers)", text)
+    return head + text[found.start() :] if found else text
 
 
 def claims_of(module: ModuleType) -> tuple[Claim, ...]:

@@ -163,7 +163,8 @@ CLAIMS = (
     Claim("pairs that are nearly the same teach less", "Pal et al. 2024 (of DPO)", "few tokens that differ mislead",
           minus(of("val_accuracy", size="2x4000", picked="nearest"), of("val_accuracy", size="2x4000",
                 picked="first")), "of agreement, 4,000 pairs each", below=0.0, digits=3),
-    Claim("the best of n gains d(α − βd)", "Gao et al. 2023, eq. 1", "fits everywhere", of("r2", size=MOST), "R²",
+    Claim("the best of n gains d(α − βd)", "Gao et al. 2023, §1 and fig. 1", "fits well, and foretold"
+          " n = 60,000 from 1,000", of("r2", size=MOST), "R²",
           above=0.9),
 )  # fmt: skip
 

@@ -105,9 +105,10 @@ def better(plan: Name, other: Name, name: str = "policy_utility") -> Any:
 
 
 CLAIMS = (
-    Claim("labels of the last policy's answers are worth more", "Bai et al. 2022, fig. 1 and §4.5", "the online policy"
+    Claim("labels of the last policy's answers are worth more", "Bai et al. 2022, fig. 16 and §4.5",
+          "the online policy"
           " is preferred", better("random", "once"), "of true utility, three rounds above one", above=0.0),
-    Claim("it holds at an equal distance", "Bai et al. 2022, §4.5", "more reward at equal KL",
+    Claim("it holds at an equal distance", "Bai et al. 2022, §4.5", "fig. 16 compares snapshots, not equal KL",
           better("random", "once", "utility_at_6"), "of true utility at 6 nats", above=0.0),
     Claim("labels where the reward model is least certain are worth more still", "Christiano et al. 2017, §2.2.4",
           "in some tasks it helps, in some it harms", better("uncertain", "random"), "of true utility above labels at"

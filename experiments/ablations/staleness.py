@@ -196,17 +196,18 @@ CURVES = ("nats", "utility")
 CLAIMS = (
     Claim("PPO gets worse with old answers", "Noukhovitch et al. 2024, fig. 3", "the win rate falls with staleness",
           ends_above(FRESH, OLD), "true utility, fresh above 16 iterations old without weights", above=0.0),
-    Claim("PPO of old answers pays more KL for as much utility", "Noukhovitch et al. 2024, fig. 3", "win rate"
-          " against KL is worse", ahead(
+    Claim("PPO of old answers pays more KL for as much utility", "against Noukhovitch et al. 2024,"
+          " fig. 3", "all on one curve of win rate against KL", ahead(
           FRESH._asdict(), OLD._asdict()), "true utility at the largest KL that both reach, the same two", above=0.0),
-    Claim("answers one iteration old cost next to nothing", "Noukhovitch et al. 2024, fig. 1", "one step old, online"
-          " DPO matches its synchronous run", ends_above(Variant(1, "none"), FRESH), "true utility, one iteration old"
+    Claim("answers one iteration old cost next to nothing", "Noukhovitch et al. 2024, fig. 1", "asynchronous RLHF"
+          " matches the win rate of its synchronous run", ends_above(Variant(1, "none"), FRESH),
+          "true utility, one iteration old"
           " above fresh", above=-0.1),
     Claim("truncated importance weights make up for some of the age", "Espeholt et al. 2018, table 2", "they beat no"
           " correction", ends_above(Variant(16, "decoupled"), OLD), "true utility, 16 iterations old, with above"
           " without", above=0.0),
-    Claim("the decoupled objective loses nothing at an age of 4", "Fu et al. 2025, table 2", "no loss up to 4"
-          " to 8 versions",
+    Claim("the decoupled objective loses nothing at an age of 4", "Fu et al. 2025, table 2", "AIME24 of 42.0"
+          " fresh, 42.2 at 4 versions, 41.0 at 8",
           ends_above(Variant(4, "decoupled"), FRESH), "true utility, 4 iterations old above fresh", above=-0.1),
     Claim("the decoupled objective beats a clip around the sampler", "Fu et al. 2025, fig. 5", "PPO of old"
           " answers falls behind, the decoupled one does not", ends_above(Variant(16, "decoupled"),

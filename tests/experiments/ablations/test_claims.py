@@ -143,6 +143,19 @@ def test_pages_write_readmes_table_and_check_what_is_stored(published, capsys, m
         pages.main(pages.Config(check=True))
 
 
+def test_a_citation_that_is_put_right_reaches_the_page_without_new_numbers(published, monkeypatch):
+    pages.main(pages.Config())
+    page = published / "test_claims.md"
+    before = page.read_text(encoding="utf-8")
+    again = (CLAIMS[0]._replace(source="A 2019", paper="three times"), *CLAIMS[1:])
+    monkeypatch.setattr(sys.modules[__name__], "CLAIMS", again)
+    with pytest.raises(SystemExit, match=r"test_claims\.md: its beginning is another one; pages\.py writes it"):
+        pages.main(pages.Config(check=True))
+    pages.main(pages.Config())
+    pages.main(pages.Config(check=True))
+    assert page.read_text(encoding="utf-8") == before.replace("A 2020: twice", "A 2019: three times") != before
+
+
 def test_what_leaves_a_claim_out_is_not_published(published):
     """The page that was there stays."""
     before = (published / "test_claims.md").read_bytes()
