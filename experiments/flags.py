@@ -133,7 +133,7 @@ class StreamFlags(DataFlags):
     streaming: bool = False
     """Read demonstrations and comparisons as they are needed, for sets larger than the disk has room for twice. The
     files of a folder come in a new order each time, and their rows are shuffled in a window. Of the first 2560 rows
-    some are held out, and prompts are of these where there are no --prompts."""
+    some are held out; of comparisons the prompts are those of these rows, where there are no --prompts."""
     shuffle_window: int | None = None
     """Rows of that window, by default 1024."""
 

@@ -50,6 +50,12 @@ class Config(RunFlags, SamplingFlags, ModelFlags, DemonstrationFlags, Comparison
     reward_model: RewardModel = field(default_factory=RewardModel)
     ppo: PPO = field(default_factory=PPO)
 
+    def __post_init__(self) -> None:
+        """Raises UserError for a reward model's epochs of a stream, before SFT is trained."""
+        super().__post_init__()
+        if self.streaming and self.reward_model.epochs is not None:
+            raise UserError("--streaming has no passes to count: give --reward-model.steps, not --reward-model.epochs")
+
 
 def choose_epoch(
     epochs: list[int],

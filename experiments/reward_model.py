@@ -207,8 +207,8 @@ def train(
         evaluated = (step + 1) % max(1, steps // cfg.evaluations) == 0 or loop.is_last(step)
         if evaluated:
             metrics |= evaluate(with_lora(frozen, state.params))
-        best, position = metrics.get("val_accuracy"), drawn.data_state()
-        loop.end_step(step, state, metrics, evaluated=evaluated, best=best, data_state=position)
+        best = metrics.get("val_accuracy")
+        loop.end_step(step, state, metrics, evaluated=evaluated, best=best, data_state=drawn.data_state)
 
     params = with_lora(frozen, jax.tree.map(jnp.copy, state.params))
     if zero is not None:  # Ouyang et al. 2022, §3.5

@@ -15,8 +15,8 @@ from typing import Any
 from experiments.flags import PRECISIONS, names
 from experiments.reports import group_report, preference_report
 from rlhf_jax.cli import run_with_report
+from rlhf_jax.data.order import RankingStream
 from rlhf_jax.data.pairs import Examples, paired, singly
-from rlhf_jax.drawn import RankingStream
 from rlhf_jax.errors import UserError
 from rlhf_jax.export import export_policy
 from rlhf_jax.group_loop import train_groups

@@ -1,25 +1,13 @@
 """The rankings of each step of a training loop: of those in memory in an order an epoch, or the next of a stream."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from rlhf_jax.batches import RankedAnswers
-from rlhf_jax.data.order import EpochOrder
-from rlhf_jax.loop import Loop, gather_data_state, set_data_state
-
-if TYPE_CHECKING:
-    import grain
-
-
-class RankingStream(NamedTuple):
-    """Rankings that are read as they are needed, each with a best and a worst answer."""
-
-    batches: "Callable[[int, int], grain.DatasetIterator[list[RankedAnswers]]]"
-    """batches(batch_size, seed): endless batches; every process reads all of them."""
-    length: int
-    """The most tokens of an answer with its prompt."""
+from rlhf_jax.data.order import EpochOrder, RankingStream
+from rlhf_jax.loop import Loop, set_place
 
 
 class DrawnRankings:
@@ -30,14 +18,15 @@ class DrawnRankings:
     ) -> None:
         """A stream goes before what is in memory. `loop` has restored its state: the stream goes on from there.
 
-        Raises UserError where the loop's checkpoint has no place in such a stream.
+        Raises UserError where the loop's checkpoint has no place in a stream, or one of other data.
         """
         self._train, self._stream = train, None
         if stream is None:
             self._order = EpochOrder([seed, 2], len(train), a_step)
         else:
             self._stream = stream.batches(a_step, seed)
-            set_data_state(self._stream, loop.data_state() if loop.first < loop.steps else None)
+            if 0 < loop.first < loop.steps:
+                set_place(self._stream, loop.data_state())
 
     def parts(self, step: int, count: int) -> list[Sequence[RankedAnswers]]:
         """The rankings of a step in so many equal parts. Steps of a stream are asked for one after the other."""
@@ -49,4 +38,4 @@ class DrawnRankings:
 
     def data_state(self) -> Any:
         """The position in the stream, for a checkpoint; None in memory, where the order follows from the step."""
-        return None if self._stream is None else gather_data_state(self._stream)
+        return None if self._stream is None else self._stream.get_state()

@@ -121,7 +121,8 @@ class Loop:
     ) -> None:
         """Logs the step. Saves it at an evaluation, every `save_every` steps, and when the run is told to stop.
 
-        `best` ranks the checkpoint; higher is better. For a TrainState the number of updates skipped so far is logged.
+        `best` ranks the checkpoint; higher is better. `data_state` is a position in the data, or a function that is
+        asked for it when there is something to save. For a TrainState the number of updates skipped so far is logged.
         """
         if step % self._log_every == 0 or evaluated:
             known: dict[str, Any] = {}
@@ -132,7 +133,8 @@ class Loop:
             self.run.log(self.stage, step + 1, {**metrics, **known})
         due = self._save_every and (step + 1) % self._save_every == 0
         if self.run.stopping or evaluated or due:
-            self.run.save(self.stage, step + 1, state, keep=self._keep, metric=best, data_state=data_state)
+            position = data_state() if callable(data_state) else data_state
+            self.run.save(self.stage, step + 1, state, keep=self._keep, metric=best, data_state=position)
 
     def last_metrics(self) -> dict[str, float]:
         """The last line that the stage logged, as metrics.jsonl has it; NaN for what was not finite.
@@ -214,8 +216,15 @@ def set_data_state(batches: Any, saved: Any) -> None:
             f"the run that wrote the checkpoint read the demonstrations in {len(states)} shares; these processes and"
             f" this --mesh read them in {count}: resume with as many processes, and the same --mesh"
         )
+    set_place(batches, states[number])
+
+
+def set_place(batches: Any, state: Any) -> None:
+    """Moves batches to a position. Raises UserError for one in data of another kind, and for none."""
     try:
-        batches.set_state(states[number])
+        if state is None:
+            raise TypeError
+        batches.set_state(state)
     except (TypeError, KeyError, IndexError, AttributeError):
         raise UserError(
             "the checkpoint's position in the data is none in these data: another version of rlhf_jax, or other data,"

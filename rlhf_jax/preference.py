@@ -22,11 +22,11 @@ from flax.training.train_state import TrainState
 from jaxtyping import Array, Float
 
 from rlhf_jax.batches import PackedAnswers, RankedAnswers, Rankings, Tokens
-from rlhf_jax.data.order import EpochOrder
+from rlhf_jax.data.order import EpochOrder, RankingStream
 from rlhf_jax.data.pairs import AnswerBatch, Examples, lay_out, mismatch, paired, width
 from rlhf_jax.data.preferences import Answer, pack_answers, packed_logprobs, stack_batches
 from rlhf_jax.data.tokens import host_batch
-from rlhf_jax.drawn import DrawnRankings, RankingStream
+from rlhf_jax.drawn import DrawnRankings
 from rlhf_jax.evaluate import agreement
 from rlhf_jax.folder import read_json
 from rlhf_jax.hosts import first, from_first
@@ -252,7 +252,7 @@ def train_preferences(
             policy = with_lora(frozen, state.params)
             metrics |= evaluate(policy)
             metrics |= measure(policy, reference, step + 1) if measure else {}
-        best, position = metrics.get("val_accuracy"), None if drawn is None else drawn.data_state()
+        best, position = metrics.get("val_accuracy"), None if drawn is None else drawn.data_state
         loop.end_step(step, state, metrics, evaluated=evaluated, best=best, data_state=position)
 
     policy = with_lora(frozen, state.params)

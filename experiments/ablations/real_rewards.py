@@ -45,8 +45,9 @@ class Config(StudyFlags):
         super().__post_init__()
         if not self.comparisons or not self.preferences:
             raise UserError("--comparisons and --preferences are both needed: files to learn from, and for the test")
-        if len(set(map(kind, self.comparisons))) < len(self.comparisons):
-            raise UserError("two files of --comparisons have one name, and so would their runs")
+        for name in ("comparisons", "preferences"):
+            if len(set(map(kind, getattr(self, name)))) < len(getattr(self, name)):
+                raise UserError(f"two files of --{name} have one name: their numbers could not be told apart")
 
 
 def kind(file: str) -> str:
@@ -76,9 +77,13 @@ def commands(cfg: Config, folder: Path) -> list[Command]:
 
 
 def page_parts(cfg: Config, folder: Path) -> list[str]:
-    """The table of what is finished."""
+    """The table of what is finished; below the models of each file is what picking the longer has on its pairs."""
     heads = ["", "own held-out pairs", "calibration error (by chance alone)", *map(kind, cfg.preferences)]
-    return ["## Reward models", rows_markdown(heads, reward_model_rows(folder, list(models(cfg)), cfg.preferences))]
+    rows = []
+    for file in cfg.comparisons:
+        own = [name for name, (learned, _) in models(cfg).items() if learned == file]
+        rows += reward_model_rows(folder, own, cfg.preferences)
+    return ["## Reward models", rows_markdown(heads, rows)]
 
 
 def main(cfg: Config) -> None:

@@ -67,6 +67,8 @@ def answer_spans(
     template, special = tokenizer.get_chat_template(tools=tools), tokenizer.special_tokens_map
     text, places = _written(template, conversation, special, tools)
     if last and answers and places[answers[-1]] is not None:
+        for number in answers[:-1]:
+            _check_calls(text, places[number] or (0, 0), conversation, number)
         answers = answers[-1:]
     spans = _spans(text, places, template, conversation, special, tools, answers)
     stop, endless = stop_sign(template, _hashable(special)), []
@@ -126,17 +128,20 @@ def _spans(
     """The characters of the answers by their numbers, of the text and those of all messages. Raises BadRow."""
     spans: dict[int, Span] = {}
     for number in answers:
-        turn = conversation[number]
         mine = (template, conversation, special_tokens, tools, number)
         after = max((end for _, end in spans.values()), default=0)
         span = _marked(text, turns[number], mine) or _compared(text, after, mine)
         if span is None:
             raise BadRow(f"the chat template does not show message {number + 1}, an answer")
-        start, end = span
-        if any(name not in text[start:end] for name in _names(turn)):
-            raise BadRow(f"the chat template does not show the tool calls of message {number + 1}")
-        spans[number] = start, end
+        _check_calls(text, span, conversation, number)
+        spans[number] = span
     return spans
+
+
+def _check_calls(text: str, span: Span, conversation: Conversation, number: int) -> None:
+    """Raises BadRow for a message whose calls of tools do not stand in its characters."""
+    if any(name not in text[slice(*span)] for name in _names(conversation[number])):
+        raise BadRow(f"the chat template does not show the tool calls of message {number + 1}")
 
 
 @lru_cache(maxsize=64)

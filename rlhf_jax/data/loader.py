@@ -50,7 +50,7 @@ def document_batches(
             raise UserError(f"{len(documents)} documents are too few for {count} hosts")
         shuffled = grain.MapDataset.source(documents).shuffle(seed=_seed(seed, number))
         mixed.append(shuffled[index::count].repeat())
-    weights = _weights([float(len(documents)) for documents in sources] if weights is None else weights, sources)
+    weights = check_weights([float(len(documents)) for documents in sources] if weights is None else weights, sources)
     everything = mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, weights=weights)
     one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
     return iter(Packs(everything.to_iter_dataset(one), batch_size, length, pad_id))
@@ -111,7 +111,7 @@ def _streamed_rows(
         WindowShuffleIterDataset(rows, window_size=window, seed=_seed(seed, number))
         for number, rows in enumerate(ahead)
     ]
-    weights = _weights([1.0] * len(mixed) if weights is None else weights, sources)
+    weights = check_weights(weights, sources)
     return mixed[0] if len(mixed) == 1 else grain.IterDataset.mix(mixed, weights=weights)
 
 
@@ -125,14 +125,16 @@ def mix_once(sources: Sequence[Sequence[Any]], weights: Sequence[float], *, seed
     shuffled = [
         grain.MapDataset.source(elements).shuffle(seed=_seed(seed, number)) for number, elements in enumerate(sources)
     ]
-    return list(grain.MapDataset.mix(shuffled, weights=_weights(weights, sources)))
+    return list(grain.MapDataset.mix(shuffled, weights=check_weights(weights, sources)))
 
 
 def _seed(seed: int, number: int) -> int:
     return int(np.random.default_rng([seed, 3, number]).integers(2**31))
 
 
-def _weights(weights: Sequence[float], sources: Sequence[Any]) -> list[float]:
+def check_weights(weights: Sequence[float] | None, sources: Sequence[Any]) -> list[float]:
+    """The weights of sources, by default all alike. Raises UserError unless each has one number above 0."""
+    weights = [1.0] * len(sources) if weights is None else weights
     if len(weights) != len(sources):
         raise UserError(f"{len(weights)} weights for {len(sources)} sources")
     if not all(0 < weight < float("inf") for weight in weights):

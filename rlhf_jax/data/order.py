@@ -1,9 +1,27 @@
-"""The order in which rows are drawn: each once an epoch, another order each epoch, found again from the step alone."""
+"""The order in which rows are drawn: each once an epoch, another order each epoch, found again from the step alone.
 
-from collections.abc import Sequence
+Or one after the other, of a stream.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
+
+from rlhf_jax.batches import RankedAnswers
+
+if TYPE_CHECKING:
+    import grain
+
+
+class RankingStream(NamedTuple):
+    """Rankings that are read as they are needed, each with a best and a worst answer."""
+
+    batches: "Callable[[int, int], grain.DatasetIterator[list[RankedAnswers]]]"
+    """batches(batch_size, seed): endless batches; every process reads all of them."""
+    length: int
+    """The most tokens of an answer with its prompt."""
 
 
 class EpochOrder:

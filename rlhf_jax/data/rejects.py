@@ -107,6 +107,10 @@ class Rejects:
         counts = [[source, reason, count.rows] for (source, reason), count in self._rejected.items()]
         return {**self.changes(), "rejected": self._pending, "counts": counts}
 
+    def forget(self) -> None:
+        """Begins to count anew, after all was told; a row that was left out is not told a second time."""
+        self.used, self._rejected, self._noted, self._pending = {}, {}, {}, []
+
     def hear(self, told: dict[str, Any]) -> None:
         """Counts what another one's `told` tells."""
         for entry in told["rejected"]:

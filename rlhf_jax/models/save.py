@@ -15,7 +15,6 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.families import family_of
 from rlhf_jax.models.files import write_text
 from rlhf_jax.models.hf import BIAS, SCORE, without_head
-from rlhf_jax.models.lora import merge_lora
 from rlhf_jax.models.tokenizer import with_padding
 from rlhf_jax.models.transformer import LORA_LEAVES
 from rlhf_jax.models.weights import (
@@ -168,7 +167,10 @@ def _write_shards(folder: Path, tensors: list[Tensor]) -> None:
 
 
 class _Merged:
-    """A kernel that is merged with its adapter, and with its scale if it is int8, when numpy asks for it."""
+    """A kernel that is merged with its adapter, and with its scale if it is int8, when numpy asks for it.
+
+    It is `merge_lora` in numpy: only one of many processes writes, and may not start a program on the mesh alone.
+    """
 
     def __init__(self, parts: Mapping[str, Any], layer: int | None = None):
         self._parts, self._layer = parts, layer
@@ -179,8 +181,16 @@ class _Merged:
         return _Merged(self._parts, layer)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        parts = {name: leaf if self._layer is None else leaf[self._layer] for name, leaf in self._parts.items()}
-        return np.asarray(merge_lora({"linear": parts})["linear"]["kernel"], dtype)
+        parts = {
+            name: np.asarray(leaf if self._layer is None else leaf[self._layer], np.float32)
+            for name, leaf in self._parts.items()
+        }
+        kernel = parts["kernel"]
+        if "kernel_scale" in parts:
+            kernel = kernel * parts["kernel_scale"][..., None, :]
+        if "lora_a" in parts:
+            kernel = kernel + parts["lora_a"] @ parts["lora_b"] * parts["lora_scale"][..., None, None]
+        return kernel if dtype is None else kernel.astype(dtype, copy=False)
 
 
 def _merged(leaves: Mapping[str, Any]) -> dict[str, Any]:

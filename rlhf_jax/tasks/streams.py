@@ -34,13 +34,17 @@ def opener(
 ) -> Callable[[int, "Pass"], Iterator[tuple[int, Any]]]:
     """open(start, pass) for `loader`: a source's rows, as keep(row, ids) makes them; None leaves one out.
 
-    `rows(rejects, …)` is `read_rows` of the source. `counted` hears of rows that cannot be used, in the first pass.
-    `in_order`: all passes have one order of files.
+    `rows(rejects, …)` is `read_rows` of the source. `counted` hears of rows that cannot be used, in the first pass of
+    the first reader. `in_order`: all passes have one order of files.
     """
     own: Any = copy.deepcopy(tokenizer)  # a thread of its own reads each source
+    uncounted = [counted]
 
     def open_source(start: int, one: "Pass") -> Iterator[tuple[int, Any]]:
-        rejects = counted if one.number == 0 else Rejects("skip")
+        if one.number:
+            rejects = Rejects("skip")
+        else:
+            rejects = uncounted.pop() if uncounted else Rejects(counted.policy)
         found = rows(rejects, start=start, order=None if in_order else one.order, shard=one.shard)
         for read, ids in encode_rows(found, own, max_length, rejects):
             kept = keep(read, ids)
@@ -64,30 +68,34 @@ def ranking_opener(
 ) -> Callable[[int, "Pass"], Iterator[tuple[int, Any]]]:
     """`opener` of comparisons: without those that begin as the held-out ones do, each ranking in an order of its own.
 
-    Those with more than so many `answers`, for which no batch has room, are left out and counted. `clamp` is the
-    highest probability of a soft label.
+    Of those with more than so many `answers`, for which no batch has room, the best, the worst and some between are
+    used, and that is counted. `clamp` is the highest probability of a soft label.
     """
 
-    def fitting(rejects: Rejects, **where: Any) -> Iterator[Read]:
+    def noted(rejects: Rejects, **where: Any) -> Iterator[Read]:
         for read in rows(rejects, **where):
             if len(read.row.ranks) > answers:
-                reason = f"more answers than any of the first {STREAM_HEAD} rows"
-                rejects.reject(read.row.place, reason, read.fields, detail=f"{len(read.row.ranks)}, not {answers}")
-            else:
-                yield read
+                rejects.note(read.row.place, f"only {answers} answers used, as many as the first rows have")
+            yield read
 
     def keep(read: Read, ids: RankedAnswers) -> RankedAnswers | None:
-        if len(set(ids.ranks)) < 2 or opening_of_row(read.row) in heldout:
+        if opening_of_row(read.row) in heldout:
             return None
         if clamp is not None and read.row.probability is not None:
             ids = clamped(ids, clamp)
-        return reordered(ids, np.random.default_rng([seed, 7, read.number]).permutation(len(ids.ranks)).tolist())
+        order = np.random.default_rng([seed, 7, read.number]).permutation(len(ids.ranks)).tolist()
+        ends = {ids.ranks.index(min(ids.ranks)), ids.ranks.index(max(ids.ranks))}
+        between = [place for place in order if place not in ends][: answers - len(ends)]
+        return reordered(ids, [place for place in order if place in ends or place in between])
 
-    return opener(fitting, tokenizer, max_length, keep, counted=counted, in_order=in_order)
+    return opener(noted, tokenizer, max_length, keep, counted=counted, in_order=in_order)
 
 
 class StreamedSource:
-    """A source of demonstrations, some of whose first rows are held out, whatever the order of a pass is."""
+    """A source of demonstrations, some of whose first rows are held out, whatever the order of a pass is.
+
+    A row is known by its ids: where it stands depends on the order of the files.
+    """
 
     def __init__(
         self,
@@ -105,11 +113,15 @@ class StreamedSource:
         """
         policy = counted.policy
         begin = encode_rows(rows(Rejects(policy)), tokenizer, max_length, Rejects(policy))
-        kept, out = split_head([(read.row.place, ids) for read, ids in islice(begin, STREAM_HEAD)], budget=budget)
-        self.head: list[Document] = [ids for _, ids in kept]
-        self.validation: list[Document] = [ids for _, ids in out]
-        places = {place for place, _ in out}
+        kept, out = split_head([ids for _, ids in islice(begin, STREAM_HEAD)], budget=budget)
+        heldout = set(map(_content, out))
+        self.head: list[Document] = [ids for ids in kept if _content(ids) not in heldout]
+        self.validation: list[Document] = list(out)
         self.open = opener(
-            rows, tokenizer, max_length, lambda read, ids: None if read.row.place in places else ids, counted=counted,
+            rows, tokenizer, max_length, lambda _, ids: None if _content(ids) in heldout else ids, counted=counted,
             in_order=in_order,
         )  # fmt: skip
+
+
+def _content(document: Document) -> tuple[bytes, ...]:
+    return tuple(np.asarray(part, np.int32).tobytes() for part in document)

@@ -8,8 +8,8 @@ from jaxtyping import Float
 
 from rlhf_jax.batches import Completions, PackedRankings, Prompts, Rankings, Tokens
 from rlhf_jax.data.encode import RankedAnswers
+from rlhf_jax.data.order import RankingStream
 from rlhf_jax.data.tokens import take
-from rlhf_jax.drawn import RankingStream
 from rlhf_jax.pretrained import Pretrained
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from rlhf_jax.data.encoders import default_processes, encode_many
 from rlhf_jax.data.formats import Text
 from rlhf_jax.data.heldout import split_by_hash, split_by_opening, split_rows
 from rlhf_jax.data.lazy import Lazy, joined, picked
-from rlhf_jax.data.loader import document_batches, mix_once, streamed_batches, streamed_rankings
+from rlhf_jax.data.loader import check_weights, document_batches, mix_once, streamed_batches, streamed_rankings
+from rlhf_jax.data.order import RankingStream
 from rlhf_jax.data.pairs import Examples, labelled
 from rlhf_jax.data.preferences import clamped, pack_rankings, pad_rankings, reordered, shuffled
 from rlhf_jax.data.rejects import OnBadRow, Rejects
@@ -39,7 +40,6 @@ from rlhf_jax.data.tokens import (
     size,
     take,
 )
-from rlhf_jax.drawn import RankingStream
 from rlhf_jax.errors import UserError
 from rlhf_jax.hosts import gather
 from rlhf_jax.log import Run
@@ -259,6 +259,7 @@ class TextTask:
     def _stream_comparisons(self, heldout: Sequence[str], answers: int) -> RankingStream:
         """All comparisons but those with the openings of the held-out ones, with so many answers at most."""
         source = self._sources["comparisons"]
+        check_weights(source.weights or None, source.names)
         counted = self._rejects if self._run.first else Rejects(self._rejects.policy)  # all hosts read the same rows
         opened = [
             ranking_opener(
@@ -303,13 +304,19 @@ class TextTask:
         if clamp is None and not any(ids.doubt for ids in rows.ids):
             return rows
         soft = np.fromiter((read.row.probability is not None for read in rows.reads), bool, len(rows.reads))
+        first = " of the first ones" if self._streaming else ""
         if clamp is not None and not soft.any():
-            raise UserError(f"--comparisons-clamp {clamp}: no row of {self._name('comparisons')} has a probability")
+            said = f"--comparisons-clamp {clamp}: no row of {self._name('comparisons')} has a probability"
+            if not self._streaming:
+                raise UserError(said)
+            self._run.warn(f"{said},{first}")
+            return rows
         ids = rows.ids
         if clamp is not None:
             rows = rows._replace(ids=Lazy(len(ids), lambda row: clamped(ids[row], clamp) if soft[row] else ids[row]))
         mean = sum(some.doubt for some in rows.ids) / soft.sum()
-        self._run.say(f"comparisons: {soft.sum()} of {len(soft)} have a probability; it is {1 - mean:.2f} on average")
+        count = f"{soft.sum()} of {len(soft)}{first}"
+        self._run.say(f"comparisons: {count} have a probability; it is {1 - mean:.2f} on average")
         return rows
 
     def _split(self, rows: Stored, rng: np.random.Generator) -> tuple[Stored, Stored]:
@@ -395,7 +402,10 @@ class TextTask:
             return reported(encoded, name, self._run.say, every_seconds=SECONDS)
 
         settings = (form, source.columns, limit, self._max_length)
-        found = stored(name, settings, self.base.tokenizer, encode, rejects, self._cache, keep=not own)
+        keep = not own and not streamed  # to look for what is kept the whole file is read
+        found = stored(name, settings, self.base.tokenizer, encode, rejects, self._cache, keep=keep)
+        for line in rejects.summary() if streamed else ():
+            self._run.say(f"of the first {STREAM_HEAD} rows: {line}")
         if not found.ids:
             reasons = ", ".join(f"{reason} ({rows})" for reason, rows in rejects.counts().items())
             raise UserError(f"{name}: no row can be used: {reasons}")
@@ -433,6 +443,7 @@ class TextTask:
         for told in gather(self._elsewhere.told())[1:]:
             if self._run.first:
                 self._rejects.hear(told)
+        self._elsewhere.forget()
         self._announce()
 
     def _row_width(self, longest: int) -> int:

@@ -97,6 +97,10 @@ def test_results_calls_and_tools_that_are_left_out(tokenizer, plain):
     context = {"prompt": [USER, *row["messages"][1:3]], "completion": "so"}
     with pytest.raises(BadRow, match="does not show the tool calls of message 2"):
         notes(tokenizer, context, "prompt_completion")
+    called = [words, answer("I look at the sky for you.", tool_calls=[CALL]), {"role": "tool", "content": "3"}]
+    compared = {"prompt": called, "chosen": "It is fine there.", "rejected": "It is not so fine."}
+    with pytest.raises(BadRow, match="does not show the tool calls of message 2"):
+        notes(tokenizer, compared, "preference")
     result = {"messages": [USER, {"role": "tool", "content": "3"}, answer("so")]}
     with pytest.raises(BadRow, match="does not show message 2, of the tool"):
         notes(tokenizer, result)

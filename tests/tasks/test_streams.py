@@ -3,21 +3,27 @@
 import json
 import shutil
 from itertools import islice
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import dpo, kto, reward_model
+from experiments import dpo, kto, pipeline, reward_model
 from experiments.stages import open_task
 from rlhf_jax import checkpoint, loop
+from rlhf_jax.data.formats import Text
+from rlhf_jax.data.iterators import Pass
 from rlhf_jax.data.preferences import pack_answers
+from rlhf_jax.data.rejects import Place, Rejects
+from rlhf_jax.data.rows import Read
 from rlhf_jax.drawn import DrawnRankings
 from rlhf_jax.errors import UserError
 from rlhf_jax.log import Run
 from rlhf_jax.models import Transformer
+from rlhf_jax.models.tokenizer import read_tokenizer
 from rlhf_jax.preference import batch_logprobs, stream_batches
-from rlhf_jax.tasks import streams
+from rlhf_jax.tasks import streams, text
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -74,25 +80,55 @@ def test_every_ranking_comes_but_those_held_out_and_none_of_their_openings(files
     assert again == found != other
 
 
-def test_a_ranking_with_more_answers_than_there_is_room_for_is_left_out_and_counted(
-    files, tmp_path, monkeypatch, capsys
-):
+def test_of_a_ranking_with_more_answers_than_there_is_room_for_the_ends_are_used(files, tmp_path, monkeypatch, capsys):
+    """The first rows say how many answers a batch has room for; a later one with more stops nobody."""
     monkeypatch.setattr(streams, "STREAM_HEAD", 30)
-    monkeypatch.setattr("rlhf_jax.tasks.text.STREAM_HEAD", 30)
+    monkeypatch.setattr(text, "STREAM_HEAD", 30)
     rows = [ranked(n, 2) for n in range(30)] + [ranked(n, 2 + n % 2) for n in range(30, 40)]
-    task = task_of(
-        tmp_path,
-        **{**files, "comparisons": lines(tmp_path / "more.jsonl", rows)},
-        on_bad_row="skip",
-        shuffle_window=16,
-    )
+    path = lines(tmp_path / "more.jsonl", rows)
+    task = task_of(tmp_path, **{**files, "comparisons": path}, shuffle_window=16)
     batches = task.comparisons(None).stream.batches(2, 0)
-    numbers = {said(task, ranking)[0] for batch in islice(batches, 60) for ranking in batch}
-    assert {31, 33, 35, 37, 39}.isdisjoint(numbers) and {30, 32, 34, 36, 38} <= numbers
+    found = [said(task, ranking) for batch in islice(batches, 60) for ranking in batch]
+    assert {number for number, _ in found} >= set(range(30, 40))
+    assert all(words == ["good", "bad"] for _, words in found)
     task.finish()
     shown = capsys.readouterr().out
-    assert "more answers than any of the first 30 rows: 5 rows left out (lines 32, 34, 36, 38, 40)" in shown
-    assert "35 rows used" in shown
+    assert "only 2 answers used, as many as the first rows have: 5 rows (lines 32, 34, 36, 38, 40)" in shown
+
+
+def test_rows_are_counted_once_however_many_read_them(files, tmp_path, monkeypatch, capsys):
+    """Members of an ensemble each read the stream from its beginning, and other hosts tell what they met once."""
+    task = task_of(tmp_path, **files, shuffle_window=16)
+    stream = task.comparisons(None).stream
+    for _ in range(2):
+        for _ in islice(stream.batches(4, 0), 40):
+            pass
+        task.finish()
+    assert f"{ROWS} rows used" in (shown := capsys.readouterr().out) and f"{2 * ROWS} rows used" not in shown
+    elsewhere = Rejects()
+    elsewhere.use(Place("other", 1))
+    task._elsewhere = elsewhere
+    monkeypatch.setattr(text, "gather", lambda told: [told, {**told}])
+    task.finish()
+    task.finish()
+    assert task._rejects.used["other"] == 1
+
+
+def test_a_demonstration_that_is_held_out_is_known_in_whatever_order_the_files_come(stories):
+    """The rows of a set on the Hub are numbered as they come."""
+    tokenizer = read_tokenizer(Path(stories))
+    texts = [f"row number {n}" for n in range(40)]
+
+    def rows(rejects, *, start=0, order=None, shard=(0, 1)):
+        places = np.arange(40) if order is None else np.random.default_rng(order).permutation(40)
+        for number in range(start, 40):
+            row = Text(texts[places[number]], Place("hub", number + 1))
+            yield Read(number, row, {})
+
+    source = streams.StreamedSource(rows, tokenizer, 64, budget=8, counted=Rejects(), in_order=False)
+    heldout = {tokenizer.decode(ids[-1]) for ids in source.validation}
+    trained = {tokenizer.decode(ids[-1]) for _, ids in source.open(0, Pass(0, 5, (0, 1)))}
+    assert len(heldout) == 4 and len(trained) == 36 and not heldout & trained
 
 
 def test_probabilities_of_a_stream_are_clamped(files, tmp_path):
@@ -109,6 +145,24 @@ STAGES = {
     "reward_model": (reward_model, dict(prompts_per_step=4)),
     "dpo": (dpo, dict(batch_size=4)),
 }
+
+
+def test_a_checkpoint_without_a_position_in_a_stream_is_refused(files, tmp_path):
+    stream = task_of(tmp_path, **files).comparisons(None).stream
+
+    class Restored:
+        first, steps = 2, 4
+
+        def data_state(self):
+            return None
+
+    with pytest.raises(UserError, match="the checkpoint's position in the data is none in these data"):
+        DrawnRankings((), stream, 4, 0, Restored())
+
+
+def test_the_pipeline_refuses_epochs_of_a_stream_before_it_trains():
+    with pytest.raises(UserError, match=r"give --reward-model\.steps, not --reward-model\.epochs"):
+        pipeline.Config(streaming=True, reward_model=reward_model.RewardModel(epochs=1.0))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -169,6 +223,7 @@ def test_answers_of_a_stream_are_scored_by_the_reference_as_they_come(files, tmp
         (dpo, {"pairs": "all"}, "--streaming is not used here: --pairs all"),
         (reward_model, {"epochs": 1.0}, "a stream has no passes to count: give --steps instead of --epochs"),
         (reward_model, {"epochs": 1.0, "steps": 1}, "--epochs and --steps both say how long to train"),
+        (reward_model, {"comparisons_weights": (1.0, 2.0)}, "2 weights for 1 sources"),
     ],
 )
 def test_what_a_stream_cannot_give_is_one_line(files, tmp_path, module, flags, message):
