@@ -7,7 +7,7 @@ quarter of the labels round; here a fifth of them goes against what the annotato
 from SFT's last weights, the critic from the first reward model; the best of n is picked from SFT's answers. Each
 member has a new head of its own, but those whose weights are averaged begin from one head, as in WARM.
     python experiments/ablations/ensemble.py
-Expect about 75 minutes on 2 CPU cores for 5 seeds. It draws proxy and true utility against √KL.
+Expect about 2 hours on 2 CPU cores for 5 seeds. It draws proxy and true utility against √KL.
 """
 
 import sys
