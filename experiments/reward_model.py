@@ -120,7 +120,7 @@ def with_defaults(cfg: RewardModel, base: Pretrained, *, streamed: bool = False)
         raise UserError("a stream has no passes to count: give --steps instead of --epochs")
     length: dict[str, Any] = {} if cfg.steps is not None else {"steps": 1000} if streamed else {"epochs": 1}
     if base.name is None:
-        return or_default(cfg, **(length and {"epochs": 2}), learning_rate=1e-3, lora_rank=0)
+        return or_default(cfg, **({"epochs": 2} if length else {}), learning_rate=1e-3, lora_rank=0)
     return or_default(cfg, **length, **pretrained_defaults(cfg, base))
 
 

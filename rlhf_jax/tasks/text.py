@@ -392,9 +392,8 @@ class TextTask:
         streamed = self._streaming and source.kind == "comparisons"
         limit = None if own else self._limit
         limit = min(limit or STREAM_HEAD, STREAM_HEAD) if streamed else limit
-        rejects = (
-            Rejects(self._rejects.policy) if streamed else self._rejects
-        )  # the stream meets and counts them again
+        # What a stream begins with, it meets and counts again.
+        rejects = Rejects(self._rejects.policy) if streamed else self._rejects
 
         def encode(rejects: Rejects) -> Any:
             rows = read_rows(name, form, rejects, columns=source.columns, limit=limit, streaming=streamed)
