@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 """Copies of the model; parts of each parameter, whole again where it is used; parts of each sequence; parts of each
 layer's work."""
+COPIES = "copies"
+"""Its name for "data" within `over_copies`."""
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
@@ -135,3 +137,32 @@ def on_parts(function: Callable[..., Any], arrays: Sequence[Any], axes: Sequence
     specs = tuple(partition_spec(sizes, x.shape, names) for x, names in zip(arrays, axes, strict=True))
     over = jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names=set(sizes), check_vma=False)
     return over(*arrays)
+
+
+def over_copies(function: Callable[..., tuple[Any, Any]], arrays: Sequence[Any], axes: Sequence[int]) -> Any:
+    """function(*arrays) for each copy of the weights, whose rows are cut along "data" alone; without a mesh, at once.
+
+    `axes` are those along which the arrays have rows. So has the first result, along its first axis; the second is
+    alike for all copies. It is one program: within it `sum_over_copies` adds up the copies' numbers, and a loop whose
+    end depends on such sums is one loop for all. The other axes of the mesh go by the rules.
+    """
+    mesh, copies = jax.sharding.get_abstract_mesh(), ways("batch")
+    if copies == 1:
+        return function(*arrays)
+    sizes = copies, *(1 if name == "data" else mesh.shape[name] for name in MESH_AXES)
+    kinds = (AxisType.Auto,) * len(sizes)
+    apart = AbstractMesh(sizes, (COPIES, *MESH_AXES), axis_types=kinds, abstract_device=mesh.abstract_device)
+
+    def cut(x: Any, axis: int) -> Any:
+        split = x.reshape(*x.shape[:axis], copies, -1, *x.shape[axis + 1 :])
+        return jax.lax.with_sharding_constraint(split, NamedSharding(apart, PartitionSpec(*(None,) * axis, COPIES)))
+
+    with jax.sharding.use_abstract_mesh(apart):
+        mapped = jax.vmap(function, tuple(axes), (0, None), axis_name=COPIES, spmd_axis_name=COPIES)
+        rows, alike = mapped(*map(cut, arrays, axes))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows), alike
+
+
+def sum_over_copies(x: Any) -> Any:
+    """The sum of x over all copies, within the function of `over_copies`; x itself where there is one."""
+    return jax.lax.psum(x, COPIES) if COPIES in jax.sharding.get_abstract_mesh().axis_names else x

@@ -16,7 +16,7 @@ from rlhf_jax.batches import Completions, Ended, Prompts, Tokens
 from rlhf_jax.compiled import count_compilations
 from rlhf_jax.data.order import EpochOrder
 from rlhf_jax.data.tokens import bucket, narrowed, take, trimmed
-from rlhf_jax.groups import Algorithm, Frozen, Numbers, learn, rollout, score
+from rlhf_jax.groups import Algorithm, Frozen, Numbers, learn, queued, rollout, score
 from rlhf_jax.loop import Loop
 from rlhf_jax.models import Transformer
 from rlhf_jax.pretrained import Pretrained
@@ -31,6 +31,7 @@ from rlhf_jax.rewards.reward import (
     score_tokens,
 )
 from rlhf_jax.rewards.stream import Stream
+from rlhf_jax.sampling.layout import sampling_copies
 from rlhf_jax.sampling.sampler import numpy_completions
 from rlhf_jax.scored_groups import Scored, all_rounds, group_metrics, has_signal, rows_with_signal
 from rlhf_jax.sharding import check_rows, current_mesh, shard_batch, shard_params, to_host
@@ -47,7 +48,7 @@ class Programs(NamedTuple):
     on_tokens: Callable[[dict[str, Params], Tokens], dict[str, Array]]
     learn: Callable[..., tuple[TrainState, Metrics]]
     stream: Stream | None
-    """Where `sample` puts answers as they end, for host rewards. Not on a mesh, where all end together."""
+    """Where `sample` puts answers as they end, for host rewards. Not on a mesh."""
 
 
 def compile_programs(
@@ -188,8 +189,15 @@ def train_groups(
     learned = numbers.prompts * numbers.group_size // numbers.minibatches // numbers.accumulate
     shape = learned, sets.train.tokens.shape[1] + numbers.max_new_tokens
     at_once, flag = numbers.slots, "--slots"
-    if current_mesh() is not None:
-        at_once, flag = numbers.prompts * numbers.group_size, "--groups"
+    if not queued(base.config, frozen.over_trunk(policy.params), numbers):
+        all_rows, flag = numbers.prompts * numbers.group_size, "--groups"
+        if at_once < all_rows:
+            copies = sampling_copies(base.config, frozen.over_trunk(policy.params))
+            loop.run.warn(
+                f"--slots {at_once} is not used: {numbers.prompts} groups do not divide over {copies} copies of the "
+                f"weights, and all answers are sampled at once"
+            )
+        at_once = all_rows
     loop.say_memory(
         base.config, policy.params, (policy, frozen), shape, adapters=adapters,
         sampled=(frozen.over_trunk(policy.params), at_once, flag),

@@ -22,7 +22,7 @@ from rlhf_jax.diagnostics import sampler_gap
 from rlhf_jax.kl import kl_k1
 from rlhf_jax.loop import shard_microbatches
 from rlhf_jax.masking import masked_mean, masked_sum
-from rlhf_jax.models import Transformer
+from rlhf_jax.models import ModelConfig, Transformer
 from rlhf_jax.models.fused import attention_kernel
 from rlhf_jax.rewards.reward import (
     HostScores,
@@ -32,6 +32,7 @@ from rlhf_jax.rewards.reward import (
 )
 from rlhf_jax.sampling import generate
 from rlhf_jax.sampling.ends import EosId
+from rlhf_jax.sampling.layout import sampling_copies
 from rlhf_jax.sampling.queue import generate_queued
 from rlhf_jax.scored_groups import Scored
 from rlhf_jax.scoring import Joined, in_parts, response_logprobs, token_scores
@@ -88,7 +89,7 @@ class Numbers(NamedTuple):
     temperature: float
     max_new_tokens: int
     slots: int
-    """Answers that are sampled at once: a multiple of the group size. On a mesh all are."""
+    """Answers that are sampled at once: a multiple of the group size. See `queued`."""
 
     @property
     def updates_once(self) -> bool:
@@ -124,12 +125,13 @@ def rollout(
     pad_id: int,
     put: Callable[[Ended], None] | None = None,
 ) -> Completions:
-    """`group_size` answers to each prompt, prompt-major. Without a mesh a queue fills slots that have ended.
+    """`group_size` answers to each prompt, prompt-major. A queue refills the slots of answers that have ended.
 
-    `put` is given the answers of the queue as they end.
+    On a mesh whose copies of the weights do not divide the prompts, all answers are sampled at once. `put` is given
+    the answers of the queue as they end; it is for one device.
     """
     params, size = frozen.over_trunk(policy.params), numbers.group_size
-    if current_mesh() is None:
+    if queued(model.config, params, numbers):
         return generate_queued(
             model, params, prompts.tokens, prompts.mask, key, group_size=size, slots=numbers.slots,
             max_new_tokens=numbers.max_new_tokens, temperature=numbers.temperature, eos_id=eos_id, pad_id=pad_id,
@@ -140,6 +142,11 @@ def rollout(
         model, params, repeated.tokens, repeated.mask, key, max_new_tokens=numbers.max_new_tokens,
         temperature=numbers.temperature, eos_id=eos_id, pad_id=pad_id,
     )  # fmt: skip
+
+
+def queued(config: ModelConfig, params: Params, numbers: Numbers) -> bool:
+    """Whether `rollout` samples by a queue on the mesh that is set: prompts must divide over copies of the weights."""
+    return numbers.prompts % sampling_copies(config, params) == 0
 
 
 def score(

@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from rlhf_jax.cli import run_main
 from rlhf_jax.data.pairs import AnswerBatch
 from rlhf_jax.errors import UserError
 from rlhf_jax.sampling.layout import copy_bytes, sampling_tensor
+from rlhf_jax.sampling.queue import DECODE, REFILL
 from rlhf_jax.scoring import HEAD_COLUMNS
 from rlhf_jax.sharding import batch_shardings, make_mesh, shardings
 
@@ -84,6 +86,16 @@ def too_large(cfg: Config, message: str) -> UserError:
     )
 
 
+def turns(program: Program, response: int, columns: int, loop: str) -> int:
+    """The most turns of a loop whose end depends on data: the sampler's, or the head's over chunks of columns."""
+    if "generate" not in loop:
+        return -(-columns // HEAD_COLUMNS)
+    if "_generate_queued" not in loop:
+        return response
+    each = {REFILL: 1, DECODE: -(-program.decoding_steps // program.refills)}  # of each turn, as many as refills
+    return next((count for name, count in each.items() if name in loop), program.refills)
+
+
 def main(cfg: Config, *, quiet: bool = False) -> dict[str, float]:
     """Compiles; prints and returns the figures.
 
@@ -111,12 +123,8 @@ def main(cfg: Config, *, quiet: bool = False) -> dict[str, float]:
         raise too_large(cfg, str(error)) from None
     memory = compiled.memory_analysis()
 
-    def turns(loop: str) -> int:
-        """The most turns of a loop whose end depends on data: the sampler's, or the head's over chunks of columns."""
-        columns = min(cfg.response, (cfg.prompt + cfg.response) // mesh.shape["sequence"])
-        return cfg.response if "generate" in loop else -(-columns // HEAD_COLUMNS)
-
-    traffic = hlo.sent(compiled.as_text(), otherwise=turns)
+    columns = min(cfg.response, (cfg.prompt + cfg.response) // mesh.shape["sequence"])
+    traffic = hlo.sent(compiled.as_text(), otherwise=partial(turns, program, cfg.response, columns))
     chips = mesh.size
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     seconds = {

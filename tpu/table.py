@@ -65,6 +65,10 @@ CASES = (
     Case("sft", "gemma3-27b", topology="v5p:4x4x4"),
     Case("grpo", "qwen3-8b", topology="v6e:4x8", mesh="fsdp=8,tensor=4"),
     Case("grpo", "qwen3-32b", topology="v5p:4x4x4", mesh="fsdp=16,tensor=4"),
+    Case("grpo", "llama3-8b", topology="v5e:8x16", mesh="fsdp=32,tensor=4", rows=1024, accumulate=8),
+    Case("grpo", "llama3-8b", topology="v5e:8x16", mesh="fsdp=32,tensor=4", rows=1024, accumulate=8, slots=256),
+    Case("grpo", "qwen3-8b", topology="v6e:4x8", mesh="fsdp=8,tensor=4", rows=512, accumulate=8, slots=128),
+    Case("ppo", "llama3-8b", topology="v5e:8x16", mesh="fsdp=32,tensor=4", minibatches=1),
     Case("ppo", "gemma3-4b", topology="v6e:4x4", mesh="fsdp=4,tensor=4"),
     Case("ppo", "llama3-8b", topology="v5p:4x4x4", mesh="fsdp=16,tensor=4"),
 )
@@ -89,6 +93,9 @@ def main(cfg: Config) -> dict[str, float]:
         what = case.experiment + (f", adapters of {case.lora_rank}" if case.lora_rank else "")
         what += f", reward model {case.reward_model}" if case.reward_model else ""
         what += f", {case.rows} rows" if case.rows else ""
+        what += f", {case.slots} slots" if case.slots else ""
+        what += ", one minibatch" if case.minibatches == 1 else ""
+        what += f", {case.accumulate} parts" if case.accumulate > 1 else ""
         what += f", {length:,} tokens" if (length := case.prompt + case.response) != USUAL else ""
         begin = f"| {what} | {case.model} | {case.topology} | {case.mesh} |"
         try:

@@ -27,6 +27,7 @@ from rlhf_jax.groups import Algorithm, Numbers
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, count_weights, from_language_model
 from rlhf_jax.preference import make_step as make_preference_step
 from rlhf_jax.rewards.model import model_reward
+from rlhf_jax.sampling.queue import read_at_once
 from rlhf_jax.sharding import shard_batch
 from rlhf_jax.train import make_state
 from rlhf_jax.types import Metrics, Params
@@ -50,8 +51,12 @@ class Case:
     """Sequences a step (PPO, GRPO: responses an iteration); by default two (four) for each part of data × fsdp."""
     reward_model: str | None = None
     """PPO: the shape of the reward model and of the critic, which begins as it; by default the policy's."""
+    slots: int | None = None
+    """GRPO: answers that are sampled at once, all groups together; by default all."""
     minibatches: int = 4
     """Minibatches of a PPO iteration, in one epoch. GRPO's has one, and four answers to each prompt."""
+    accumulate: int = 1
+    """PPO, GRPO: parts of a minibatch whose gradients are added up."""
     prompt: int = 512
     """Tokens of the prompt."""
     response: int = 512
@@ -66,7 +71,7 @@ class Case:
 
     def __post_init__(self) -> None:
         """Raises UserError for numbers out of range and for a model without a published shape."""
-        at_least(self, prompt=1, response=1, minibatches=1, lora_rank=0)
+        at_least(self, prompt=1, response=1, minibatches=1, accumulate=1, lora_rank=0)
         if self.rows is not None:
             at_least(self, rows=1)
             if self.experiment in ("reward_model", "dpo") and self.rows % 2:
@@ -76,6 +81,8 @@ class Case:
         for name in filter(None, (self.model, self.reward_model)):
             if name not in MODELS:
                 raise UserError(f"model {name!r} is not one of {', '.join(MODELS)}")
+        if self.slots is not None and (self.experiment != "grpo" or self.slots < GROUP or self.slots % GROUP):
+            raise UserError(f"--slots {self.slots} are for GRPO, in groups of {GROUP} answers")
         if self.reward_model and (self.experiment != "ppo" or self.lora_rank):
             raise UserError("--reward-model is for PPO without adapters, whose trunk all models share")
 
@@ -93,6 +100,10 @@ class Program(NamedTuple):
     """The first two arguments of PPO's functions. The program's function is `ppo.iterate` with them."""
     update_flops: float = 0.0
     """Floating-point operations of PPO's update."""
+    decoding_steps: int = 0
+    """Steps of the sampler, each a token of all answers that are sampled at once."""
+    refills: int = 1
+    """Times that the queue reads prompts."""
 
 
 def flops(config: ModelConfig, matrices: int, rows: int, length: int, read: int, *, times: int = 1) -> float:
@@ -226,26 +237,31 @@ def build(case: Case, make: Make, parts: int = 1, copies: int | None = None) -> 
     )
     # Of an embedding that is not the head, too, only the words of that moment are looked up.
     read = count_weights(params) - (count_weights(params["embedding"]) if "head" in params else 0)
-    decoded = case.response * (width * read * (copies or parts) + cache)
+    copies = copies or parts
+    rounds = rows / (case.slots or rows)  # times that all slots are filled, with answers of full length
+    decoded = case.response * (rounds * width * read * copies + cache)
 
     def asked(count: int) -> Prompts:
         inputs = tokens(config, count, case.prompt, 0).inputs
         return Prompts(inputs, jnp.ones((count, case.prompt), bool), jnp.arange(count))
 
     if case.experiment == "grpo":
-        grpo_cfg = grpo.GRPO(**trained, groups=rows // GROUP, group_size=GROUP)
+        grpo_cfg = grpo.GRPO(
+            **trained, groups=rows // GROUP, group_size=GROUP, slots=case.slots, accumulate=case.accumulate
+        )
         numbers = grpo_cfg.numbers(case.response)
         trunk, _, policy = training(grpo_cfg, model, params, make)
         frozen_groups = groups.Frozen({} if case.lora_rank else params, {}, trunk)
         iteration = partial(grpo_iteration, grpo.algorithm(grpo_cfg, numbers), model, numbers)
-        first = make(lambda: asked(rows // GROUP))
+        first, share = make(lambda: asked(rows // GROUP)), rows // GROUP // copies
+        refills = -(-share // read_at_once(share, -(-numbers.slots // copies // GROUP))) if share else 1
         # Sampling, the reference's log-probabilities, and the update.
         return Program(
             jax.jit(iteration, donate_argnums=0), (policy, frozen_groups, first, make(lambda: jax.random.key(0))),
-            2 * once + learned, decoded,
+            2 * once + learned, decoded, decoding_steps=-(-rows // numbers.slots) * case.response, refills=refills,
         )  # fmt: skip
 
-    ppo_cfg = ppo.PPO(**trained, responses=rows, minibatches=case.minibatches, epochs=1)
+    ppo_cfg = ppo.PPO(**trained, responses=rows, minibatches=case.minibatches, epochs=1, accumulate=case.accumulate)
     setup = ppo_setup(config, max_new_tokens=case.response, eos_id=-1, pad_id=0, reward_config=judge)
     trunk, _, policy = training(ppo_cfg, model, params, make)
     _, own, critic = training(ppo_cfg, scalar, rewards, make)

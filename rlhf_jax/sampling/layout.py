@@ -36,6 +36,14 @@ def sampling_mesh(mesh: AbstractMesh, config: ModelConfig, size: float) -> Abstr
     return mesh.update(axis_sizes=(devices // tensor, 1, 1, tensor))
 
 
+def sampling_copies(config: ModelConfig, params: Params) -> int:
+    """How many copies of the weights sample on the mesh that is set, each for rows of its own; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.axis_names != MESH_AXES:
+        return 1
+    return sampling_mesh(mesh, config, copy_bytes(config, params)).shape["data"]
+
+
 def sampling_tensor(devices: int, tensor: int, config: ModelConfig, size: float, memory: float | None) -> int:
     """Into how many parts a copy of the weights is cut, which are `size` bytes, on devices of `memory` bytes each.
 

@@ -3,6 +3,9 @@
 One compiled program. Its cache is a ring: all slots write into the same column, which moves on by one each step, and a
 new prompt is laid into the columns just before it. So no slot has a place of its own to write to, and nothing moves.
 The prompt of a group is read once for all of its answers.
+
+On a mesh each copy of the weights (see `layout.py`) has slots and a queue of its own, and nothing of a cache is ever
+sent from one to another. They take their steps together.
 """
 
 from collections.abc import Callable
@@ -16,17 +19,31 @@ from jax import Array
 from jax.experimental import io_callback
 from jaxtyping import Bool, Int, PRNGKeyArray
 
+from rlhf_jax.axes import constrain, over_copies, sum_over_copies, ways
 from rlhf_jax.batches import Completions, Ended
 from rlhf_jax.models import KVCache, Transformer, init_cache
 from rlhf_jax.sampling.decoder import cache_apart, decoder_of
 from rlhf_jax.sampling.draw import choose
 from rlhf_jax.sampling.ends import EosId, eos_ids, is_end
 from rlhf_jax.sampling.generate import check_request, is_greedy
+from rlhf_jax.sampling.layout import sampling_copies, sampling_layout
+from rlhf_jax.sharding import shard_batch
 from rlhf_jax.types import ScalarLike
+
+REFILL, DECODE = "queue_refill", "queue_decode"
+"""The names of the two loops in a compiled program."""
+
+
+def read_at_once(prompts: int, groups: int) -> int:
+    """How many prompts a copy reads at once, whose slots hold so many groups.
+
+    They leave few slots idle for long, and few of them cost a pass of their own.
+    """
+    return max(1, min(prompts, groups // 4))
 
 
 class _State(NamedTuple):
-    """The slots, S of them, and what was written so far."""
+    """The slots of a copy, S of them, and what was written so far."""
 
     cache: KVCache
     row: Array
@@ -44,6 +61,10 @@ class _State(NamedTuple):
     """[N + 1, max_new_tokens]: the last row takes what belongs to no answer."""
     steps: Array
     """Decoding steps so far."""
+    refills: Array
+    """Whether prompts are read next, by all copies alike, as their loops must end together."""
+    goes_on: Array
+    """Whether any copy has something left to do."""
 
 
 def generate_queued(
@@ -70,16 +91,22 @@ def generate_queued(
     whatever the slots. (Rounding in matrix products of other shapes can turn a draw that is decided in the last bit.)
     `limits` are the most tokens of each answer; more than `max_new_tokens` counts as that. An answer at its limit is
     cut there. `put` is given the answers that end as they do, each once, from another thread and while others are
-    still sampled: it must not wait.
-    Raises ValueError as `generate` does, and for slots that are not a multiple of the group size.
+    still sampled: it must not wait. It is for one device. On a mesh each copy of the weights has an equal share of the
+    prompts, and of the slots, rounded up to whole groups.
+    Raises ValueError as `generate` does, for slots that are not a multiple of the group size, and for a P that is not
+    a multiple of `layout.sampling_copies`.
     """
     check_request(
         model, prompts, prompt_mask, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         eos_id=eos_id, pad_id=pad_id,
     )  # fmt: skip
-    count = len(prompts) * group_size
+    number = len(prompts)
+    count = number * group_size
     if group_size < 1 or slots < group_size or slots % group_size:
         raise ValueError(f"{slots} slots are not a multiple of the group size, {group_size}")
+    copies = sampling_copies(model.config, params)
+    if number % copies:
+        raise ValueError(f"{number} prompts do not divide over the {copies} copies of the weights")
     greedy = is_greedy(temperature)
     most = jnp.full(count, max_new_tokens) if limits is None else jnp.minimum(jnp.asarray(limits), max_new_tokens)
     completions, _ = _generate_queued(
@@ -115,23 +142,55 @@ def _generate_queued(
     put: Callable[[Ended], None] | None = None,
 ) -> tuple[Completions, Array]:
     """Completions, and how many decoding steps were run."""
+    number = len(prompts)
+    # The numbers that `generate` draws for N rows: one a step and row.
+    uniform = jax.vmap(lambda step: jax.random.uniform(jax.random.fold_in(key, step), (number * group_size,)))(
+        jnp.arange(max_new_tokens)
+    )
+    with sampling_layout(model.config, params) as placed:
+        share = -(-slots // ways("batch") // group_size) * group_size
+        run = partial(
+            _sample, model, placed, temperature, top_p, group_size=group_size, slots=share,
+            max_new_tokens=max_new_tokens, greedy=greedy, top_k=top_k, eos_id=eos_id, pad_id=pad_id, put=put,
+        )  # fmt: skip
+        completions, steps = over_copies(run, (prompts, prompt_mask, limits, uniform), (0, 0, 0, 1))
+    return shard_batch(completions), steps
+
+
+def _sample(
+    model: Transformer,
+    params: Any,
+    temperature: Array,
+    top_p: Array | None,
+    prompts: Array,
+    prompt_mask: Array,
+    limits: Array,
+    uniform: Array,
+    *,
+    group_size: int,
+    slots: int,
+    max_new_tokens: int,
+    greedy: bool,
+    top_k: int | None,
+    eos_id: tuple[int, ...],
+    pad_id: int,
+    put: Callable[[Ended], None] | None,
+) -> tuple[Completions, Array]:
+    """The answers of one copy of the weights to prompts of its own; `uniform` are the numbers that they draw by."""
     number, width = prompts.shape
     count, ring = number * group_size, width + max_new_tokens
     decoder, apart = decoder_of(model, params)
-    # As many prompts are read at once as leave few slots idle for long, and few of them cost a pass of their own.
-    at_once = max(1, min(number, slots // group_size // 4))
+    at_once = read_at_once(number, slots // group_size)
     lengths = prompt_mask.sum(axis=1).astype(jnp.int32)
     limits = jnp.append(limits, max_new_tokens)
-    # The numbers that `generate` draws for N rows: one a step and row.
-    uniform = jax.vmap(lambda step: jax.random.uniform(jax.random.fold_in(key, step), (count,)))(
-        jnp.arange(max_new_tokens)
-    )
 
     def sample(hidden: Array, row: Array, step: Array) -> tuple[Array, Array]:
         """A token for each row of hidden states, and its log-probability."""
-        logits = model.apply({"params": params}, hidden[:, None], method="logits")[:, 0]
+        # Each device of a copy draws for rows of its own, as in `generate`.
+        logits = constrain(model.apply({"params": params}, hidden[:, None], method="logits")[:, 0], "row")
         drawn = None if greedy else uniform[step, jnp.minimum(row, count - 1)]
-        return choose(logits, drawn, temperature=temperature, top_k=top_k, top_p=top_p)
+        token, logprob = choose(logits, drawn, temperature=temperature, top_k=top_k, top_p=top_p)
+        return constrain(token, "batch"), constrain(logprob, "batch")
 
     def write(written: Completions, row: Array, step: Array, token: Array, logprob: Array) -> Completions:
         return Completions(
@@ -154,35 +213,47 @@ def _generate_queued(
     def free(state: _State) -> Array:
         return slots - state.busy.sum()
 
-    def may_refill(state: _State) -> Array:
-        return (free(state) >= at_once * group_size) & (state.asked < number)
+    def agreed(state: _State) -> _State:
+        """Prompts are read once the copies that have some left have room for as many as are read at once, on average.
+
+        Then one of them at least has room for all.
+        """
+        left = state.asked < number
+        sums = jnp.stack([jnp.where(left, free(state), 0), left, state.busy.any()]).astype(jnp.int32)
+        room, waiting, busy = sum_over_copies(sums)
+        refills = (waiting > 0) & (room >= waiting * at_once * group_size)
+        return state._replace(refills=refills, goes_on=waiting + busy > 0)
 
     def refill(state: _State) -> _State:
-        """The next prompts in slots that are free, each with its first token."""
+        """The next prompts in slots that are free, as many as fit, each with its first token."""
         chosen = state.asked + jnp.arange(at_once)
-        real, chosen = chosen < number, jnp.minimum(chosen, number - 1)
+        real = (chosen < number) & (jnp.arange(at_once) < free(state) // group_size)
+        chosen = jnp.minimum(chosen, number - 1)
         mask, cache = prompt_mask[chosen], init_cache(model.config, at_once, width)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         hidden, cache = model.apply(
             {"params": params}, prompts[chosen], positions, mask.astype(jnp.int32), cache, method="decode"
         )
-        slot = jnp.argsort(state.busy, stable=True)[: at_once * group_size]
+        filled = jnp.repeat(real, group_size)
         row = (chosen[:, None] * group_size + jnp.arange(group_size)[None]).reshape(-1)
-        row = jnp.where(jnp.repeat(real, group_size), row, count)
+        row = jnp.where(filled, row, count)
+        # What is written to the slot after the last is dropped.
+        slot = jnp.where(filled, jnp.argsort(state.busy, stable=True)[: at_once * group_size], slots)
         zero = jnp.zeros_like(row)
         token, logprob = sample(jnp.repeat(hidden[:, -1], group_size, axis=0), row, zero)
         busy, written = goes_on(row, zero + 1, token), write(state.written, row, zero, token, logprob)
         tell(row, busy, written)
-        return state._replace(
+        state = state._replace(
             cache=_laid(state.cache, cache_apart(cache, decoder), slot, group_size, ring),
-            row=state.row.at[slot].set(row),
-            emitted=state.emitted.at[slot].set(1),
-            length=state.length.at[slot].set(jnp.repeat(lengths[chosen], group_size)),
-            token=state.token.at[slot].set(token),
-            busy=state.busy.at[slot].set(busy),
-            asked=state.asked + at_once,
+            row=state.row.at[slot].set(row, mode="drop"),
+            emitted=state.emitted.at[slot].set(1, mode="drop"),
+            length=state.length.at[slot].set(jnp.repeat(lengths[chosen], group_size), mode="drop"),
+            token=state.token.at[slot].set(token, mode="drop"),
+            busy=state.busy.at[slot].set(busy, mode="drop"),
+            asked=state.asked + real.sum(dtype=jnp.int32),
             written=written,
         )
+        return agreed(state)
 
     def decode(state: _State) -> _State:
         """One more token in every slot; those that are free write to no answer."""
@@ -196,26 +267,25 @@ def _generate_queued(
         token, logprob = sample(hidden[:, -1], row, step)
         busy, written = goes_on(row, state.emitted + 1, token), write(state.written, row, step, token, logprob)
         tell(row, busy, written)
-        return state._replace(
-            cache=cache,
-            emitted=state.emitted + 1,
-            token=token,
-            busy=busy,
-            written=written,
-            steps=state.steps + 1,
+        emitted, steps = state.emitted + 1, state.steps + 1
+        return agreed(
+            state._replace(cache=cache, emitted=emitted, token=token, busy=busy, written=written, steps=steps)
         )
 
     def turn(state: _State) -> _State:
-        state = jax.lax.while_loop(may_refill, refill, state)
-        return jax.lax.while_loop(lambda s: s.busy.any() & ~may_refill(s), decode, state)
+        with jax.named_scope(REFILL):
+            state = jax.lax.while_loop(lambda s: s.refills, refill, state)
+        with jax.named_scope(DECODE):
+            return jax.lax.while_loop(lambda s: s.goes_on & ~s.refills, decode, state)
 
     shape, nothing = (count + 1, max_new_tokens), jnp.zeros(slots, jnp.int32)
     empty = Completions(jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32))
+    none, false = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
     start = _State(
         init_cache(decoder.config, slots, ring), jnp.full(slots, count), nothing, nothing, nothing,
-        jnp.zeros(slots, bool), jnp.zeros((), jnp.int32), empty, jnp.zeros((), jnp.int32),
+        jnp.zeros(slots, bool), none, empty, none, false, false,
     )  # fmt: skip
-    state = jax.lax.while_loop(lambda s: s.busy.any() | (s.asked < number), turn, start)
+    state = jax.lax.while_loop(lambda s: s.goes_on, turn, agreed(start))
     return jax.tree.map(lambda x: x[:count], state.written), state.steps
 
 
@@ -238,12 +308,12 @@ def _laid(ring: KVCache, read: KVCache, slot: Array, group_size: int, size: int)
 
     def layer(old: Array, new: Array) -> Array:  # [B, H, S, K], or [L, B, H, S, K] where layers are stacked
         turned = rows(new, new.ndim - 2)
-        return old.at[slot].set(turned) if old.ndim == 4 else old.at[:, slot].set(turned)
+        return old.at[slot].set(turned, mode="drop") if old.ndim == 4 else old.at[:, slot].set(turned, mode="drop")
 
     return KVCache(
         jax.tree.map(layer, ring.keys, read.keys),
         jax.tree.map(layer, ring.values, read.values),
-        ring.segment_ids.at[slot].set(rows(read.segment_ids, 1)),
+        ring.segment_ids.at[slot].set(rows(read.segment_ids, 1), mode="drop"),
         ring.used,
-        ring.positions.at[slot].set(rows(read.positions, 1)),
+        ring.positions.at[slot].set(rows(read.positions, 1), mode="drop"),
     )

@@ -130,9 +130,13 @@ def test_operations_by_hand(tiny_model, monkeypatch):
     assert programs.build(case, jax.eval_shape).flops == 2 * 2 * forward + 2 * (3 * weights + 3 * attention)
 
 
-@pytest.mark.parametrize("mesh", ["data=2,fsdp=4", "fsdp=4,sequence=2"])
-def test_an_iteration_of_grpo_on_a_mesh_is_that_of_one_device(tiny_model, mesh):
-    case = programs.Case("grpo", "tiny", rows=16, prompt=5, response=7, precision="float32", attention="reference")
+@pytest.mark.parametrize(
+    "mesh, rows, slots", [("data=2,fsdp=4", 16, None), ("fsdp=4,sequence=2", 16, None), ("fsdp=8", 64, 32)]
+)
+def test_an_iteration_of_grpo_on_a_mesh_is_that_of_one_device(tiny_model, mesh, rows, slots):
+    """With queues, where groups divide over eight copies of the weights, or all answers at once."""
+    sizes = {"rows": rows, "slots": slots, "prompt": 5, "response": 7}
+    case = programs.Case("grpo", "tiny", precision="float32", attention="reference", **sizes)
 
     def metrics(mesh):
         with nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh)):
@@ -153,6 +157,12 @@ def test_bytes_of_decoding_by_hand(monkeypatch, tied):
     layers = 2 * (16 * 16 * 2 + 16 * 8 * 2 + 8 + 8 + 16 + 3 * 16 * 32 + 2 * 16)
     cache = 2 * 2 * 1 * 8 * 4 * (4 + 4)  # keys and values, layers, heads, size, rows, tokens
     assert programs.build(case, jax.eval_shape).decoded == 8 * 2 * (layers + 16 + 16 * 64 + cache)
+    # Twelve groups on two copies, two of them at a time: each copy reads six times one, and its weights three times
+    # as often as with all at once.
+    case = programs.Case("grpo", "tiny", rows=48, slots=16, prompt=4, response=8)
+    program = programs.build(case, jax.eval_shape, parts=2)
+    assert program.decoded == 8 * 2 * (3 * 2 * (layers + 16 + 16 * 64) + 12 * cache)
+    assert (program.decoding_steps, program.refills) == (3 * 8, 6)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +172,8 @@ def test_bytes_of_decoding_by_hand(monkeypatch, tied):
         ({"experiment": "reward_model", "rows": 1}, "rows is 1; answers come in pairs"),
         ({"experiment": "sft", "rows": 0}, "rows is 0; it must be at least 1"),
         ({"experiment": "grpo", "rows": 6}, "rows is 6; groups have 4 answers"),
+        ({"experiment": "grpo", "slots": 6}, "--slots 6 are for GRPO, in groups of 4 answers"),
+        ({"experiment": "ppo", "slots": 8}, "--slots 8 are for GRPO"),
     ],
 )
 def test_rows_that_cannot_be(flags, message):

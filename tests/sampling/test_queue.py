@@ -1,6 +1,8 @@
 """A queue of prompts gives the tokens of the static batch, whatever the slots, in fewer steps."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +11,12 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from sampling.test_generate import MODEL, NEW, PAD, VOCAB, an_eos, new_params, prompts_of
 
+from experiments.bench.meshes import collectives
 from rlhf_jax.models import Transformer, init_lora, quantize_frozen, with_lora
-from rlhf_jax.sampling import generate
+from rlhf_jax.sampling import generate, layout
 from rlhf_jax.sampling.decoder import decoder_of
 from rlhf_jax.sampling.queue import _generate_queued, generate_queued
+from rlhf_jax.sharding import make_mesh, shard_batch, shard_params
 
 PROMPTS, GROUP = 5, 2
 
@@ -87,15 +91,17 @@ def test_an_answer_is_cut_at_its_limit():
     assert_array_equal(np.where(found.mask, found.tokens, 0), np.where(found.mask, whole.tokens, 0))
 
 
-def test_a_slot_does_not_wait_for_the_longest_answer():
-    # Nine answers of one token and one of 40, in 2 slots: the static batch of 2 would take 40 + 4 steps in one place.
-    prompts, mask = prompts_of(10)
-    limits = jnp.asarray([40, *[4] * 9])
+@pytest.mark.parametrize("copies", [1, 8])
+def test_a_slot_does_not_wait_for_the_longest_answer(copies):
+    # Nine answers of four tokens and one of 40, in 2 slots: static batches of 2 would take 40 + 4 · 4 steps.
+    prompts, mask = prompts_of(10 * copies)
+    limits = jnp.tile(jnp.asarray([40, *[4] * 9]), copies)
     numbers = dict(max_new_tokens=40, greedy=False, top_k=None, eos_id=(), pad_id=PAD)
-    _, steps = _generate_queued(
-        MODEL, new_params(), prompts, mask, jax.random.key(3), jnp.float32(1), None, limits, group_size=1, slots=2,
-        **numbers,
-    )  # fmt: skip
+    with nullcontext() if copies == 1 else jax.set_mesh(make_mesh("fsdp=8")):
+        _, steps = _generate_queued(
+            MODEL, shard_params(new_params()), *shard_batch((prompts, mask)), jax.random.key(3), jnp.float32(1), None,
+            limits, group_size=1, slots=2 * copies, **numbers,
+        )  # fmt: skip
     # One slot is busy for 39 steps after the first token; the other gives the rest, 9 · 3 steps, meanwhile.
     assert steps == 39
 
@@ -117,3 +123,47 @@ def test_answers_are_put_as_they_end_each_once():
     assert_array_equal(np.concatenate([ended.mask for ended in put]), found.mask[rows])
     assert_array_equal(np.concatenate([ended.tokens for ended in put]), found.tokens[rows])
     assert_same(found, static(prompts, mask, eos_id=4))
+
+
+HEADS = replace(MODEL.config, d_model=16, n_heads=4, n_kv_heads=4, head_dim=4, d_ff=32)
+"""Dimensions that four devices divide."""
+LENGTHS = np.random.default_rng(2).integers(1, NEW + 1, 16 * GROUP)
+"""Unequal ones, so that copies have room at different times."""
+
+
+@pytest.mark.parametrize(
+    "mesh, tensor, scan, slots",
+    [
+        ("data=8", 1, False, 16), ("fsdp=8", 1, True, 24), ("data=2,fsdp=2,tensor=2", 2, True, 8),
+        ("fsdp=8", 4, False, 4), ("fsdp=4,sequence=2", 1, False, 100),
+    ],
+)  # fmt: skip
+def test_on_a_mesh_the_copies_of_the_weights_have_queues_of_their_own(monkeypatch, mesh, tensor, scan, slots):
+    model = Transformer(replace(HEADS, scan_layers=scan))
+    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
+    prompts, mask = prompts_of(16, seed=2)
+    options = {"model": model, "limits": jnp.asarray(LENGTHS), "eos_id": 3}
+    expected = queued(prompts, mask, 4, params=params, **options)
+    monkeypatch.setattr(layout, "device_memory", lambda mesh: 1.0 if tensor == 4 else None)
+    with jax.set_mesh(make_mesh(mesh)):
+        placed = shard_params(params)
+        assert layout.sampling_copies(model.config, placed) == 8 // tensor
+        found = queued(*shard_batch((prompts, mask)), slots, params=placed, **options)
+        assert found.tokens.sharding.mesh.shape == make_mesh(mesh).shape  # it comes back on the mesh that is set
+    assert_same(found, expected._replace(tokens=np.where(expected.mask, expected.tokens, PAD)))
+    assert len(set(expected.mask.sum(axis=1).tolist())) > 3
+
+
+def test_copies_send_each_other_three_numbers_a_step():
+    prompts, mask = prompts_of(16, seed=2)
+    with jax.set_mesh(make_mesh("fsdp=8")):
+        placed, rows = shard_params(new_params()), shard_batch((prompts, mask))
+        program = jax.jit(partial(queued, slots=16, eos_id=3)).lower(*rows, params=placed).compile().as_text()
+    inside = [(kind, shapes) for kind, shapes, name in collectives(program) if "while" in name]
+    assert inside and all(kind == "all-reduce" and shapes == [(3,)] for kind, shapes in inside)
+
+
+def test_prompts_that_do_not_divide_over_the_copies_are_refused():
+    said = "6 prompts do not divide over the 8 copies of the weights"
+    with jax.set_mesh(make_mesh("fsdp=8")), pytest.raises(ValueError, match=said):
+        queued(*prompts_of(6), 4, params=shard_params(new_params()))

@@ -14,11 +14,14 @@ import pytest
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import MIXED, Transformer, count_weights
+from rlhf_jax.sampling.queue import DECODE, REFILL
+from rlhf_jax.scoring import HEAD_COLUMNS
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tpu"))
 import hlo  # noqa: E402
 
+from experiments.bench.programs import Program  # noqa: E402
 from experiments.bench.shapes import model_config  # noqa: E402
 
 PROGRAM = """HloModule step
@@ -165,6 +168,16 @@ print(len(set(mesh.devices.flat)), mesh.devices.shape)
         [sys.executable, "-c", code], env=environment | settings, capture_output=True, text=True, timeout=300
     )
     assert done.stdout.strip() == "64 (1, 8, 8, 1)", done.stderr
+
+
+def test_loops_of_the_samplers_turn_as_often_as_answers_of_full_length_need(monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    turns, program = importlib.import_module("compile").turns, Program(None, (), 0.0, decoding_steps=24, refills=6)
+    loops = {
+        "jit(step)/while": 3, "jit(_generate)/while": 8, "jit(_generate_queued)/while": 6,
+        f"jit(_generate_queued)/while/body/{REFILL}/while": 1, f"jit(_generate_queued)/while/body/{DECODE}/while": 4,
+    }  # fmt: skip
+    assert {loop: turns(program, 8, 3 * HEAD_COLUMNS, loop) for loop in loops} == loops
 
 
 def test_a_mistake_is_one_line(environment):
