@@ -1,30 +1,103 @@
 """Rows that are read as they are needed: of each source the first ones at once, the others in passes."""
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_jax.batches import RankedAnswers
+from rlhf_jax.batches import RankedAnswers, Tokens
 from rlhf_jax.data.encode import encode_rows
 from rlhf_jax.data.heldout import opening_of_row, split_head
+from rlhf_jax.data.loader import check_weights, streamed_batches, streamed_rankings
+from rlhf_jax.data.order import RankingStream
 from rlhf_jax.data.preferences import clamped, reordered
 from rlhf_jax.data.rejects import Rejects
 from rlhf_jax.data.rows import Read
 from rlhf_jax.data.tokenizer import PreTrainedTokenizerBase
 from rlhf_jax.data.tokens import Document
+from rlhf_jax.sharding import host_share
 
 if TYPE_CHECKING:
+    import grain
+
     from rlhf_jax.data.iterators import Pass
 
 STREAM_HEAD = 2560
 """Rows at the beginning of a source of which some are held out."""
+Rows = Callable[..., Iterator[Read]]
+"""rows(rejects, …): `read_rows` of a source."""
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How sources are streamed."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    pad_id: int
+    seed: int
+    window: int
+    """Rows among which a stream is shuffled."""
+    heldout: int
+    """At most so many of the first demonstrations of a source, and at most a tenth, are held out."""
+    in_order: bool
+    """All passes have one order of files."""
+
+    def demonstrations(
+        self, sources: Sequence[Rows], weights: Sequence[float] | None, counted: Rejects
+    ) -> tuple[list[Document], list[Document], Callable[[int, int], "grain.DatasetIterator[Tokens]"]]:
+        """(the first ones of each source, those held out of them, batches(batch size, seed) of the others)."""
+        found = [
+            StreamedSource(
+                rows, self.tokenizer, self.max_length, budget=self.heldout, counted=counted, in_order=self.in_order
+            )
+            for rows in sources
+        ]
+
+        def batches(batch_size: int, seed: int) -> "grain.DatasetIterator[Tokens]":
+            share = host_share()
+            return streamed_batches(
+                [one.open for one in found], batch_size=batch_size // share[1], length=self.max_length,
+                pad_id=self.pad_id, seed=seed, weights=weights, shard=share, window=self.window,
+            )  # fmt: skip
+
+        return [ids for one in found for ids in one.head], [ids for one in found for ids in one.validation], batches
+
+    def comparisons(
+        self,
+        sources: Sequence[Rows],
+        names: Sequence[str],
+        weights: Sequence[float] | None,
+        counted: Rejects,
+        *,
+        heldout: Sequence[str],
+        answers: int,
+        clamp: float | None,
+    ) -> RankingStream:
+        """All comparisons but those with the openings of the held-out ones, with so many answers at most.
+
+        Raises UserError for weights that are not as many as the `names`.
+        """
+        check_weights(weights, names)
+        opened = [
+            ranking_opener(
+                rows, self.tokenizer, self.max_length, heldout=frozenset(heldout), answers=answers, clamp=clamp,
+                seed=self.seed, counted=counted, in_order=self.in_order,
+            )
+            for rows in sources
+        ]  # fmt: skip
+
+        def batches(batch_size: int, seed: int) -> "grain.DatasetIterator[list[RankedAnswers]]":
+            return streamed_rankings(opened, batch_size=batch_size, seed=seed, weights=weights, window=self.window)
+
+        return RankingStream(batches, self.max_length)
 
 
 def opener(
-    rows: Callable[..., Iterator[Read]],
+    rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     keep: Callable[[Read, Any], Any],
@@ -55,7 +128,7 @@ def opener(
 
 
 def ranking_opener(
-    rows: Callable[..., Iterator[Read]],
+    rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     *,
@@ -99,7 +172,7 @@ class StreamedSource:
 
     def __init__(
         self,
-        rows: Callable[..., Iterator[Read]],
+        rows: Rows,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         *,

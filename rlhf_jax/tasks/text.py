@@ -12,7 +12,7 @@ from rlhf_jax.data.encoders import default_processes, encode_many
 from rlhf_jax.data.formats import Text
 from rlhf_jax.data.heldout import split_by_hash, split_by_opening, split_rows
 from rlhf_jax.data.lazy import Lazy, joined, picked
-from rlhf_jax.data.loader import check_weights, document_batches, mix_once, streamed_batches, streamed_rankings
+from rlhf_jax.data.loader import document_batches, mix_once
 from rlhf_jax.data.order import RankingStream
 from rlhf_jax.data.pairs import Examples, labelled
 from rlhf_jax.data.preferences import clamped, pack_rankings, pad_rankings, reordered, shuffled
@@ -47,7 +47,7 @@ from rlhf_jax.models import count_weights
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.scoring import rows_at_once
 from rlhf_jax.sharding import host_share
-from rlhf_jax.tasks.streams import STREAM_HEAD, StreamedSource, ranking_opener
+from rlhf_jax.tasks.streams import STREAM_HEAD, Rows, Streaming
 from rlhf_jax.tasks.task import Comparisons, Demonstrations, PromptRow, PromptSets, Sampler
 
 if TYPE_CHECKING:
@@ -131,7 +131,17 @@ class TextTask:
         self.has_demonstrations = "demonstrations" in sources
         self._run, self._sources, self._seed = run, sources, seed
         self._max_length, self._limit, self._budget = max_length, limit, heldout
-        self._streaming, self._window, self._growing = streaming, shuffle_window or WINDOW, growing
+        self._streaming, self._growing = streaming, growing
+        # The first rows of a source are those of one order.
+        self._streams = Streaming(
+            base.tokenizer,
+            max_length,
+            base.pad_id,
+            seed,
+            shuffle_window or WINDOW,
+            heldout,
+            in_order=limit is not None,
+        )
         self._cache, self._processes = open_cache(rows_cache), num_proc or default_processes()
         self._rejects, self._elsewhere = Rejects(on_bad_row), Rejects(on_bad_row)
         self._said: set[str] = set()
@@ -230,52 +240,29 @@ class TextTask:
     def _stream_demonstrations(self) -> Demonstrations:
         """Only the first of each source in memory, for validation and PPO-ptx; the rest is read when it is needed."""
         source = self._sources["demonstrations"]
-        counted, found = self._rejects if self._run.first else self._elsewhere, []
-        for name, form in zip(source.names, self._formats(source), strict=True):
-            rows = partial(read_rows, name, form, columns=source.columns, streaming=True, limit=self._limit)
-            # The first rows of a source are those of one order.
-            one = StreamedSource(
-                rows, self.base.tokenizer, self._max_length, budget=self._budget, counted=counted,
-                in_order=self._limit is not None,
-            )  # fmt: skip
-            found.append(one)
-        head = [ids for one in found for ids in one.head]
-        validation = [ids for one in found for ids in one.validation]
+        counted = self._rejects if self._run.first else self._elsewhere
+        head, validation, batches = self._streams.demonstrations(
+            self._streamed_rows(source), source.weights or None, counted
+        )
         if not head:
             raise UserError(f"{', '.join(source.names)}: too few rows to train on some and hold out others")
-        pad_id, weights = self.base.pad_id, source.weights or None
-
-        def batches(batch_size: int, seed: int) -> "grain.DatasetIterator[Tokens]":
-            share = host_share()
-            return streamed_batches(
-                [one.open for one in found], batch_size=batch_size // share[1], length=self._max_length,
-                pad_id=pad_id, seed=seed, weights=weights, shard=share, window=self._window,
-            )  # fmt: skip
-
-        packed = pack_sequences(head, length=self._max_length, pad_id=pad_id)
+        packed = pack_sequences(head, length=self._max_length, pad_id=self.base.pad_id)
         self._announce(packed)
         return Demonstrations(packed, self._pad(validation), batches, None)
 
     def _stream_comparisons(self, heldout: Sequence[str], answers: int) -> RankingStream:
-        """All comparisons but those with the openings of the held-out ones, with so many answers at most."""
         source = self._sources["comparisons"]
-        check_weights(source.weights or None, source.names)
         counted = self._rejects if self._run.first else Rejects(self._rejects.policy)  # all hosts read the same rows
-        opened = [
-            ranking_opener(
-                partial(read_rows, name, form, columns=source.columns, streaming=True, limit=self._limit),
-                self.base.tokenizer, self._max_length, heldout=frozenset(heldout), answers=answers, clamp=source.clamp,
-                seed=self._seed, counted=counted, in_order=self._limit is not None,
-            )
+        return self._streams.comparisons(
+            self._streamed_rows(source), source.names, source.weights or None, counted, heldout=heldout,
+            answers=answers, clamp=source.clamp,
+        )  # fmt: skip
+
+    def _streamed_rows(self, source: Source) -> list[Rows]:
+        return [
+            partial(read_rows, name, form, columns=source.columns, streaming=True, limit=self._limit)
             for name, form in zip(source.names, self._formats(source), strict=True)
-        ]  # fmt: skip
-
-        def batches(batch_size: int, seed: int) -> "grain.DatasetIterator[list[RankedAnswers]]":
-            return streamed_rankings(
-                opened, batch_size=batch_size, seed=seed, weights=source.weights or None, window=self._window
-            )
-
-        return RankingStream(batches, self._max_length)
+        ]
 
     def _compared(self) -> tuple[Stored, Stored]:
         """Training and held-out comparisons, of a stream its first ones; no conversation begins alike in both."""
