@@ -25,7 +25,6 @@ from experiments import ppo, reward_model
 from experiments.ablations.claims import Claim, Numbers, minus, of
 from experiments.ablations.grid import GridFlags, only_words, run_grid, unused
 from experiments.ablations.grid_results import Cells, Column, Line, Page, Panel, points_line, variants_table
-from experiments.ablations.records import code_hash
 from experiments.ablations.worlds import AfterSFT, after_sft, kept
 from experiments.ppo import PPO
 from experiments.reward_model import RewardModel
@@ -137,7 +136,7 @@ def prepare(cfg: Config, seed: int, run: Run) -> Prepared:
             zero=tokens,
         )[0]  # fmt: skip
 
-    flags = {"sft": cfg.sft, "reward_model": cfg.reward_model, "kind": kind, "code": code_hash(Path(__file__))}
+    flags = {"sft": cfg.sft, "reward_model": cfg.reward_model, "kind": kind}
     rewards = kept(cfg, task, "reward_model_without", seed, flags, make)
     reward = model_reward(base.config, rewards, name="reward_model", weight=1.0)
     prepared = Prepared(begun, sets, policy_sampler(cfg, task, temperature=0.0), validation, rewards, reward, {})

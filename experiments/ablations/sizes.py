@@ -13,6 +13,7 @@ that the best of n by the truth itself has a β, too.
 Each seed has a world of its own. Expect about 30 minutes on 2 CPU cores for 5 seeds.
 """
 
+import inspect
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,6 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 import numpy as np
 
 from experiments import ppo, reward_model, sft
-from experiments.ablations import imitation
 from experiments.ablations.claims import Claim, Numbers, of
 from experiments.ablations.grid import GridFlags, run_grid
 from experiments.ablations.grid_results import Cells, Column, Page, Panel, curve_line, points_line, variants_table
@@ -128,13 +128,9 @@ def learned(
     def make() -> Params:
         return sft.train(cfg.sft, base, text, run, seed, eval_batch_size=task.eval_batch_size, stage=stage).params
 
-    flags = {"sft": cfg.sft, "width": base.config.d_model, "careful": CAREFUL, "code": own_code()}
+    prompts = code_hash(Path(inspect.getfile(with_prompts)))
+    flags = {"sft": cfg.sft, "width": base.config.d_model, "careful": CAREFUL, "prompts": prompts}
     return kept(cfg, task, f"sizes_{stage}", seed, flags, make)
-
-
-def own_code() -> list[str]:
-    """Hashes of the code that makes a size's stages, beside the library's."""
-    return [code_hash(Path(str(path))) for path in (__file__, imitation.__file__)]
 
 
 def prepare(cfg: Config, seed: int, run: Run) -> Prepared:
@@ -168,8 +164,7 @@ def trained_rewards(
             zero=begun.task.demonstrations().validation,
         )  # fmt: skip
 
-    flags = {"sft": cfg.sft, "reward_model": cfg.reward_model, "width": start.config.d_model, "careful": CAREFUL,
-             "code": own_code()}  # fmt: skip
+    flags = {"sft": cfg.sft, "reward_model": cfg.reward_model, "width": start.config.d_model, "careful": CAREFUL}
     params, found = kept(cfg, begun.task, "sizes_rewards", seed, flags, make)
     return params, {name: found[f"reward_model_{name}"] for name in ("val_accuracy", "ceiling", "share_above_chance")}
 

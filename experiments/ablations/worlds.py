@@ -5,6 +5,7 @@ seed and the world, the flags of their stages, and the code.
 """
 
 import hashlib
+import inspect
 import json
 import os
 import pickle
@@ -133,13 +134,15 @@ def sft_pool(
 def kept(cfg: Any, task: World, what: str, seed: int, flags: dict[str, Any], make: Callable[[], Value]) -> Value:
     """The value of make(), with its arrays as numpy's: found in the folder of --common, or made and kept there.
 
-    The world goes on as if it had been made here: what it draws next is the same.
+    The code of the file that make() is in counts, too. The world goes on as if the value had been made here: what it
+    draws next is the same.
     """
     if cfg.common == "none":
         return make()
     plain = {name: asdict(value) if hasattr(value, "__dataclass_fields__") else value for name, value in flags.items()}
     made_by = [version(name) for name in ("jax", "numpy", "optax", "flax")] + [jax.devices()[0].device_kind]
-    parts = [what, seed, cfg.setting, task.sizes, plain, code(), made_by]
+    own = code_hash(Path(inspect.getfile(make)))
+    parts = [what, seed, cfg.setting, task.sizes, plain, code(), own, made_by]
     name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     file = Path(cfg.common) / f"{what}-{seed}-{name}.pickle"
     if file.exists():

@@ -237,6 +237,19 @@ def test_a_quick_run_is_short_and_decides_nothing():
         Flags(quick=True, publish=True)
 
 
+def test_what_another_file_makes_or_the_same_one_after_a_change_is_made_again(tmp_path):
+    cfg, world = Config(common=str(tmp_path / "common")), World(0, sizes=worlds.QUICK)
+
+    def kept(file, code):
+        (tmp_path / file).write_text(code)
+        found: dict = {}
+        exec(compile(code, str(tmp_path / file), "exec"), found)
+        return worlds.kept(cfg, world, "x", 0, {}, found["make"])
+
+    assert kept("a.py", "def make(): return 1") == kept("a.py", "def make(): return 1  # once") == 1
+    assert kept("a.py", "def make(): return 2") == 2 and kept("b.py", "def make(): return 3") == 3
+
+
 def test_what_is_common_is_made_once(tmp_path):
     """Again for other flags, people, seeds and worlds; and what the world draws next is the same."""
     small = Sizes(8, 8, 4, 2, 4, 8, 8)
