@@ -192,8 +192,8 @@ class GroupFlags(Flags):
     controlled world, else none."""
     slots: int | None = None
     """Answers that are sampled at once, whole groups of them. By default all; fewer need less memory, and a slot whose
-    answer has ended takes the next prompt. On a mesh each copy of the weights has its share of them and of the groups,
-    which must divide over the copies."""
+    answer has ended takes the next prompt. On a mesh each copy of the weights has its share of them and of the groups;
+    where these do not divide over the copies, all answers are sampled at once."""
     evaluations: int = 3
     """So many checkpoints are saved, and so many times the scorers of --watch are asked."""
 

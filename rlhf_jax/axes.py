@@ -139,17 +139,19 @@ def on_parts(function: Callable[..., Any], arrays: Sequence[Any], axes: Sequence
     return over(*arrays)
 
 
-def over_copies(function: Callable[..., tuple[Any, Any]], arrays: Sequence[Any], axes: Sequence[int]) -> Any:
-    """function(*arrays) for each copy of the weights, whose rows are cut along "data" alone; without a mesh, at once.
+def over_copies(
+    function: Callable[..., tuple[Any, Any]], arrays: Sequence[Any], axes: Sequence[int], copies: int
+) -> Any:
+    """function(*arrays) for each of the copies of the weights that lie along "data"; for one, as it is.
 
     `axes` are those along which the arrays have rows. So has the first result, along its first axis; the second is
     alike for all copies. It is one program: within it `sum_over_copies` adds up the copies' numbers, and a loop whose
-    end depends on such sums is one loop for all. The other axes of the mesh go by the rules.
+    end depends on such sums is one loop for all. "tensor" goes by the rules; the other axes of the mesh are 1.
     """
-    mesh, copies = jax.sharding.get_abstract_mesh(), ways("batch")
     if copies == 1:
         return function(*arrays)
-    sizes = copies, *(1 if name == "data" else mesh.shape[name] for name in MESH_AXES)
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = copies, *(mesh.shape[name] if name == "tensor" else 1 for name in MESH_AXES)
     kinds = (AxisType.Auto,) * len(sizes)
     apart = AbstractMesh(sizes, (COPIES, *MESH_AXES), axis_types=kinds, abstract_device=mesh.abstract_device)
 

@@ -16,7 +16,7 @@ from rlhf_jax.batches import Completions, Ended, Prompts, Tokens
 from rlhf_jax.compiled import count_compilations
 from rlhf_jax.data.order import EpochOrder
 from rlhf_jax.data.tokens import bucket, narrowed, take, trimmed
-from rlhf_jax.groups import Algorithm, Frozen, Numbers, learn, queued, rollout, score
+from rlhf_jax.groups import Algorithm, Frozen, Numbers, learn, rollout, sampled_at_once, score
 from rlhf_jax.loop import Loop
 from rlhf_jax.models import Transformer
 from rlhf_jax.pretrained import Pretrained
@@ -31,7 +31,6 @@ from rlhf_jax.rewards.reward import (
     score_tokens,
 )
 from rlhf_jax.rewards.stream import Stream
-from rlhf_jax.sampling.layout import sampling_copies
 from rlhf_jax.sampling.sampler import numpy_completions
 from rlhf_jax.scored_groups import Scored, all_rounds, group_metrics, has_signal, rows_with_signal
 from rlhf_jax.sharding import check_rows, current_mesh, shard_batch, shard_params, to_host
@@ -173,7 +172,8 @@ def train_groups(
     Raises UserError without any reward, and for answers that do not divide over the mesh.
     """
     check_rewards(rewards)
-    check_rows(numbers.prompts * numbers.group_size, "answers")
+    answers = numbers.prompts * numbers.group_size
+    check_rows(answers, "answers")
     model, key = Transformer(base.config), jax.random.key(seed + 6)
     trunk, trainable = split(base.params, jax.random.fold_in(key, 0))
     policy = make_state(model, shard_params(trainable), optimizer)
@@ -186,18 +186,16 @@ def train_groups(
     draws = [prompt_draw(count, numbers.prompts, [seed, number]) for number in range(algorithm.rounds)]
     warned: set[str] = set()
     policy = loop.restore(policy)
-    learned = numbers.prompts * numbers.group_size // numbers.minibatches // numbers.accumulate
+    learned = answers // numbers.minibatches // numbers.accumulate
     shape = learned, sets.train.tokens.shape[1] + numbers.max_new_tokens
-    at_once, flag = numbers.slots, "--slots"
-    if not queued(base.config, frozen.over_trunk(policy.params), numbers):
-        all_rows, flag = numbers.prompts * numbers.group_size, "--groups"
-        if at_once < all_rows:
-            copies = sampling_copies(base.config, frozen.over_trunk(policy.params))
-            loop.run.warn(
-                f"--slots {at_once} is not used: {numbers.prompts} groups do not divide over {copies} copies of the "
-                f"weights, and all answers are sampled at once"
-            )
-        at_once = all_rows
+    at_once, copies = sampled_at_once(base.config, frozen.over_trunk(policy.params), numbers)
+    if at_once > min(numbers.slots, answers):
+        loop.run.warn(
+            f"--slots {numbers.slots} are not enough for {numbers.prompts} groups of {numbers.group_size} on {copies} "
+            f"copies of the weights: {at_once} answers are sampled at once"
+        )
+    fewer = numbers.prompts % copies == 0 and at_once > copies * numbers.group_size
+    flag = "--slots" if fewer else "--groups"
     loop.say_memory(
         base.config, policy.params, (policy, frozen), shape, adapters=adapters,
         sampled=(frozen.over_trunk(policy.params), at_once, flag),

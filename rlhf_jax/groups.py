@@ -33,7 +33,7 @@ from rlhf_jax.rewards.reward import (
 from rlhf_jax.sampling import generate
 from rlhf_jax.sampling.ends import EosId
 from rlhf_jax.sampling.layout import sampling_copies
-from rlhf_jax.sampling.queue import generate_queued
+from rlhf_jax.sampling.queue import generate_queued, slots_of_copy
 from rlhf_jax.scored_groups import Scored
 from rlhf_jax.scoring import Joined, in_parts, response_logprobs, token_scores
 from rlhf_jax.sharding import current_mesh, shard_batch, to_host
@@ -89,7 +89,7 @@ class Numbers(NamedTuple):
     temperature: float
     max_new_tokens: int
     slots: int
-    """Answers that are sampled at once: a multiple of the group size. See `queued`."""
+    """Answers that are sampled at once: a multiple of the group size. On a mesh see `sampled_at_once`."""
 
     @property
     def updates_once(self) -> bool:
@@ -127,11 +127,11 @@ def rollout(
 ) -> Completions:
     """`group_size` answers to each prompt, prompt-major. A queue refills the slots of answers that have ended.
 
-    On a mesh whose copies of the weights do not divide the prompts, all answers are sampled at once. `put` is given
-    the answers of the queue as they end; it is for one device.
+    Where the mesh's copies of the weights do not divide the prompts, all answers are sampled at once. `put` is given
+    the answers of the queue as they end; it is for one copy.
     """
     params, size = frozen.over_trunk(policy.params), numbers.group_size
-    if queued(model.config, params, numbers):
+    if len(prompts.row) % sampling_copies(model.config, params) == 0:
         return generate_queued(
             model, params, prompts.tokens, prompts.mask, key, group_size=size, slots=numbers.slots,
             max_new_tokens=numbers.max_new_tokens, temperature=numbers.temperature, eos_id=eos_id, pad_id=pad_id,
@@ -144,9 +144,12 @@ def rollout(
     )  # fmt: skip
 
 
-def queued(config: ModelConfig, params: Params, numbers: Numbers) -> bool:
-    """Whether `rollout` samples by a queue on the mesh that is set: prompts must divide over copies of the weights."""
-    return numbers.prompts % sampling_copies(config, params) == 0
+def sampled_at_once(config: ModelConfig, params: Params, numbers: Numbers) -> tuple[int, int]:
+    """(the answers that `rollout` samples at once on the mesh that is set, the copies of the weights that do)."""
+    prompts, size, copies = numbers.prompts, numbers.group_size, sampling_copies(config, params)
+    if prompts % copies:
+        return prompts * size, copies
+    return copies * slots_of_copy(numbers.slots, prompts, size, copies), copies
 
 
 def score(

@@ -1,5 +1,6 @@
 """Groups of answers: which are taken, what is measured, what an update is."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -310,6 +311,21 @@ def test_prompts_are_read_once_where_groups_are_whole(iteration):
     assert groups.joined(fused, NUMBERS, tokens) == (14, 1)
     with jax.set_mesh(make_mesh("data=4,fsdp=2")):
         assert joined(tokens) == (14, 1)
+
+
+@pytest.mark.parametrize(
+    "mesh, prompts, slots, expected",
+    [
+        (None, 16, 8, (8, 1)), (None, 16, 100, (64, 1)), ("fsdp=8", 16, 48, (64, 8)), ("fsdp=8", 64, 96, (96, 8)),
+        ("fsdp=8", 16, 4, (32, 8)), ("fsdp=4,tensor=2", 16, 4, (16, 4)), ("fsdp=8", 6, 4, (24, 8)),
+    ],
+)  # fmt: skip
+def test_how_many_answers_are_sampled_at_once(iteration, mesh, prompts, slots, expected):
+    """All slots in whole groups on each copy of the weights; all answers where groups do not divide over copies."""
+    model, policy = iteration[:2]
+    numbers = NUMBERS._replace(prompts=prompts, group_size=4, slots=slots)
+    with nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh)):
+        assert groups.sampled_at_once(model.config, policy().params, numbers) == expected
 
 
 @pytest.mark.parametrize("sizes", [{}, {"accumulate": 2}, {"minibatches": 2}, {"accumulate": 8}])

@@ -82,7 +82,7 @@ def too_large(cfg: Config, message: str) -> UserError:
     return UserError(
         f"{cfg.experiment} of {cfg.model} does not fit {cfg.topology} as {cfg.mesh}: {said}; take more chips, "
         f"a larger fsdp, sequence or tensor, fewer --rows, shorter --prompt and --response, more --minibatches (PPO), "
-        f"or adapters (--lora-rank)"
+        f"fewer --slots (GRPO), more --accumulate, or adapters (--lora-rank)"
     )
 
 

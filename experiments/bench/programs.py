@@ -27,7 +27,7 @@ from rlhf_jax.groups import Algorithm, Numbers
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, count_weights, from_language_model
 from rlhf_jax.preference import make_step as make_preference_step
 from rlhf_jax.rewards.model import model_reward
-from rlhf_jax.sampling.queue import read_at_once
+from rlhf_jax.sampling.queue import read_at_once, slots_of_copy
 from rlhf_jax.sharding import shard_batch
 from rlhf_jax.train import make_state
 from rlhf_jax.types import Metrics, Params
@@ -83,6 +83,8 @@ class Case:
                 raise UserError(f"model {name!r} is not one of {', '.join(MODELS)}")
         if self.slots is not None and (self.experiment != "grpo" or self.slots < GROUP or self.slots % GROUP):
             raise UserError(f"--slots {self.slots} are for GRPO, in groups of {GROUP} answers")
+        if self.accumulate > 1 and self.experiment not in SAMPLING:
+            raise UserError(f"--accumulate is for {' and '.join(SAMPLING)}")
         if self.reward_model and (self.experiment != "ppo" or self.lora_rank):
             raise UserError("--reward-model is for PPO without adapters, whose trunk all models share")
 
@@ -238,7 +240,11 @@ def build(case: Case, make: Make, parts: int = 1, copies: int | None = None) -> 
     # Of an embedding that is not the head, too, only the words of that moment are looked up.
     read = count_weights(params) - (count_weights(params["embedding"]) if "head" in params else 0)
     copies = copies or parts
-    rounds = rows / (case.slots or rows)  # times that all slots are filled, with answers of full length
+    at_once, refills = rows, 1
+    if case.experiment == "grpo" and (rows // GROUP) % copies == 0:
+        share, prompts = slots_of_copy(case.slots or rows, rows // GROUP, GROUP, copies), rows // GROUP // copies
+        at_once, refills = copies * share, -(-prompts // read_at_once(prompts, share // GROUP))
+    rounds = -(-rows // at_once)  # times that all slots are filled, with answers of full length
     decoded = case.response * (rounds * width * read * copies + cache)
 
     def asked(count: int) -> Prompts:
@@ -253,12 +259,11 @@ def build(case: Case, make: Make, parts: int = 1, copies: int | None = None) -> 
         trunk, _, policy = training(grpo_cfg, model, params, make)
         frozen_groups = groups.Frozen({} if case.lora_rank else params, {}, trunk)
         iteration = partial(grpo_iteration, grpo.algorithm(grpo_cfg, numbers), model, numbers)
-        first, share = make(lambda: asked(rows // GROUP)), rows // GROUP // copies
-        refills = -(-share // read_at_once(share, -(-numbers.slots // copies // GROUP))) if share else 1
+        first = make(lambda: asked(rows // GROUP))
         # Sampling, the reference's log-probabilities, and the update.
         return Program(
             jax.jit(iteration, donate_argnums=0), (policy, frozen_groups, first, make(lambda: jax.random.key(0))),
-            2 * once + learned, decoded, decoding_steps=-(-rows // numbers.slots) * case.response, refills=refills,
+            2 * once + learned, decoded, decoding_steps=rounds * case.response, refills=refills,
         )  # fmt: skip
 
     ppo_cfg = ppo.PPO(**trained, responses=rows, minibatches=case.minibatches, epochs=1, accumulate=case.accumulate)

@@ -19,7 +19,7 @@ from jax import Array
 from jax.experimental import io_callback
 from jaxtyping import Bool, Int, PRNGKeyArray
 
-from rlhf_jax.axes import constrain, over_copies, sum_over_copies, ways
+from rlhf_jax.axes import constrain, over_copies, sum_over_copies
 from rlhf_jax.batches import Completions, Ended
 from rlhf_jax.models import KVCache, Transformer, init_cache
 from rlhf_jax.sampling.decoder import cache_apart, decoder_of
@@ -32,6 +32,11 @@ from rlhf_jax.types import ScalarLike
 
 REFILL, DECODE = "queue_refill", "queue_decode"
 """The names of the two loops in a compiled program."""
+
+
+def slots_of_copy(slots: int, prompts: int, group_size: int, copies: int) -> int:
+    """The slots of each copy: its share, rounded up to whole groups, and no more than it has answers."""
+    return min(-(-slots // copies // group_size), prompts // copies) * group_size
 
 
 def read_at_once(prompts: int, groups: int) -> int:
@@ -91,10 +96,10 @@ def generate_queued(
     whatever the slots. (Rounding in matrix products of other shapes can turn a draw that is decided in the last bit.)
     `limits` are the most tokens of each answer; more than `max_new_tokens` counts as that. An answer at its limit is
     cut there. `put` is given the answers that end as they do, each once, from another thread and while others are
-    still sampled: it must not wait. It is for one device. On a mesh each copy of the weights has an equal share of the
+    still sampled: it must not wait. On a mesh each copy of the weights has an equal share of the
     prompts, and of the slots, rounded up to whole groups.
-    Raises ValueError as `generate` does, for slots that are not a multiple of the group size, and for a P that is not
-    a multiple of `layout.sampling_copies`.
+    Raises ValueError as `generate` does, for slots that are not a multiple of the group size, for a P that is not a
+    multiple of `layout.sampling_copies`, and for `put` where there is more than one copy.
     """
     check_request(
         model, prompts, prompt_mask, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
@@ -107,12 +112,14 @@ def generate_queued(
     copies = sampling_copies(model.config, params)
     if number % copies:
         raise ValueError(f"{number} prompts do not divide over the {copies} copies of the weights")
+    if put is not None and copies > 1:
+        raise ValueError(f"answers are put by one copy of the weights, and there are {copies}")
     greedy = is_greedy(temperature)
     most = jnp.full(count, max_new_tokens) if limits is None else jnp.minimum(jnp.asarray(limits), max_new_tokens)
     completions, _ = _generate_queued(
         model, params, prompts, prompt_mask, key, jnp.asarray(temperature, jnp.float32),
         None if top_p is None else jnp.asarray(top_p, jnp.float32), jnp.maximum(most, 1).astype(jnp.int32),
-        group_size=group_size, slots=min(slots, count), max_new_tokens=max_new_tokens, greedy=greedy, top_k=top_k,
+        group_size=group_size, slots=slots, max_new_tokens=max_new_tokens, greedy=greedy, top_k=top_k,
         eos_id=eos_ids(eos_id), pad_id=pad_id, put=put,
     )  # fmt: skip
     return completions
@@ -142,18 +149,18 @@ def _generate_queued(
     put: Callable[[Ended], None] | None = None,
 ) -> tuple[Completions, Array]:
     """Completions, and how many decoding steps were run."""
-    number = len(prompts)
+    number, copies = len(prompts), sampling_copies(model.config, params)
     # The numbers that `generate` draws for N rows: one a step and row.
     uniform = jax.vmap(lambda step: jax.random.uniform(jax.random.fold_in(key, step), (number * group_size,)))(
         jnp.arange(max_new_tokens)
     )
     with sampling_layout(model.config, params) as placed:
-        share = -(-slots // ways("batch") // group_size) * group_size
         run = partial(
-            _sample, model, placed, temperature, top_p, group_size=group_size, slots=share,
+            _sample, model, placed, temperature, top_p, group_size=group_size,
+            slots=slots_of_copy(slots, number, group_size, copies),
             max_new_tokens=max_new_tokens, greedy=greedy, top_k=top_k, eos_id=eos_id, pad_id=pad_id, put=put,
         )  # fmt: skip
-        completions, steps = over_copies(run, (prompts, prompt_mask, limits, uniform), (0, 0, 0, 1))
+        completions, steps = over_copies(run, (prompts, prompt_mask, limits, uniform), (0, 0, 0, 1), copies)
     return shard_batch(completions), steps
 
 
@@ -214,15 +221,17 @@ def _sample(
         return slots - state.busy.sum()
 
     def agreed(state: _State) -> _State:
-        """Prompts are read once the copies that have some left have room for as many as are read at once, on average.
+        """Prompts are read where copies with some left have room, on average, for as many as one reads at once.
 
-        Then one of them at least has room for all.
+        Where a copy has fewer than four groups, a quarter of its slots is enough on average. So one copy does not wait
+        until all are idle. Where all are, there is room.
         """
-        left = state.asked < number
-        sums = jnp.stack([jnp.where(left, free(state), 0), left, state.busy.any()]).astype(jnp.int32)
-        room, waiting, busy = sum_over_copies(sums)
-        refills = (waiting > 0) & (room >= waiting * at_once * group_size)
-        return state._replace(refills=refills, goes_on=waiting + busy > 0)
+        left, groups = number - state.asked, slots // group_size
+        room = jnp.minimum(free(state) // group_size, left)
+        wanted = jnp.minimum(4 * jnp.minimum(at_once, left), groups)
+        numbers = jnp.stack([room, wanted, left > 0, state.busy.any()]).astype(jnp.int32)
+        room, wanted, waiting, busy = sum_over_copies(numbers)
+        return state._replace(refills=(room > 0) & (4 * room >= wanted), goes_on=waiting + busy > 0)
 
     def refill(state: _State) -> _State:
         """The next prompts in slots that are free, as many as fit, each with its first token."""
@@ -239,6 +248,8 @@ def _sample(
         row = jnp.where(filled, row, count)
         # What is written to the slot after the last is dropped.
         slot = jnp.where(filled, jnp.argsort(state.busy, stable=True)[: at_once * group_size], slots)
+        # Each device of a copy has all of these numbers, though it draws for rows of its own.
+        row, slot = constrain(row, "batch"), constrain(slot, "batch")
         zero = jnp.zeros_like(row)
         token, logprob = sample(jnp.repeat(hidden[:, -1], group_size, axis=0), row, zero)
         busy, written = goes_on(row, zero + 1, token), write(state.written, row, zero, token, logprob)
@@ -257,13 +268,13 @@ def _sample(
 
     def decode(state: _State) -> _State:
         """One more token in every slot; those that are free write to no answer."""
-        positions = (state.length + state.emitted - 1)[:, None]
+        positions = constrain((state.length + state.emitted - 1)[:, None], "batch")
         hidden, cache = decoder.apply(
             {"params": apart}, state.token[:, None], positions, jnp.ones((slots, 1), jnp.int32), state.cache, True,
             method="decode",
         )  # fmt: skip
-        row = jnp.where(state.busy, state.row, count)
-        step = jnp.minimum(state.emitted, max_new_tokens - 1)
+        row = constrain(jnp.where(state.busy, state.row, count), "batch")
+        step = constrain(jnp.minimum(state.emitted, max_new_tokens - 1), "batch")
         token, logprob = sample(hidden[:, -1], row, step)
         busy, written = goes_on(row, state.emitted + 1, token), write(state.written, row, step, token, logprob)
         tell(row, busy, written)

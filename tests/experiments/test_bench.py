@@ -157,12 +157,25 @@ def test_bytes_of_decoding_by_hand(monkeypatch, tied):
     layers = 2 * (16 * 16 * 2 + 16 * 8 * 2 + 8 + 8 + 16 + 3 * 16 * 32 + 2 * 16)
     cache = 2 * 2 * 1 * 8 * 4 * (4 + 4)  # keys and values, layers, heads, size, rows, tokens
     assert programs.build(case, jax.eval_shape).decoded == 8 * 2 * (layers + 16 + 16 * 64 + cache)
-    # Twelve groups on two copies, two of them at a time: each copy reads six times one, and its weights three times
-    # as often as with all at once.
-    case = programs.Case("grpo", "tiny", rows=48, slots=16, prompt=4, response=8)
-    program = programs.build(case, jax.eval_shape, parts=2)
-    assert program.decoded == 8 * 2 * (3 * 2 * (layers + 16 + 16 * 64) + 12 * cache)
-    assert (program.decoding_steps, program.refills) == (3 * 8, 6)
+
+
+@pytest.mark.parametrize(
+    "rows, slots, copies, at_once, refills",
+    [
+        (48, 16, 2, 16, 6), (48, 20, 2, 24, 6), (64, 4, 8, 32, 2), (64, 256, 8, 64, 2), (24, 16, 1, 16, 6),
+        (48, 8, 8, 48, 1),  # not in a queue
+    ],
+)  # fmt: skip
+def test_a_queue_reads_the_weights_once_for_all_slots(tiny_model, rows, slots, copies, at_once, refills):
+    def built(slots):
+        case = programs.Case("grpo", "tiny", rows=rows, slots=slots, prompt=4, response=8)
+        return programs.build(case, jax.eval_shape, parts=copies)
+
+    whole, program = built(None), built(slots)
+    layers = 2 * (16 * 16 * 2 + 16 * 8 * 2 + 8 + 8 + 16 + 3 * 16 * 32 + 2 * 16)
+    rounds, weights = -(-rows // at_once), 8 * 2 * copies * (layers + 16 + 16 * 64)
+    assert program.decoded - whole.decoded == (rounds - 1) * weights
+    assert (program.decoding_steps, program.refills) == (rounds * 8, refills)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +187,7 @@ def test_bytes_of_decoding_by_hand(monkeypatch, tied):
         ({"experiment": "grpo", "rows": 6}, "rows is 6; groups have 4 answers"),
         ({"experiment": "grpo", "slots": 6}, "--slots 6 are for GRPO, in groups of 4 answers"),
         ({"experiment": "ppo", "slots": 8}, "--slots 8 are for GRPO"),
+        ({"experiment": "dpo", "accumulate": 2}, "--accumulate is for ppo and grpo"),
     ],
 )
 def test_rows_that_cannot_be(flags, message):

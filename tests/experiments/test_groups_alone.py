@@ -85,6 +85,16 @@ def test_dapo_draws_again_where_no_group_has_a_signal_and_counts_it(given, tmp_p
     assert passed <= set(metrics) and all(metrics[name] == 0 for name in passed)
 
 
+def test_on_a_mesh_slots_that_are_too_few_are_told(given, tmp_path, capsys):
+    flags, folder = given
+    flags = flags | SHORT | {"reward": f"{folder / 'rewards.py'}:nothing", "groups": 8, "group_size": 2, "steps": 1}
+    grpo.main(grpo.Config(run_dir=str(tmp_path / "run"), mesh="fsdp=8", slots=4, **flags))
+    said = "--slots 4 are not enough for 8 groups of 2 on 8 copies of the weights: 16 answers are sampled at once"
+    assert said in " ".join(capsys.readouterr().out.split())
+    (row,) = metrics_of(tmp_path / "run")
+    assert row["groups"] == 8 and np.isfinite(row["entropy"])
+
+
 def test_a_reference_that_is_not_used_and_a_buffer_that_does_not_fit_are_refused(given, tmp_path):
     flags, folder = given
     flags = flags | SHORT | {"reward": f"{folder / 'rewards.py'}:nothing"}

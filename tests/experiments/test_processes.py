@@ -69,7 +69,7 @@ STEPS = {"sft": [1, 6], "dpo": [1, 2], "ppo": [1, 2], "grpo": [1, 2]}
 class Config(RunFlags):
     sft: SFT = field(default_factory=lambda: SFT(steps=6, batch_size=ROWS, save_every=2))
     ppo: PPO = field(default_factory=lambda: PPO(steps=2, responses=ROWS, minibatches=1, epochs=1, save_every=1))
-    grpo: GRPO = field(default_factory=lambda: GRPO(steps=2, groups=2, group_size=ROWS, save_every=1))
+    grpo: GRPO = field(default_factory=lambda: GRPO(steps=2, groups=4, group_size=ROWS, save_every=1))
     dpo: DPO = field(default_factory=lambda: DPO(steps=2, batch_size=ROWS, save_every=1, evaluations=1))
     stages: tuple[str, ...] = ("sft", "dpo", "ppo", "grpo")
 
@@ -383,11 +383,11 @@ def test_processes_do_what_one_does(runs, name, processes):
 
 
 def test_each_answer_is_scored_once_by_a_process_that_has_it(runs):
-    """Two iterations of 2 · 4 answers; alone the one process scores all."""
+    """Two iterations of 4 · 4 answers, in queues of four copies; alone the one process scores all."""
     folder, _ = runs
     for name, processes in (("alone", 1), ("two", 2)):
         asked = [path.read_text(encoding="utf-8").split() for path in sorted(folder.glob(f"{name}.scored*"))]
-        assert [len(some) for some in asked] == [2 * 8 // processes] * processes
+        assert [len(some) for some in asked] == [2 * 16 // processes] * processes
         assert len({process for some in asked for process in some}) == processes
 
 

@@ -1,5 +1,6 @@
 """A queue of prompts gives the tokens of the static batch, whatever the slots, in fewer steps."""
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ from experiments.bench.meshes import collectives
 from rlhf_jax.models import Transformer, init_lora, quantize_frozen, with_lora
 from rlhf_jax.sampling import generate, layout
 from rlhf_jax.sampling.decoder import decoder_of
-from rlhf_jax.sampling.queue import _generate_queued, generate_queued
+from rlhf_jax.sampling.queue import DECODE, REFILL, _generate_queued, generate_queued
 from rlhf_jax.sharding import make_mesh, shard_batch, shard_params
 
 PROMPTS, GROUP = 5, 2
@@ -150,17 +151,58 @@ def test_on_a_mesh_the_copies_of_the_weights_have_queues_of_their_own(monkeypatc
         assert layout.sampling_copies(model.config, placed) == 8 // tensor
         found = queued(*shard_batch((prompts, mask)), slots, params=placed, **options)
         assert found.tokens.sharding.mesh.shape == make_mesh(mesh).shape  # it comes back on the mesh that is set
-    assert_same(found, expected._replace(tokens=np.where(expected.mask, expected.tokens, PAD)))
+    assert_same(found, expected)
+    assert_array_equal(found.tokens, expected.tokens)
     assert len(set(expected.mask.sum(axis=1).tolist())) > 3
 
 
-def test_copies_send_each_other_three_numbers_a_step():
+@pytest.mark.parametrize("mesh, tensor", [("fsdp=8", 1), ("fsdp=4,tensor=2", 2)])
+def test_copies_send_each_other_four_numbers_a_step(mesh, tensor):
+    """The devices of one copy send more: an all-reduce where attention and where a layer ends, and what is drawn."""
     prompts, mask = prompts_of(16, seed=2)
-    with jax.set_mesh(make_mesh("fsdp=8")):
-        placed, rows = shard_params(new_params()), shard_batch((prompts, mask))
-        program = jax.jit(partial(queued, slots=16, eos_id=3)).lower(*rows, params=placed).compile().as_text()
-    inside = [(kind, shapes) for kind, shapes, name in collectives(program) if "while" in name]
-    assert inside and all(kind == "all-reduce" and shapes == [(3,)] for kind, shapes in inside)
+    model = Transformer(HEADS)
+    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
+    with jax.set_mesh(make_mesh(mesh)):
+        rows = shard_batch((prompts, mask))
+        sample = jax.jit(partial(queued, slots=16, eos_id=3, model=model))
+        program = sample.lower(*rows, params=shard_params(params)).compile().as_text()
+    found = collectives(program)
+    for loop in (REFILL, DECODE):
+        inside = [(kind, shapes) for kind, shapes, name in found if loop in name]
+        assert inside.count(("all-reduce", [(4,)])) == 1
+        others = [(kind, math.prod(shape)) for kind, shapes in inside for shape in shapes if shape != (4,)]
+        if tensor == 1:
+            assert not others
+        else:
+            assert {kind for kind, _ in others} == {"all-reduce", "all-gather"}
+            assert max(size for kind, size in others if kind == "all-gather") <= 2 * 2 * 11, others
+
+
+@pytest.mark.parametrize(
+    "copies, prompts, slots, most",
+    [
+        (1, 9, 9, 11), (1, 13, 13, 11), (8, 72, 72, 11),  # all at once, the last prompts, too
+        (8, 64, 16, 26), (8, 64, 8, 38),  # no copy waits until all are idle: one alone has 38 steps to do in one slot
+    ],
+)  # fmt: skip
+def test_how_long_copies_wait_for_each_other(copies, prompts, slots, most):
+    rows, mask = prompts_of(prompts)
+    limits = jnp.full(prompts, 12)
+    if slots < prompts:
+        limits = jnp.where(np.random.default_rng(0).random(prompts) < 0.2, 12, 2)
+    numbers = dict(max_new_tokens=12, greedy=False, top_k=None, eos_id=(), pad_id=PAD)
+    with nullcontext() if copies == 1 else jax.set_mesh(make_mesh("fsdp=8")):
+        _, steps = _generate_queued(
+            MODEL, shard_params(new_params()), *shard_batch((rows, mask)), jax.random.key(3), jnp.float32(1), None,
+            limits, group_size=1, slots=slots, **numbers,
+        )  # fmt: skip
+    assert steps <= most
+
+
+def test_answers_are_put_by_one_copy():
+    said = "by one copy of the weights, and there are 8"
+    with jax.set_mesh(make_mesh("fsdp=8")), pytest.raises(ValueError, match=said):
+        queued(*prompts_of(16), 4, params=shard_params(new_params()), put=print)
 
 
 def test_prompts_that_do_not_divide_over_the_copies_are_refused():
