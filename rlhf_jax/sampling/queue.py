@@ -142,11 +142,7 @@ def _generate_queued(
     group_size: int,
     slots: int,
     max_new_tokens: int,
-    greedy: bool,
-    top_k: int | None,
-    eos_id: tuple[int, ...],
-    pad_id: int,
-    put: Callable[[Ended], None] | None = None,
+    **numbers: Any,
 ) -> tuple[Completions, Array]:
     """Completions, and how many decoding steps were run."""
     number, copies = len(prompts), sampling_copies(model.config, params)
@@ -156,9 +152,8 @@ def _generate_queued(
     )
     with sampling_layout(model.config, params) as placed:
         run = partial(
-            _sample, model, placed, temperature, top_p, group_size=group_size,
-            slots=slots_of_copy(slots, number, group_size, copies),
-            max_new_tokens=max_new_tokens, greedy=greedy, top_k=top_k, eos_id=eos_id, pad_id=pad_id, put=put,
+            _sample, model, placed, temperature, top_p, group_size=group_size, max_new_tokens=max_new_tokens,
+            slots=slots_of_copy(slots, number, group_size, copies), **numbers,
         )  # fmt: skip
         completions, steps = over_copies(run, (prompts, prompt_mask, limits, uniform), (0, 0, 0, 1), copies)
     return shard_batch(completions), steps
@@ -181,7 +176,7 @@ def _sample(
     top_k: int | None,
     eos_id: tuple[int, ...],
     pad_id: int,
-    put: Callable[[Ended], None] | None,
+    put: Callable[[Ended], None] | None = None,
 ) -> tuple[Completions, Array]:
     """The answers of one copy of the weights to prompts of its own; `uniform` are the numbers that they draw by."""
     number, width = prompts.shape
