@@ -31,6 +31,7 @@ from rlhf_jax.rewards.reward import (
     score_tokens,
 )
 from rlhf_jax.rewards.stream import Stream
+from rlhf_jax.sampling.layout import sampling_copies
 from rlhf_jax.sampling.sampler import numpy_completions
 from rlhf_jax.scored_groups import Scored, all_rounds, group_metrics, has_signal, rows_with_signal
 from rlhf_jax.sharding import check_rows, current_mesh, shard_batch, shard_params, to_host
@@ -188,7 +189,8 @@ def train_groups(
     policy = loop.restore(policy)
     learned = answers // numbers.minibatches // numbers.accumulate
     shape = learned, sets.train.tokens.shape[1] + numbers.max_new_tokens
-    at_once, copies = sampled_at_once(base.config, frozen.over_trunk(policy.params), numbers)
+    copies = sampling_copies(base.config, frozen.over_trunk(policy.params))
+    at_once = sampled_at_once(numbers, copies)
     if at_once > min(numbers.slots, answers):
         loop.run.warn(
             f"--slots {numbers.slots} are not enough for {numbers.prompts} groups of {numbers.group_size} on {copies} "

@@ -22,7 +22,7 @@ from rlhf_jax.diagnostics import sampler_gap
 from rlhf_jax.kl import kl_k1
 from rlhf_jax.loop import shard_microbatches
 from rlhf_jax.masking import masked_mean, masked_sum
-from rlhf_jax.models import ModelConfig, Transformer
+from rlhf_jax.models import Transformer
 from rlhf_jax.models.fused import attention_kernel
 from rlhf_jax.rewards.reward import (
     HostScores,
@@ -144,12 +144,11 @@ def rollout(
     )  # fmt: skip
 
 
-def sampled_at_once(config: ModelConfig, params: Params, numbers: Numbers) -> tuple[int, int]:
-    """(the answers that `rollout` samples at once on the mesh that is set, the copies of the weights that do)."""
-    prompts, size, copies = numbers.prompts, numbers.group_size, sampling_copies(config, params)
-    if prompts % copies:
-        return prompts * size, copies
-    return copies * slots_of_copy(numbers.slots, prompts, size, copies), copies
+def sampled_at_once(numbers: Numbers, copies: int) -> int:
+    """The answers that `rollout` samples at once on so many copies of the weights: all without a queue."""
+    if numbers.prompts % copies:
+        return numbers.prompts * numbers.group_size
+    return copies * slots_of_copy(numbers.slots, numbers.prompts, numbers.group_size, copies)
 
 
 def score(

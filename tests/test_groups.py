@@ -29,6 +29,7 @@ from rlhf_jax.groups import (
 from rlhf_jax.masking import constant_mean, sequence_mean
 from rlhf_jax.models import Transformer
 from rlhf_jax.rewards.reward import HostScores
+from rlhf_jax.sampling.layout import sampling_copies
 from rlhf_jax.sampling.sampler import numpy_completions
 from rlhf_jax.scored_groups import Scored, all_rounds, group_metrics, has_signal, rows_with_signal
 from rlhf_jax.sharding import make_mesh, shard_batch, shard_params
@@ -325,7 +326,8 @@ def test_how_many_answers_are_sampled_at_once(iteration, mesh, prompts, slots, e
     model, policy = iteration[:2]
     numbers = NUMBERS._replace(prompts=prompts, group_size=4, slots=slots)
     with nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh)):
-        assert groups.sampled_at_once(model.config, policy().params, numbers) == expected
+        copies = sampling_copies(model.config, policy().params)
+    assert (groups.sampled_at_once(numbers, copies), copies) == expected
 
 
 @pytest.mark.parametrize("sizes", [{}, {"accumulate": 2}, {"minibatches": 2}, {"accumulate": 8}])

@@ -27,7 +27,7 @@ from rlhf_jax.groups import Algorithm, Numbers
 from rlhf_jax.models import ModelConfig, ScalarModel, Transformer, count_weights, from_language_model
 from rlhf_jax.preference import make_step as make_preference_step
 from rlhf_jax.rewards.model import model_reward
-from rlhf_jax.sampling.queue import read_at_once, slots_of_copy
+from rlhf_jax.sampling.queue import read_at_once
 from rlhf_jax.sharding import shard_batch
 from rlhf_jax.train import make_state
 from rlhf_jax.types import Metrics, Params
@@ -240,12 +240,10 @@ def build(case: Case, make: Make, parts: int = 1, copies: int | None = None) -> 
     # Of an embedding that is not the head, too, only the words of that moment are looked up.
     read = count_weights(params) - (count_weights(params["embedding"]) if "head" in params else 0)
     copies = copies or parts
-    at_once, refills = rows, 1
-    if case.experiment == "grpo" and (rows // GROUP) % copies == 0:
-        share, prompts = slots_of_copy(case.slots or rows, rows // GROUP, GROUP, copies), rows // GROUP // copies
-        at_once, refills = copies * share, -(-prompts // read_at_once(prompts, share // GROUP))
-    rounds = -(-rows // at_once)  # times that all slots are filled, with answers of full length
-    decoded = case.response * (rounds * width * read * copies + cache)
+
+    def decoded(rounds: int = 1) -> float:
+        """Bytes read while all slots are filled so many times, with answers of full length."""
+        return case.response * (rounds * width * read * copies + cache)
 
     def asked(count: int) -> Prompts:
         inputs = tokens(config, count, case.prompt, 0).inputs
@@ -256,6 +254,9 @@ def build(case: Case, make: Make, parts: int = 1, copies: int | None = None) -> 
             **trained, groups=rows // GROUP, group_size=GROUP, slots=case.slots, accumulate=case.accumulate
         )
         numbers = grpo_cfg.numbers(case.response)
+        at_once, prompts = groups.sampled_at_once(numbers, copies), numbers.prompts // copies
+        rounds = -(-rows // at_once)
+        refills = -(-prompts // read_at_once(prompts, at_once // copies // GROUP)) if prompts else 1
         trunk, _, policy = training(grpo_cfg, model, params, make)
         frozen_groups = groups.Frozen({} if case.lora_rank else params, {}, trunk)
         iteration = partial(grpo_iteration, grpo.algorithm(grpo_cfg, numbers), model, numbers)
@@ -263,7 +264,7 @@ def build(case: Case, make: Make, parts: int = 1, copies: int | None = None) -> 
         # Sampling, the reference's log-probabilities, and the update.
         return Program(
             jax.jit(iteration, donate_argnums=0), (policy, frozen_groups, first, make(lambda: jax.random.key(0))),
-            2 * once + learned, decoded, decoding_steps=rounds * case.response, refills=refills,
+            2 * once + learned, decoded(rounds), decoding_steps=rounds * case.response, refills=refills,
         )  # fmt: skip
 
     ppo_cfg = ppo.PPO(**trained, responses=rows, minibatches=case.minibatches, epochs=1, accumulate=case.accumulate)
@@ -277,4 +278,4 @@ def build(case: Case, make: Make, parts: int = 1, copies: int | None = None) -> 
     iterate = jax.jit(partial(ppo.iterate, ppo_cfg, setup), donate_argnums=0)
     args = (state, frozen, prompts, make(lambda: jax.random.key(0)))
     # Sampling; the policy's and reference's log-probabilities, rewards and values; and the update.
-    return Program(iterate, args, once + 2 * (once + scored) + update, decoded, (ppo_cfg, setup), update)
+    return Program(iterate, args, once + 2 * (once + scored) + update, decoded(), (ppo_cfg, setup), update)

@@ -132,16 +132,10 @@ class TextTask:
         self._run, self._sources, self._seed = run, sources, seed
         self._max_length, self._limit, self._budget = max_length, limit, heldout
         self._streaming, self._growing = streaming, growing
-        # The first rows of a source are those of one order.
         self._streams = Streaming(
-            base.tokenizer,
-            max_length,
-            base.pad_id,
-            seed,
-            shuffle_window or WINDOW,
-            heldout,
-            in_order=limit is not None,
-        )
+            base.tokenizer, max_length, base.pad_id, seed, window=shuffle_window or WINDOW, heldout=heldout,
+            in_order=limit is not None,  # the first rows of a source are those of one order
+        )  # fmt: skip
         self._cache, self._processes = open_cache(rows_cache), num_proc or default_processes()
         self._rejects, self._elsewhere = Rejects(on_bad_row), Rejects(on_bad_row)
         self._said: set[str] = set()
