@@ -11,7 +11,7 @@ from rlhf_jax.batches import PackedRankings, Prompts, RankedAnswers, Tokens
 from rlhf_jax.data.encoders import default_processes, encode_many
 from rlhf_jax.data.formats import Text
 from rlhf_jax.data.heldout import split_by_hash, split_by_opening, split_rows
-from rlhf_jax.data.lazy import Lazy, joined, picked
+from rlhf_jax.data.lazy import Lazy, joined
 from rlhf_jax.data.loader import document_batches, mix_once
 from rlhf_jax.data.order import RankingStream
 from rlhf_jax.data.pairs import Examples, labelled
@@ -19,13 +19,10 @@ from rlhf_jax.data.preferences import clamped, pack_rankings, pad_rankings, reor
 from rlhf_jax.data.rejects import OnBadRow, Rejects
 from rlhf_jax.data.rows import (
     Read,
-    as_prompt,
     find_format,
     parse_columns,
-    prompt_text,
     read_rows,
     reported,
-    with_suffix,
 )
 from rlhf_jax.data.sample import sample
 from rlhf_jax.data.store import Stored, of_numbers, open_cache, stored, together
@@ -36,7 +33,6 @@ from rlhf_jax.data.tokens import (
     lay,
     pack_sequences,
     pad_sequences,
-    padded_when_asked,
     size,
     take,
 )
@@ -47,6 +43,7 @@ from rlhf_jax.models import count_weights
 from rlhf_jax.pretrained import Pretrained
 from rlhf_jax.scoring import rows_at_once
 from rlhf_jax.sharding import host_share
+from rlhf_jax.tasks.asked import Asked, lay_prompts
 from rlhf_jax.tasks.streams import STREAM_HEAD, Rows, Streaming
 from rlhf_jax.tasks.task import Comparisons, Demonstrations, PromptRow, PromptSets, Sampler
 
@@ -312,45 +309,27 @@ class TextTask:
 
     def _lay_prompts(self, rows: Stored) -> tuple[Prompts, Sequence[PromptRow]]:
         """Left-padded prompts in the bucket of the longest, each with its row. What does not fit is said."""
-        quiet, length = Rejects("skip"), self.longest_prompt
-        source = self._sources.get("prompts")
-        column = "prompt" if source is None else parse_columns(source.columns).get("prompt", "prompt")
-        suffix = "" if source is None else source.suffix
-
-        def asked(number: int) -> Read:
-            read = rows.reads[number]
-            return Read(number, with_suffix(as_prompt(read), suffix), read.fields)
-
-        # Prompts of a file of prompts are encoded; those too long for an answer behind them lose turns here.
-        encoded = source is not None and not suffix
-        sizes = np.fromiter(map(len, rows.ids), int, len(rows.ids)) if encoded else np.full(len(rows.ids), length + 1)
-        numbers, others = (np.flatnonzero(some) for some in (sizes <= length, sizes > length))
-        ids: Sequence[Any] = picked(rows.ids, numbers)
-        longest = int(sizes[numbers].max(initial=0))
-        if len(others):
-            again = self._encode_again(map(asked, map(int, others)), length, quiet)
-            count = len(again.ids)
-            ids, longest = joined([ids, again.ids]), max(longest, *map(len, again.ids), 0)
-            numbers = np.concatenate([numbers, np.fromiter((read.number for read in again.reads), int, count)])
+        quiet, asked, length = Rejects("skip"), self._asked(), self.longest_prompt
+        # Those of a file of prompts are encoded already.
+        encoded = "prompts" in self._sources and not asked.suffix
+        prompts, laid = lay_prompts(
+            rows, asked, partial(self._encode_again, quiet), encoded=encoded, length=length, pad_id=self.base.pad_id
+        )
         for reason, count in {**quiet.notes(), **quiet.counts()}.items():
             self._run.say(f"prompts to answer: {reason}: {count} of {len(rows.ids)}")
-        if not len(numbers):
+        if not laid:
             raise UserError(f"{self._name('prompts')}: no prompt fits into {length} tokens; raise --max-length")
-        order = np.argsort(numbers)
-        ids, places = picked(ids, order), numbers[order]
-        width = bucket(longest, longest=length)
+        return prompts, laid
 
-        def row(at: int) -> PromptRow:
-            read = asked(int(places[at]))
-            return PromptRow(prompt_text(read, column), read.fields)
+    def _asked(self) -> Asked:
+        source = self._sources.get("prompts")
+        return Asked() if source is None else Asked(source.columns, source.suffix)
 
-        return padded_when_asked(ids, length=width, pad_id=self.base.pad_id), Lazy(len(places), row)
-
-    def _encode_again(self, rows: Iterator[Read], length: int, rejects: Rejects) -> Stored:
+    def _encode_again(self, rejects: Rejects, rows: Iterator[Read]) -> Stored:
         """Rows with the ids of their prompts, in files that go with the process."""
 
         def encode(rejects: Rejects) -> Iterator[tuple[Read, Any]]:
-            found = encode_many(rows, self.base.tokenizer, length, rejects, processes=self._processes)
+            found = encode_many(rows, self.base.tokenizer, self.longest_prompt, rejects, processes=self._processes)
             return ((read._replace(fields={}), ids) for read, ids in found)
 
         return stored("prompts", (), self.base.tokenizer, encode, rejects, self._cache, keep=False)
