@@ -131,9 +131,9 @@ class StreamFlags(DataFlags):
     """Rows that are read while training goes on."""
 
     streaming: bool = False
-    """Read demonstrations and comparisons as they are needed, for sets larger than the disk has room for twice. The
-    files of a folder come in a new order each time, and their rows are shuffled in a window. Of the first 2560 rows
-    some are held out; of comparisons the prompts are those of these rows, where there are no --prompts."""
+    """Read demonstrations, comparisons and prompts as they are needed, for sets larger than the disk has room for
+    twice. The files of a folder come in a new order each time, and their rows are shuffled in a window. Of the first
+    2560 rows some are held out. Prompts of several files are drawn alike."""
     shuffle_window: int | None = None
     """Rows of that window, by default 1024."""
 
@@ -335,7 +335,7 @@ class JudgeFlags(Flags):
 
 
 @dataclass(frozen=True)
-class GroupConfig(RunFlags, SamplingFlags, ReferenceFlags, ModelFlags, PromptFlags, RewardFlags):
+class GroupConfig(RunFlags, SamplingFlags, ReferenceFlags, ModelFlags, PromptFlags, StreamFlags, RewardFlags):
     """The model, the prompts and the rewards of a stage without a critic."""
 
     def __post_init__(self) -> None:

@@ -146,6 +146,7 @@ def main(cfg: Config) -> dict[str, float]:
             max_new_tokens=task.max_new_tokens, critic=(task.base.config, rewards), judge=task.judge,
             demonstrations=task.demonstrations().train if cfg.ppo.ptx_coef else None,
         )  # fmt: skip
+        task.finish()
         metrics |= task.facts | ppo_metrics
         scorer = make_reward_scorer(task, reward, cfg.ppo.no_end_score)
         metrics |= compare_policies(run, task, ("sft", start), ("ppo", policy), sampler, scorer, sets)

@@ -57,8 +57,9 @@ from rlhf_jax.advantages import gae
 from rlhf_jax.batches import Completions, Experience, Prompts, Tokens
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
 from rlhf_jax.compiled import count_compilations
-from rlhf_jax.data.tokens import SMALLEST_BUCKET, join, narrowed, take, trimmed
+from rlhf_jax.data.tokens import SMALLEST_BUCKET, join, take, trimmed
 from rlhf_jax.diagnostics import explained_variance, sampler_gap
+from rlhf_jax.drawn import DrawnPrompts
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.export import export_policy
 from rlhf_jax.kl import adaptive_beta, kl_k1, kl_k2, kl_k3, kl_shaped_rewards
@@ -419,20 +420,23 @@ def prepare(
 
 
 def make_iteration(
-    cfg: PPO, setup: Setup, base: Pretrained, rows: Sequence[PromptRow], warn: Callable[[str], None]
-) -> Callable[[State, Frozen, Prompts, PRNGKeyArray], tuple[State, dict[str, Any], Completions]]:
-    """`iterate` compiled, or its two parts. Between them `rows` and answers are scored as text, where a reward reads
-    text, and answers lose the columns after the longest of them.
+    cfg: PPO, setup: Setup, base: Pretrained, warn: Callable[[str], None]
+) -> Callable[..., tuple[State, dict[str, Any], Completions]]:
+    """Returns iteration(state, frozen, prompts, key, rows=()): `iterate` compiled, or its two parts.
 
-    `warn` is told each host reward's first error.
+    Between them answers to the `rows` of the prompts are scored as text, where a reward reads text, and answers lose
+    the columns after the longest of them. `warn` is told each host reward's first error.
     """
     if all(reward.traceable for reward in setup.rewards) and setup.max_new_tokens <= SMALLEST_BUCKET:
-        return jax.jit(partial(iterate, cfg, setup), donate_argnums=0)
+        iterate_fn = jax.jit(partial(iterate, cfg, setup), donate_argnums=0)
+        return lambda state, frozen, prompts, key, rows=(): iterate_fn(state, frozen, prompts, key)
     rollout_fn = jax.jit(partial(rollout, cfg, setup))
     learn_fn = jax.jit(partial(learn, cfg, setup), donate_argnums=0)
     warned: set[str] = set()
 
-    def iteration(state: State, frozen: Frozen, prompts: Prompts, key: PRNGKeyArray) -> Any:
+    def iteration(
+        state: State, frozen: Frozen, prompts: Prompts, key: PRNGKeyArray, rows: Sequence[PromptRow] = ()
+    ) -> Any:
         _, sample_key, update_key = keys_of(key)
         completions = to_host(rollout_fn(state, frozen, prompts, sample_key))
         found: dict[str, HostScores] = {}
@@ -481,13 +485,18 @@ def train(
         cfg, base, rewards, jax.random.key(seed + 4), max_new_tokens=max_new_tokens, critic=critic,
         reference=reference, demonstrations=demonstrations,
     )  # fmt: skip
-    iteration = make_iteration(cfg, setup, base, prompts.rows, run.warn)
+    iteration = make_iteration(cfg, setup, base, run.warn)
     key = jax.random.key(seed + 2)
     updates = cfg.epochs * cfg.minibatches
     loop = cfg.make_loop(
         run, stage, cfg.steps, show=("score", "utility", "kl_k1", "length"), log_every=1, updates=updates
     )
     state = loop.restore(state)
+    drawn = DrawnPrompts(
+        prompts.train, prompts.rows,
+        lambda step: np.asarray(draw(cfg, len(prompts.train.row), jax.random.fold_in(key, step))), prompts.stream,
+        cfg.responses, seed, loop,
+    )  # fmt: skip
     rows = cfg.responses // cfg.minibatches // cfg.accumulate
     shape = rows, prompts.train.tokens.shape[1] + max_new_tokens
     trained = state.policy.params, state.critic.params
@@ -499,8 +508,8 @@ def train(
         for step in loop:
             began = time.perf_counter()
             step_key = jax.random.fold_in(key, step)
-            asked = narrowed(take(prompts.train, np.asarray(draw(cfg, len(prompts.train.row), step_key))))
-            state, metrics, completions = iteration(state, frozen, asked, step_key)
+            asked, asked_rows = drawn.asked(step)
+            state, metrics, completions = iteration(state, frozen, asked, step_key, asked_rows)
             completions, metrics = to_host((completions, metrics))  # which waits for the update
             sampled, seconds = int(completions.mask.sum()), time.perf_counter() - began
             loop.watch_skipped(step, metrics["skipped"] + metrics["value_skipped"], (asked, completions))
@@ -518,7 +527,7 @@ def train(
                 "compilations": compilations(),
             }
             shaped = float(metrics["score"]) - float(metrics["beta"]) * float(metrics["kl_k1"])
-            loop.end_step(step, state, metrics, evaluated=evaluated, best=shaped)
+            loop.end_step(step, state, metrics, evaluated=evaluated, best=shaped, data_state=drawn.data_state)
     found = {f"{stage}_{name}": value for name, value in loop.last_metrics().items()}
     return frozen.over_trunk(state.policy.params), found
 
@@ -534,6 +543,7 @@ def main(cfg: Config) -> dict[str, float]:
                 critic=critic, reference=open_reference(cfg, run, task), judge=task.judge, watch=watch,
                 demonstrations=task.demonstrations().train if cfg.ptx_coef else None,
             )  # fmt: skip
+            task.finish()
             metrics |= compare_policies(
                 run, task, ("start", task.base.params), ("ppo", policy), policy_sampler(cfg, task),
                 make_reward_scorer(task, rewards, cfg.no_end_score),

@@ -341,6 +341,7 @@ def group_stage(cfg: Any, stage: str, who: str, make_algorithm: Callable[[Number
             policy, metrics = train_without_critic(
                 cfg, algorithm, task, task.base, rewards, run, cfg.seed, stage=stage, reference=reference, watch=watch
             )
+            task.finish()
             measured = make_policy_measure(task, sampler, task.eval_batch_size)(policy, task.base.params, 100)
             metrics[f"{stage}_heldout_kl"] = float(measured["kl_k1"])
             policies, scorer = (("start", task.base.params), (stage, policy)), make_reward_scorer(task, rewards, None)

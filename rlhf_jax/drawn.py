@@ -1,12 +1,14 @@
-"""The rankings of each step of a training loop: of those in memory in an order an epoch, or the next of a stream."""
+"""The rankings or prompts of each step of a training loop: some of those in memory, or the next of a stream."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
-from rlhf_jax.batches import RankedAnswers
-from rlhf_jax.data.order import EpochOrder, RankingStream
+from rlhf_jax.batches import Prompts, RankedAnswers
+from rlhf_jax.data.order import EpochOrder, PromptStream, RankingStream
+from rlhf_jax.data.tokens import narrowed, take
 from rlhf_jax.loop import Loop, set_place
 
 
@@ -24,9 +26,7 @@ class DrawnRankings:
         if stream is None:
             self._order = EpochOrder([seed, 2], len(train), a_step)
         else:
-            self._stream = stream.batches(a_step, seed)
-            if 0 < loop.first < loop.steps:
-                set_place(self._stream, loop.data_state())
+            self._stream = _begun(stream.batches(a_step, seed), loop)
 
     def parts(self, step: int, count: int) -> list[Sequence[RankedAnswers]]:
         """The rankings of a step in so many equal parts. Steps of a stream are asked for one after the other."""
@@ -39,3 +39,43 @@ class DrawnRankings:
     def data_state(self) -> Any:
         """The position in the stream, for a checkpoint; None in memory, where the order follows from the step."""
         return None if self._stream is None else self._stream.get_state()
+
+
+class DrawnPrompts:
+    """Prompts to train on, so many a step."""
+
+    def __init__(
+        self,
+        train: Prompts,
+        rows: Sequence[Any],
+        draw: Callable[[int], Int[np.ndarray, " B"]],
+        stream: PromptStream | None,
+        a_step: int,
+        seed: int,
+        loop: Loop,
+    ) -> None:
+        """draw(step) are the numbers of those in memory; a stream goes before them, as in `DrawnRankings`.
+
+        Raises UserError where the loop's checkpoint has no place in a stream, or one of other data.
+        """
+        self._train, self._rows, self._draw = train, rows, draw
+        self._stream = None if stream is None else _begun(stream(a_step, seed), loop)
+
+    def asked(self, step: int) -> tuple[Prompts, Sequence[Any]]:
+        """The prompts of a step, as wide as the longest of them needs, in few widths, and the rows that their `row`
+        numbers. Steps of a stream are asked for one after the other."""
+        prompts, rows = (
+            (take(self._train, self._draw(step)), self._rows) if self._stream is None else next(self._stream)
+        )
+        return narrowed(prompts), rows
+
+    def data_state(self) -> Any:
+        """The position in the stream, for a checkpoint; None in memory, where the prompts follow from the step."""
+        return None if self._stream is None else self._stream.get_state()
+
+
+def _begun(batches: Any, loop: Loop) -> Any:
+    """A stream's batches from the place where the loop's checkpoint was."""
+    if 0 < loop.first < loop.steps:
+        set_place(batches, loop.data_state())
+    return batches

@@ -15,7 +15,8 @@ from rlhf_jax.actor_critic import own_part
 from rlhf_jax.batches import Completions, Ended, Prompts, Tokens
 from rlhf_jax.compiled import count_compilations
 from rlhf_jax.data.order import EpochOrder
-from rlhf_jax.data.tokens import bucket, narrowed, take, trimmed
+from rlhf_jax.data.tokens import take, trimmed
+from rlhf_jax.drawn import DrawnPrompts
 from rlhf_jax.groups import Algorithm, Frozen, Numbers, learn, rollout, sampled_at_once, score
 from rlhf_jax.loop import Loop
 from rlhf_jax.models import Transformer
@@ -36,7 +37,7 @@ from rlhf_jax.sampling.sampler import numpy_completions
 from rlhf_jax.scored_groups import Scored, all_rounds, group_metrics, has_signal, rows_with_signal
 from rlhf_jax.sharding import check_rows, current_mesh, shard_batch, shard_params, to_host
 from rlhf_jax.tasks.measure import as_texts
-from rlhf_jax.tasks.task import Judge, PromptSets
+from rlhf_jax.tasks.task import Judge, PromptRow, PromptSets
 from rlhf_jax.train import make_state
 from rlhf_jax.types import Metrics, Params
 
@@ -99,30 +100,23 @@ def sample_and_score(
 
 def answer(
     programs: Programs,
-    draws: Sequence[Callable[[int], Int[np.ndarray, " P"]]],
     numbers: Numbers,
     base: Pretrained,
-    sets: PromptSets,
+    drawn: tuple[Prompts, Sequence[PromptRow]],
     rewards: Sequence[Reward],
     policy: TrainState,
     frozen: Frozen,
     key: PRNGKeyArray,
-    step: int,
 ) -> Scored:
-    """Scored groups of one round or more, until enough have a signal. draws[i](step) are the prompts of round i.
-
-    They are as wide as the longest of this iteration needs, in few widths.
-    """
+    """Scored groups of one round or more, until enough have a signal. `drawn` are the prompts of all rounds, one after
+    the other, and the rows that they number."""
     parts: list[Scored] = []
     signals = 0
-    drawn = [draw(step) for draw in draws]
-    width = drawn_width(sets.train, np.concatenate(drawn))
-    for number, rows in enumerate(drawn):
-        asked, prompts = (
-            to_host(narrowed(take(sets.train, some), width)) for some in (rows, rows.repeat(numbers.group_size))
-        )
+    everything, rows = drawn
+    for number, some in enumerate(np.arange(len(everything.row)).reshape(-1, numbers.prompts)):
+        asked, prompts = (to_host(take(everything, n)) for n in (some, some.repeat(numbers.group_size)))
         sample = partial(programs.sample, policy, frozen, asked, jax.random.fold_in(key, number))
-        texts = partial(as_texts, base, sets.rows)
+        texts = partial(as_texts, base, rows)
         completions, found = sample_and_score(sample, programs.stream, rewards, texts, prompts)
         scored = score(rewards, programs.on_tokens, frozen, prompts, completions, found, pad_id=base.pad_id)
         parts.append(scored)
@@ -130,11 +124,6 @@ def answer(
         if signals >= numbers.prompts:
             break
     return all_rounds(parts)
-
-
-def drawn_width(prompts: Prompts, rows: Int[np.ndarray, " N"]) -> int:
-    """The columns that these rows need, as a `bucket`."""
-    return bucket(int(prompts.mask[rows].sum(axis=1).max()), longest=prompts.mask.shape[1])
 
 
 def prompt_draw(count: int, number: int, seed: Sequence[int]) -> Callable[[int], Int[np.ndarray, " P"]]:
@@ -168,7 +157,8 @@ def train_groups(
 
     `split(params, key)` returns (frozen, trainable); `adapters` says that the trainable ones are adapters over the
     frozen ones. `reference` is by default the policy at the start. `watch(policy, number)` measures at `evaluations`
-    points. All prompts come before one comes again; each round of an iteration has an order of its own.
+    points. All prompts come before one comes again; each round of an iteration has an order of its own. Of a
+    stream all rounds have the next ones, also where not all rounds are needed.
     Metrics of answers are of all that were sampled, in all rounds.
     Raises UserError without any reward, and for answers that do not divide over the mesh.
     """
@@ -183,10 +173,14 @@ def train_groups(
     reads = algorithm.kl_in_loss or bool(algorithm.kl_in_reward)
     frozen = shard_params(Frozen(first if reads else {}, own, trunk))
     programs = compile_programs(algorithm, model, numbers, base, rewards)
-    count = len(sets.train.row)
-    draws = [prompt_draw(count, numbers.prompts, [seed, number]) for number in range(algorithm.rounds)]
+    count, rounds = len(sets.train.row), range(algorithm.rounds)
+    draws = [prompt_draw(count, numbers.prompts, [seed, number]) for number in rounds]
     warned: set[str] = set()
     policy = loop.restore(policy)
+    drawn = DrawnPrompts(
+        sets.train, sets.rows, lambda step: np.concatenate([draw(step) for draw in draws]), sets.stream,
+        len(rounds) * numbers.prompts, seed, loop,
+    )  # fmt: skip
     learned = answers // numbers.minibatches // numbers.accumulate
     shape = learned, sets.train.tokens.shape[1] + numbers.max_new_tokens
     copies = sampling_copies(base.config, frozen.over_trunk(policy.params))
@@ -206,7 +200,7 @@ def train_groups(
         for step in loop:
             began = time.perf_counter()
             sample_key, update_key = (jax.random.fold_in(key, 2 * step + i) for i in (1, 2))
-            scored = answer(programs, draws, numbers, base, sets, rewards, policy, frozen, sample_key, step)
+            scored = answer(programs, numbers, base, drawn.asked(step), rewards, policy, frozen, sample_key)
             for name, some in scored.found.items():
                 if some.first_error and name not in warned:
                     loop.run.warn(f"reward {name}: {some.first_error}")
@@ -237,6 +231,8 @@ def train_groups(
                 "tokens_per_second": int(scored.completions.mask.sum()) / seconds,
                 "compilations": compilations(),
             }
-            loop.end_step(step, policy, metrics, evaluated=evaluated, best=float(metrics["score"]))
+            loop.end_step(
+                step, policy, metrics, evaluated=evaluated, best=float(metrics["score"]), data_state=drawn.data_state
+            )
     found = {f"{loop.stage}_{name}": value for name, value in loop.last_metrics().items()}
     return frozen.over_trunk(policy.params), found

@@ -17,8 +17,9 @@ from rlhf_jax import groups, losses
 from rlhf_jax.batches import Prompts, Tokens
 from rlhf_jax.data import tokens as data_tokens
 from rlhf_jax.data.tokens import bucket, narrowed
+from rlhf_jax.drawn import DrawnPrompts
 from rlhf_jax.errors import UserError
-from rlhf_jax.group_loop import drawn_width, prompt_draw
+from rlhf_jax.group_loop import prompt_draw
 from rlhf_jax.groups import (
     Algorithm,
     Answers,
@@ -26,6 +27,7 @@ from rlhf_jax.groups import (
     Numbers,
     learn,
 )
+from rlhf_jax.loop import Loop
 from rlhf_jax.masking import constant_mean, sequence_mean
 from rlhf_jax.models import Transformer
 from rlhf_jax.rewards.reward import HostScores
@@ -82,8 +84,11 @@ def test_all_prompts_come_before_one_comes_again():
 def test_an_iterations_prompts_are_as_wide_as_its_longest_needs():
     mask = np.arange(128)[None] >= 128 - np.array([3, 120, 40, 17])[:, None]
     prompts = Prompts(np.where(mask, 7, 0).astype(np.int32), mask, np.arange(4))
-    widths = [drawn_width(prompts, np.array(rows)) for rows in ([0, 3], [0, 2], [2, 3], [1, 0])]
-    assert widths == [bucket(17), 64, 64, 128]
+    steps = [[0, 3], [0, 2], [2, 3], [1, 0]]
+    drawn = DrawnPrompts(prompts, (), lambda step: np.array(steps[step]), None, 2, 0, object.__new__(Loop))
+    asked = [drawn.asked(step)[0] for step in range(4)]
+    assert [some.mask.shape[1] for some in asked] == [bucket(17), 64, 64, 128]
+    assert [some.row.tolist() for some in asked] == steps
     found = narrowed(prompts, 64)
     assert found.mask.shape == (4, 64) and found.mask[[0, 2]].sum(axis=1).tolist() == [3, 40]
     assert (found.tokens[found.mask] == 7).all()

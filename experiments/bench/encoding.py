@@ -26,10 +26,11 @@ if __name__ == "__main__":  # this checkout's files, whatever is installed
 import numpy as np
 
 from experiments.ablations.memory import process_memory
+from rlhf_jax.batches import RankedAnswers
 from rlhf_jax.cli import run_main
 from rlhf_jax.data.encode import encode_rows
 from rlhf_jax.data.encoders import default_processes, encode_many
-from rlhf_jax.data.loader import streamed_batches, streamed_rankings
+from rlhf_jax.data.loader import streamed_batches, streamed_parts
 from rlhf_jax.data.rejects import Rejects
 from rlhf_jax.data.rows import find_format, read_rows
 from rlhf_jax.data.sources import read_source
@@ -47,14 +48,14 @@ class Config:
     model: str
     """A folder with a tokenizer."""
     file: str
-    kind: Literal["demonstrations", "comparisons"] = "demonstrations"
+    kind: Literal["demonstrations", "comparisons", "prompts"] = "demonstrations"
     rows: int | None = None
     """Repeat the rows of the file until there are so many."""
     num_proc: int | None = None
     max_length: int = 1024
     stream: bool = False
     batch_size: int = 8
-    """Packed rows, or comparisons, a batch of the stream."""
+    """Packed rows, comparisons or prompts a batch of the stream."""
     step_seconds: float = 0.0
     """Seconds between two batches of the stream, as a training step takes them."""
 
@@ -111,10 +112,10 @@ def encode(cfg: Config, file: str, cache: Path) -> None:
 
 
 def tokens_of(ids: Any) -> int:
-    """Tokens of a row: of a document, or of a prompt and its answers."""
-    return sum(map(len, ids)) if isinstance(ids, tuple) and not hasattr(ids, "prompt") else (
-        len(ids.prompt) + sum(map(len, ids.responses))
-    )  # fmt: skip
+    """Tokens of a row: of a document, of a prompt and its answers, or of a prompt alone."""
+    if isinstance(ids, RankedAnswers):
+        return len(ids.prompt) + sum(map(len, ids.responses))
+    return sum(map(len, ids)) if isinstance(ids, tuple) else len(ids)
 
 
 def soak(cfg: Config, file: str) -> None:
@@ -125,7 +126,7 @@ def soak(cfg: Config, file: str) -> None:
     tokenizer, form = read_tokenizer(Path(cfg.model)), find_format(file, cfg.kind)
     if not cfg.rows:
         raise UserError("--stream needs --rows")
-    ranked = cfg.kind == "comparisons"
+    ranked, packed = cfg.kind == "comparisons", cfg.kind == "demonstrations"
 
     def opened(start: int, one: Any) -> Iterator[tuple[int, Any]]:
         rejects = Rejects("skip")
@@ -133,8 +134,8 @@ def soak(cfg: Config, file: str) -> None:
         yield from ((read.number, ids) for read, ids in encode_rows(rows, tokenizer, cfg.max_length, rejects))
 
     def stream() -> Any:
-        if ranked:
-            return streamed_rankings([opened], batch_size=cfg.batch_size, seed=0)
+        if not packed:
+            return streamed_parts([opened], list, batch_size=cfg.batch_size, seed=0)
         return streamed_batches([opened], batch_size=cfg.batch_size, length=cfg.max_length, pad_id=0, seed=0)
 
     batches, seen, said, middle = stream(), 0, 0, None
@@ -147,7 +148,7 @@ def soak(cfg: Config, file: str) -> None:
         batch = next(batches)
         longest = max(longest, time.perf_counter() - asked) if seen else 0.0
         time.sleep(cfg.step_seconds)
-        seen += len(batch) if ranked else int(batch.segment_ids.max(axis=1).sum())
+        seen += len(batch) if not packed else int(batch.segment_ids.max(axis=1).sum())
         if middle is not None and len(following) < 3:
             following.append(batch)
         if seen >= said * cfg.rows // 10:

@@ -5,12 +5,12 @@ tokens = next(batches)
 state = batches.get_state()          # a JSON value; batches.set_state(state) goes on from there
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from rlhf_jax.batches import RankedAnswers, Tokens
+from rlhf_jax.batches import Tokens
 from rlhf_jax.data.tokens import Document
 from rlhf_jax.errors import UserError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from rlhf_jax.data.iterators import Open
 
+Part = TypeVar("Part")
 Shard = tuple[int, int]
 """(number of this host, number of hosts)."""
 
@@ -80,19 +81,20 @@ def streamed_batches(
     return iter(Packs(rows, batch_size, length, pad_id))
 
 
-def streamed_rankings(
+def streamed_parts(
     sources: "Sequence[Open]",
+    lay: Callable[[Sequence[Any]], Part],
     *,
     batch_size: int,
     seed: int,
     weights: Sequence[float] | None = None,
     window: int = 1024,
-) -> "grain.DatasetIterator[list[RankedAnswers]]":
-    """Endless batches of so many rankings of sources that are not in memory, in the order of `streamed_batches`.
+) -> "grain.DatasetIterator[Part]":
+    """Endless lay(rows) of so many rows of sources that are not in memory, in the order of `streamed_batches`.
 
     Every host reads all of them. Raises UserError as `streamed_batches`.
     """
-    return iter(_streamed_rows(sources, seed, weights, (0, 1), window).batch(batch_size, batch_fn=list))
+    return iter(_streamed_rows(sources, seed, weights, (0, 1), window).batch(batch_size, batch_fn=lay))
 
 
 def _streamed_rows(

@@ -4,15 +4,19 @@ Or one after the other, of a stream.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from rlhf_jax.batches import RankedAnswers
+from rlhf_jax.batches import Prompts, RankedAnswers
 
 if TYPE_CHECKING:
     import grain
+
+PromptStream = Callable[[int, int], "grain.DatasetIterator[tuple[Prompts, Sequence[Any]]]"]
+"""stream(batch_size, seed): endless batches of prompts that are read as they are needed, each with the rows that its
+`row` numbers from 0; every process reads all of them."""
 
 
 class RankingStream(NamedTuple):

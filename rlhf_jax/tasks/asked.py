@@ -37,10 +37,12 @@ def lay_prompts(
     *,
     encoded: bool,
     length: int,
+    width: int | None = None,
     pad_id: int,
 ) -> tuple[Prompts, Sequence[PromptRow]]:
-    """Left-padded prompts in the bucket of the longest, each with its row; none has more than `length` tokens.
+    """Left-padded prompts, each with its row; none has more than `length` tokens.
 
+    They have so many columns as `width` says, by default the `bucket` of the longest.
     `encode(prompts)` encodes those that the rows do not have: all of them unless the rows' ids are those of prompts
     (`encoded`), and those that are too long, which lose turns. Of the others there are none.
     """
@@ -59,5 +61,5 @@ def lay_prompts(
     def row(at: int) -> PromptRow:
         return asked.row(asked.read(rows.reads[int(places[at])]))
 
-    width = bucket(longest, longest=length)
+    width = width or bucket(longest, longest=length)
     return padded_when_asked(ids, length=width, pad_id=pad_id), Lazy(len(places), row)

@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_jax.batches import RankedAnswers, Tokens
+from rlhf_jax.batches import Prompts, RankedAnswers, Tokens
 from rlhf_jax.data.encode import encode_rows
+from rlhf_jax.data.formats import Text
 from rlhf_jax.data.heldout import opening_of_row, split_head
-from rlhf_jax.data.loader import check_weights, streamed_batches, streamed_rankings
-from rlhf_jax.data.order import RankingStream
+from rlhf_jax.data.loader import check_weights, streamed_batches, streamed_parts
+from rlhf_jax.data.order import PromptStream, RankingStream
 from rlhf_jax.data.preferences import clamped, reordered
 from rlhf_jax.data.rejects import Rejects
 from rlhf_jax.data.rows import Read
 from rlhf_jax.data.tokenizer import PreTrainedTokenizerBase
-from rlhf_jax.data.tokens import Document
+from rlhf_jax.data.tokens import Document, pad_prompts
 from rlhf_jax.sharding import host_share
+from rlhf_jax.tasks.asked import Asked
+from rlhf_jax.tasks.task import PromptRow
 
 if TYPE_CHECKING:
     import grain
@@ -91,9 +94,44 @@ class Streaming:
         ]  # fmt: skip
 
         def batches(batch_size: int, seed: int) -> "grain.DatasetIterator[list[RankedAnswers]]":
-            return streamed_rankings(opened, batch_size=batch_size, seed=seed, weights=weights, window=self.window)
+            return streamed_parts(opened, list, batch_size=batch_size, seed=seed, weights=weights, window=self.window)
 
         return RankingStream(batches, self.max_length)
+
+    def prompts(
+        self,
+        sources: Sequence[Rows],
+        asked: Asked,
+        counted: Rejects,
+        *,
+        heldout: Collection[str],
+        length: int,
+    ) -> PromptStream:
+        """All prompts but those with the openings of the held-out ones, each of at most so many tokens.
+
+        All sources are drawn from alike.
+        """
+        opened = [
+            prompt_opener(
+                rows,
+                self.tokenizer,
+                length,
+                asked,
+                heldout=frozenset(heldout),
+                counted=counted,
+                in_order=self.in_order,
+            )
+            for rows in sources
+        ]
+
+        def lay(rows: Sequence[tuple[PromptRow, list[int]]]) -> tuple[Prompts, list[PromptRow]]:
+            texts, ids = zip(*rows, strict=True)
+            return pad_prompts(ids, length=length, pad_id=self.pad_id), list(texts)
+
+        def batches(batch_size: int, seed: int) -> "grain.DatasetIterator[tuple[Prompts, list[PromptRow]]]":
+            return streamed_parts(opened, lay, batch_size=batch_size, seed=seed, window=self.window)
+
+        return batches
 
 
 def opener(
@@ -162,6 +200,30 @@ def ranking_opener(
         return reordered(ids, [place for place in order if place in ends or place in between])
 
     return opener(noted, tokenizer, max_length, keep, counted=counted, in_order=in_order)
+
+
+def prompt_opener(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    asked: Asked,
+    *,
+    heldout: Collection[str],
+    counted: Rejects,
+    in_order: bool,
+) -> Callable[[int, "Pass"], Iterator[tuple[int, tuple[PromptRow, list[int]]]]]:
+    """`opener` of prompts, with the rows that rewards read; without those that begin as the held-out ones do, and
+    without texts, which have no prompt."""
+
+    def prompts(rejects: Rejects, **where: Any) -> Iterator[Read]:
+        for read in rows(rejects, **where):
+            if not isinstance(read.row, Text) and opening_of_row(read.row) not in heldout:
+                yield asked.read(read)
+
+    def keep(read: Read, ids: list[int]) -> tuple[PromptRow, list[int]]:
+        return asked.row(read), ids
+
+    return opener(prompts, tokenizer, length, keep, counted=counted, in_order=in_order)
 
 
 class StreamedSource:

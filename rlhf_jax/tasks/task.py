@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from rlhf_jax.batches import Completions, PackedRankings, Prompts, Rankings, Tokens
 from rlhf_jax.data.encode import RankedAnswers
-from rlhf_jax.data.order import RankingStream
+from rlhf_jax.data.order import PromptStream, RankingStream
 from rlhf_jax.data.tokens import take
 from rlhf_jax.pretrained import Pretrained
 
@@ -55,6 +55,7 @@ class PromptSets(NamedTuple):
     """Prompts to sample answers to: for training, held out, and held out from another distribution."""
 
     train: Prompts
+    """All of them; of a stream the first ones, as wide as the longest that may come."""
     heldout: Prompts
     shifted: Prompts | None = None
     rows: Sequence["PromptRow"] = ()
@@ -62,6 +63,8 @@ class PromptSets(NamedTuple):
     heldout_rows: Sequence["PromptRow"] = ()
     choice: Prompts | None = None
     """Prompts on which one of several policies is chosen; None where a task has none beside those held out."""
+    stream: PromptStream | None = None
+    """Where the prompts to train on come from when they are not all in `train`."""
 
 
 def with_choice(sets: PromptSets) -> PromptSets:

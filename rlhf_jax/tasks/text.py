@@ -13,7 +13,7 @@ from rlhf_jax.data.formats import Text
 from rlhf_jax.data.heldout import split_by_hash, split_by_opening, split_rows
 from rlhf_jax.data.lazy import Lazy, joined
 from rlhf_jax.data.loader import document_batches, mix_once
-from rlhf_jax.data.order import RankingStream
+from rlhf_jax.data.order import PromptStream, RankingStream
 from rlhf_jax.data.pairs import Examples, labelled
 from rlhf_jax.data.preferences import clamped, pack_rankings, pad_rankings, reordered, shuffled
 from rlhf_jax.data.rejects import OnBadRow, Rejects
@@ -135,8 +135,13 @@ class TextTask:
         )  # fmt: skip
         self._cache, self._processes = open_cache(rows_cache), num_proc or default_processes()
         self._rejects, self._elsewhere = Rejects(on_bad_row), Rejects(on_bad_row)
+        self._only_asked = Rejects(on_bad_row)
         self._said: set[str] = set()
         self._parts: dict[str, Any] = {}
+
+    @property
+    def _first(self) -> str:
+        return " of the first ones, the others as they are needed" if self._streaming else ""
 
     @property
     def longest_prompt(self) -> int:
@@ -179,10 +184,11 @@ class TextTask:
         return self._once("prompts", self._prompts)
 
     def _prompts(self) -> PromptSets:
-        if "comparisons" in self._sources and "prompts" not in self._sources:
+        kinds = ("prompts", "comparisons", "unpaired", "demonstrations")
+        kind = next(kind for kind in kinds if kind in self._sources)
+        if kind == "comparisons":
             parts = self._compared()
         else:
-            kind = next(kind for kind in ("prompts", "unpaired", "demonstrations") if kind in self._sources)
             found = together(self._read(kind))
             if kind == "demonstrations":  # texts have no prompt
                 chats = [number for number, read in enumerate(found.reads) if not isinstance(read.row, Text)]
@@ -191,9 +197,10 @@ class TextTask:
         if not all(part.ids for part in parts):
             raise UserError(f"{self._name('prompts')}: too few prompts to train on some and hold out others")
         (train, train_rows), (heldout, heldout_rows) = map(self._lay_prompts, parts)
+        stream = self._stream_prompts(self._sources[kind], parts[1].openings) if self._streaming else None
         self._announce()
-        self._run.say(f"prompts: {len(train_rows)} to train on, {len(heldout_rows)} held out")
-        return PromptSets(train, take(heldout, slice(None)), None, train_rows, heldout_rows)
+        self._run.say(f"prompts: {len(train_rows)} to train on{self._first}, {len(heldout_rows)} held out")
+        return PromptSets(train, take(heldout, slice(None)), None, train_rows, heldout_rows, stream=stream)
 
     def _demonstrations(self) -> Demonstrations:
         """All of them by their place on the disk; grain shuffles, mixes and packs them."""
@@ -249,6 +256,14 @@ class TextTask:
             answers=answers, clamp=source.clamp,
         )  # fmt: skip
 
+    def _stream_prompts(self, source: Source, heldout: Sequence[str]) -> PromptStream:
+        # Rows of another kind are counted when they are read as what they are.
+        own = self._run.first and source.kind == "prompts"
+        counted = self._rejects if own else self._only_asked
+        return self._streams.prompts(
+            self._streamed_rows(source), self._asked(), counted, heldout=heldout, length=self.longest_prompt
+        )
+
     def _streamed_rows(self, source: Source) -> list[Rows]:
         return [
             partial(read_rows, name, form, columns=source.columns, streaming=True, limit=self._limit)
@@ -270,8 +285,7 @@ class TextTask:
         if not all(part.ids for part in parts):
             raise UserError(f"{self._name('comparisons')}: too few comparisons to train on some and hold out others")
         self._announce()
-        first = " of the first ones, the others as they are needed" if self._streaming else ""
-        self._run.say(f"comparisons: {len(parts[0].ids)} to train on{first}, {len(parts[1].ids)} held out")
+        self._run.say(f"comparisons: {len(parts[0].ids)} to train on{self._first}, {len(parts[1].ids)} held out")
         # The preferred one is not always first: nothing may learn the place.
         train, heldout = (part._replace(ids=shuffled(part.ids, rng)) for part in parts)
         return train, heldout
@@ -313,8 +327,9 @@ class TextTask:
         # Those of a file of prompts are encoded already.
         encoded = "prompts" in self._sources and not asked.suffix
         prompts, laid = lay_prompts(
-            rows, asked, partial(self._encode_again, quiet), encoded=encoded, length=length, pad_id=self.base.pad_id
-        )
+            rows, asked, partial(self._encode_again, quiet), encoded=encoded, length=length,
+            width=length if self._streaming else None, pad_id=self.base.pad_id,
+        )  # fmt: skip
         for reason, count in {**quiet.notes(), **quiet.counts()}.items():
             self._run.say(f"prompts to answer: {reason}: {count} of {len(rows.ids)}")
         if not laid:
@@ -349,7 +364,7 @@ class TextTask:
 
     def _read_one(self, source: Source, name: str, form: str, *, own: bool) -> Stored:
         """The usable rows of one file; of a stream the first ones. Raises UserError where there are none."""
-        streamed = self._streaming and source.kind == "comparisons"
+        streamed = self._streaming
         limit = None if own else self._limit
         limit = min(limit or STREAM_HEAD, STREAM_HEAD) if streamed else limit
         # What a stream begins with, it meets and counts again.
@@ -388,7 +403,8 @@ class TextTask:
         if self._run.first:
             read = {name for source in self._sources.values() for name in source.names}
             self._rejects.write_to(self._run.dir / "rejected.jsonl", sources=read)
-        for line in self._rejects.summary():
+        asked = [f"prompts to answer: {line}" for line in self._only_asked.summary()]
+        for line in [*self._rejects.summary(), *(asked if self._run.first else [])]:
             if line not in self._said:
                 self._run.say(line)
             self._said.add(line)

@@ -255,7 +255,7 @@ def test_ppo_on_one_trunk_samples_and_scores_as_four_full_models_do():
 def test_ppo_on_one_trunk_moves_adapters_and_head_only():
     cfg, setup, state, frozen = lora_parts(merged=False)
     before = jax.tree.map(np.asarray, state)
-    after, metrics, *_ = ppo.make_iteration(cfg, setup, tiny_base(None), (), print)(
+    after, metrics, *_ = ppo.make_iteration(cfg, setup, tiny_base(None), print)(
         state, frozen, drawn(cfg, jax.random.key(0)), jax.random.key(0)
     )
     trained = {name for role in (after.policy, after.critic) for name in flat(role.params)}
@@ -301,7 +301,7 @@ def test_a_reward_model_and_critic_of_another_size(adapters):
 def test_host_rewards_cut_the_program_in_two_and_change_nothing_else():
     """A host reward that says what the reward model says gives the iteration of the reward model."""
     cfg, setup, state, frozen = parts()
-    together, expected, *_ = ppo.make_iteration(cfg, setup, tiny_base(None), (), print)(
+    together, expected, *_ = ppo.make_iteration(cfg, setup, tiny_base(None), print)(
         state, frozen, drawn(cfg, jax.random.key(3)), jax.random.key(3)
     )
     cfg, setup, state, frozen = parts()
@@ -322,7 +322,7 @@ def test_host_rewards_cut_the_program_in_two_and_change_nothing_else():
     host = setup._replace(rewards=(Reward("host", 1.0, on_texts=score),))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "as_texts", texts)
-        apart, metrics, *_ = ppo.make_iteration(cfg, host, tiny_base(None), (), print)(
+        apart, metrics, *_ = ppo.make_iteration(cfg, host, tiny_base(None), print)(
             state, frozen._replace(rewards={}), drawn(cfg, jax.random.key(3)), jax.random.key(3)
         )
     assert asked == [(8, ["answer"])]
@@ -336,7 +336,7 @@ def test_an_iteration_cut_in_two_learns_in_the_width_of_the_longest_answer(monke
     key = jax.random.key(3)
     cfg, setup, state, frozen = parts(ptx_coef=0.5, entropy_coef=0.1)
     setup = setup._replace(max_new_tokens=10, eos_id=tuple(range(2, 10)))
-    whole, expected, answers = ppo.make_iteration(cfg, setup, tiny_base(None), (), print)(
+    whole, expected, answers = ppo.make_iteration(cfg, setup, tiny_base(None), print)(
         state, frozen, drawn(cfg, key), key
     )
     longest = int(np.asarray(answers.mask).sum(axis=1).max())
@@ -350,9 +350,7 @@ def test_an_iteration_cut_in_two_learns_in_the_width_of_the_longest_answer(monke
     monkeypatch.setattr(ppo, "SMALLEST_BUCKET", 2)
     monkeypatch.setattr(ppo, "trimmed", narrow)
     cfg, _, state, frozen = parts(ptx_coef=0.5, entropy_coef=0.1)
-    cut, metrics, again = ppo.make_iteration(cfg, setup, tiny_base(None), (), print)(
-        state, frozen, drawn(cfg, key), key
-    )
+    cut, metrics, again = ppo.make_iteration(cfg, setup, tiny_base(None), print)(state, frozen, drawn(cfg, key), key)
     np.testing.assert_array_equal(answers.tokens, again.tokens)
     assert widths == [longest] and longest < 10
     assert metrics.keys() == expected.keys()

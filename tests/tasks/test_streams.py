@@ -1,4 +1,4 @@
-"""Comparisons that are read while training goes on: all but those held out, resumed exactly, scored as they come."""
+"""Comparisons and prompts read while training goes on: all but those held out, resumed exactly, scored on the way."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import dpo, kto, pipeline, reward_model
+from experiments import dpo, grpo, kto, pipeline, ppo, reward_model
 from experiments.stages import open_task
 from rlhf_jax import checkpoint, loop
 from rlhf_jax.data.formats import Text
@@ -47,9 +47,16 @@ def files(tmp_path, stories):
     return dict(model=stories, comparisons=comparisons, streaming=True, max_length=64, max_new_tokens=8)
 
 
-def task_of(tmp_path, **flags):
-    with Run(tmp_path / "task", cfg := reward_model.Config(**flags), name="task") as run:
+def task_of(tmp_path, module=reward_model, **flags):
+    with Run(tmp_path / "task", cfg := module.Config(**flags), name="task") as run:
         return open_task(cfg, run)
+
+
+def at_step(first):
+    """A loop of four steps at that one, whose checkpoint has no position in the data."""
+    found = object.__new__(loop.Loop)
+    found.first, found.steps, found.data_state = first, 4, lambda: None
+    return found
 
 
 def said(task, ranking):
@@ -141,23 +148,90 @@ def test_probabilities_of_a_stream_are_clamped(files, tmp_path):
         np.testing.assert_allclose([ranking.doubt for ranking in batch], doubt, atol=1e-6)
 
 
+REWARD = """
+def own_number(prompts, completions, number, **columns):
+    for prompt, own in zip(prompts, number):
+        assert prompt.split()[2] == f"{own}?", (prompt, own)
+    return [float(len(c)) for c in completions]
+"""
+
+
+@pytest.fixture
+def asking(tmp_path, stories):
+    """Flags of a stage that samples answers to a stream of prompts, each with its number, scored by a function."""
+    rows = [{"prompt": f"what of {n}?" + " and so on" * (n % 5), "number": n} for n in range(ROWS)]
+    reward = tmp_path / "reward.py"
+    reward.write_text(REWARD)
+    return dict(
+        model=stories, prompts=lines(tmp_path / "prompts.jsonl", rows), streaming=True, max_length=64,
+        max_new_tokens=8, reward=f"{reward}:own_number", shuffle_window=16,
+    )  # fmt: skip
+
+
 STAGES = {
-    "reward_model": (reward_model, dict(prompts_per_step=4)),
-    "dpo": (dpo, dict(batch_size=4)),
+    "reward_model": (reward_model, dict(prompts_per_step=4, accumulate=2)),
+    "dpo": (dpo, dict(batch_size=4, accumulate=2)),
+    "ppo": (ppo, dict(responses=4, epochs=1, minibatches=1, save_every=2)),
+    "grpo": (grpo, dict(groups=2, group_size=2)),
 }
+
+
+def test_every_prompt_comes_but_those_held_out_with_its_own_row(asking, tmp_path):
+    for changes in ({}, {"prompt_suffix": "Be short."}):
+        task = task_of(tmp_path / str(len(changes)), grpo, **{**asking, **changes})
+        sets = task.prompts()
+        heldout = {row.columns["number"] for row in sets.heldout_rows}
+        assert len(heldout) == 6 and {row.columns["number"] for row in sets.rows} == set(range(ROWS)) - heldout
+        assert sets.train.tokens.shape[1] == 56  # whatever comes later fits
+        numbers = []
+        for prompts, rows in islice(sets.stream(4, 0), 60):
+            for ids, mask, row in zip(prompts.tokens, prompts.mask, prompts.row, strict=True):
+                text = task.base.tokenizer.decode(ids[mask])
+                number = rows[row].columns["number"]
+                assert f"what of {number}?" in text and ("Be short." in text) == bool(changes)
+                assert rows[row].prompt.startswith(f"what of {number}?")
+                numbers.append(number)
+        assert set(numbers) == set(range(ROWS)) - heldout
+        counts = np.bincount(numbers)
+        assert counts[counts > 0].min() >= 3 and counts.max() <= 6  # passes, of 4.4 in all
+        other = [row.columns["number"] for _, rows in islice(sets.stream(4, 1), 15) for row in rows]
+        assert other != numbers[:60]
+
+
+def test_prompts_of_streamed_comparisons_are_all_of_them_and_their_rows_are_counted_once(files, tmp_path, capsys):
+    task = task_of(tmp_path, **files, shuffle_window=16)
+    heldout = {said(task, one)[0] for one in task._compared()[1].ids}
+    drawn = [row.prompt for _, rows in islice(task.prompts().stream(4, 0), 60) for row in rows]
+    assert set(drawn) == {f"what of {n}?" for n in set(range(ROWS)) - heldout}
+    for _ in islice(task.comparisons(None).stream.batches(4, 0), 40):
+        pass
+    task.finish()
+    shown = capsys.readouterr().out
+    path = files["comparisons"]
+    assert f"\n{path}: {ROWS} rows used" in shown
+    assert f"prompts to answer: {path}: {ROWS - len(heldout)} rows used" in shown
+
+
+def test_bad_rows_of_streamed_prompts_are_counted(asking, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(streams, "STREAM_HEAD", 30)
+    monkeypatch.setattr(text, "STREAM_HEAD", 30)
+    with open(asking["prompts"], "a", encoding="utf-8") as file:
+        file.write('{"prompt": 3}\n')
+    task = task_of(tmp_path, grpo, **asking, on_bad_row="skip")
+    for _ in islice(task.prompts().stream(4, 0), 40):
+        pass
+    task.finish()
+    assert "1 rows left out (lines 61)" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"prompts\.jsonl:61"):
+        for _ in islice(task_of(tmp_path / "stop", grpo, **asking).prompts().stream(4, 0), 40):
+            pass
 
 
 def test_a_checkpoint_without_a_position_in_a_stream_is_refused(files, tmp_path):
     stream = task_of(tmp_path, **files).comparisons(None).stream
 
-    class Restored:
-        first, steps = 2, 4
-
-        def data_state(self):
-            return None
-
     with pytest.raises(UserError, match="the checkpoint's position in the data is none in these data"):
-        DrawnRankings((), stream, 4, 0, Restored())
+        DrawnRankings((), stream, 4, 0, at_step(2))
 
 
 def test_the_pipeline_refuses_epochs_of_a_stream_before_it_trains():
@@ -166,14 +240,12 @@ def test_the_pipeline_refuses_epochs_of_a_stream_before_it_trains():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_killed_run_on_a_stream_goes_on_to_the_very_same_parameters(files, tmp_path, monkeypatch, stage):
+def test_a_killed_run_on_a_stream_goes_on_to_the_very_same_parameters(files, asking, tmp_path, monkeypatch, stage):
     module, flags = STAGES[stage]
+    flags = flags | (asking if stage in ("ppo", "grpo") else files | {"evaluations": 3})
 
     def train(**changes):
-        cfg = module.Config(
-            **files, **flags, steps=6, learning_rate=1e-3, evaluations=3, keep=3, accumulate=2,
-            run_dir=str(tmp_path / "run"), **changes,
-        )  # fmt: skip
+        cfg = module.Config(**flags, steps=6, learning_rate=1e-3, keep=3, run_dir=str(tmp_path / "run"), **changes)
         module.main(cfg)
         return checkpoint.inspect(tmp_path / "run", stage, 6).sha256
 
@@ -187,7 +259,11 @@ def test_a_killed_run_on_a_stream_goes_on_to_the_very_same_parameters(files, tmp
 
     assert again() == straight
     # It is the stream's position that does it: from the beginning on, the end is another.
-    beginning = task_of(tmp_path, **files).comparisons(None).stream.batches(4, 0).get_state()
+    if "prompts" in flags:
+        batches = task_of(tmp_path, grpo, **asking).prompts().stream(4, 0)
+    else:
+        batches = task_of(tmp_path, **files).comparisons(None).stream.batches(4, 0)
+    beginning = batches.get_state()
     inspect = checkpoint.inspect
     monkeypatch.setattr(loop.checkpoint, "inspect", lambda *a, **k: inspect(*a, **k)._replace(data_state=beginning))
     assert again() != straight
@@ -198,13 +274,7 @@ def test_answers_of_a_stream_are_scored_by_the_reference_as_they_come(files, tmp
     model, base = Transformer(task.base.config), task.base
     score = jax.jit(lambda packed: batch_logprobs(model, base.params, packed))
 
-    class Begun:
-        first, steps = 0, 4
-
-        def data_state(self):
-            return None
-
-    drawn = DrawnRankings((), task.comparisons(None).stream, 4, 0, Begun())
+    drawn = DrawnRankings((), task.comparisons(None).stream, 4, 0, at_step(0))
     batch = stream_batches(drawn, score, accumulate=1, length=64, pad_id=base.pad_id)(0)
     rankings = next(task.comparisons(None).stream.batches(4, 0))
     assert batch.good.tolist() == [True] * 4 + [False] * 4
