@@ -98,12 +98,18 @@ def microbatches(batch: Any, number: int) -> Any:
 
 
 def _applied(state: TrainState, loss: Array, metrics: Metrics, grads: Params) -> tuple[TrainState, Metrics]:
-    """The optimiser's step, or none where something is not finite."""
+    """The optimiser's step, or none where something is not finite.
+
+    A branch updates the donated state in place. To choose between two states afterwards takes copies of the moments.
+    """
     norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     metrics = {"loss": loss, "grad_norm": norm, "skipped": 1 - finite.astype(jnp.int32), **metrics}
-    stepped = state.apply_gradients(grads=grads)
-    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state), metrics
+
+    def step(state: TrainState, grads: Params) -> TrainState:
+        return state.apply_gradients(grads=grads)
+
+    return jax.lax.cond(finite, step, lambda state, grads: state, state, grads), metrics
 
 
 def _total(result: tuple[Any, Metrics], shares: dict[str, Array] | None) -> tuple[Array, Metrics]:

@@ -96,9 +96,9 @@ def build(row: str, shape: str) -> Work:
 
     large = row == "vocabulary"
     remat: Any = row in TRAINING
-    if row == "reward_model":  # without logits there is room for the products with weights
-        remat = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     sizes, deep = SIZES[shape], shape != "stories-15m"
+    if row == "reward_model" and not deep:  # without logits there is room for the products with weights
+        remat = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     config = model_config(shape, FLOAT32)
     config = replace(config, scan_layers=deep or row in TRAINING, remat=remat or deep, apart_when_decoding=True)
     if large:
