@@ -28,7 +28,7 @@ class StepMemory(NamedTuple):
     held: float
     """Weights and the optimiser's state, which are there before."""
     gradients: float
-    """Gradients and updates of what is trained."""
+    """Gradients of what is trained, and their sum where a step has several microbatches."""
     activations: float
     """Numbers that the backward pass reads, and logits."""
 
@@ -41,8 +41,10 @@ class StepMemory(NamedTuple):
         return max(self.gradients + self.activations, self.sampling)
 
 
-def step_memory(config: ModelConfig, trained: Params, held: Any, *, rows: int, length: int) -> StepMemory:
-    """The memory of a step on so many rows of `length` tokens, those of one microbatch on all devices together.
+def step_memory(
+    config: ModelConfig, trained: Params, held: Any, *, rows: int, length: int, accumulate: int = 1
+) -> StepMemory:
+    """The memory of a step on so many rows of `length` tokens: one of `accumulate` microbatches, on all devices.
 
     `trained` are the parameters that have gradients, `held` all arrays that the step is given.
     """
@@ -60,7 +62,7 @@ def step_memory(config: ModelConfig, trained: Params, held: Any, *, rows: int, l
     kept = tokens * itemsize * config.d_model if config.remat else a_layer
     logits = 4 * rows * chunk * config.vocab_size / parts
     activations = config.n_layers * kept + 2 * a_layer + 1.5 * logits
-    return StepMemory(device_bytes(held), 2 * device_bytes(trained), activations)
+    return StepMemory(device_bytes(held), min(accumulate, 2) * device_bytes(trained), activations)
 
 
 def sampling_memory(config: ModelConfig, params: Params, *, rows: int, length: int) -> float:

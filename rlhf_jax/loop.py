@@ -75,15 +75,17 @@ class Loop:
         held: Any,
         shape: tuple[int, int],
         *,
+        accumulate: int,
         adapters: bool,
         sampled: tuple[Params, int, str] | None = None,
     ) -> None:
         """Says what the stage's steps will take, before they are compiled, and warns where that is not free.
 
-        `shape` is (rows, tokens) of a microbatch, `held` all arrays that a step is given. `sampled` are the weights
-        that sample, how many answers at a time, of as many tokens, and the flag for fewer. Small models are left out.
+        `shape` is (rows, tokens) of one of `accumulate` microbatches, `held` all arrays that a step is given.
+        `sampled` are the weights that sample, how many answers at a time, of as many tokens, and the flag for fewer.
+        Small models are left out.
         """
-        needed = step_memory(config, trained, held, rows=shape[0], length=shape[1])
+        needed = step_memory(config, trained, held, rows=shape[0], length=shape[1], accumulate=accumulate)
         if sampled is not None:
             needed = needed._replace(sampling=sampling_memory(config, sampled[0], rows=sampled[1], length=shape[1]))
         free = free_memory()

@@ -83,7 +83,7 @@ def test_a_stage_that_samples_more_than_it_learns_says_so(monkeypatch):
     shapes = jax.eval_shape(
         lambda: Transformer(CONFIG).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     )
-    stage.say_memory(CONFIG, x, x, (1, 256), adapters=True, sampled=(shapes, 1000, "--responses"))
+    stage.say_memory(CONFIG, x, x, (1, 256), accumulate=1, adapters=True, sampled=(shapes, 1000, "--responses"))
     (line,) = stage.run.warned
     cache = 2 * 6 * 2 * 32 * 4 * 1000 * 256 / 1e9
     assert f"a step takes about {cache:.2f} GB more" in line and line.endswith(
@@ -126,7 +126,7 @@ def test_a_step_that_does_not_fit_names_the_flags(monkeypatch, config, rows, ada
     monkeypatch.setattr(loop, "free_memory", lambda: 1e6)
     stage, x = loop.Loop.__new__(loop.Loop), jnp.ones((10, 10))
     stage.run, stage.stage = Said(), "sft"
-    stage.say_memory(config, x, x, (rows, 256), adapters=adapters)
+    stage.say_memory(config, x, x, (rows, 256), accumulate=1, adapters=adapters)
     (line,) = stage.run.warned
     assert line.startswith("sft: 0.00 GB of weights and optimiser are held; a step takes about 0.")
     assert "and 0.00 GB are free: " in line and line.endswith(flags) and stage.run.said == []
@@ -136,9 +136,9 @@ def test_a_step_that_fits_is_said_where_it_is_large(monkeypatch):
     monkeypatch.setattr(loop, "free_memory", lambda: 1e12)
     stage, x = loop.Loop.__new__(loop.Loop), jnp.ones((10, 10))
     stage.run, stage.stage = Said(), "sft"
-    stage.say_memory(CONFIG, x, x, (4, 256), adapters=False)
+    stage.say_memory(CONFIG, x, x, (4, 256), accumulate=1, adapters=False)
     assert stage.run.said == []
-    stage.say_memory(replace(CONFIG, vocab_size=300_000), x, x, (4, 256), adapters=False)
+    stage.say_memory(replace(CONFIG, vocab_size=300_000), x, x, (4, 256), accumulate=1, adapters=False)
     assert len(stage.run.said) == 1 and "1000 GB are free" in stage.run.said[0] and stage.run.warned == []
 
 

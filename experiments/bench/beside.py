@@ -31,6 +31,8 @@ class Config:
     """One of those of rows.py."""
     other: str
     """The other program and its arguments, as for a shell."""
+    shape: rows.Shape = "stories-15m"
+    """The model's."""
     rounds: int = 2
     steps: int = 15
 
@@ -62,7 +64,7 @@ def speed(line: dict[str, Any]) -> float:
 
 def main(cfg: Config) -> dict[str, float]:
     """Returns and prints the ratios."""
-    ours = [sys.executable, str(Path(rows.__file__)), "--rows", cfg.row, "--steps", str(cfg.steps)]
+    ours = [sys.executable, str(Path(rows.__file__)), "--rows", cfg.row, "--shape", cfg.shape, "--steps", str(cfg.steps)]
     pairs = [(last_line(ours), last_line(shlex.split(cfg.other))) for _ in range(cfg.rounds)]
     mine, theirs = (max(lines, key=speed) for lines in zip(*pairs, strict=True))
     if "tokens_per_s" not in theirs:
