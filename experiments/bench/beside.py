@@ -64,7 +64,8 @@ def speed(line: dict[str, Any]) -> float:
 
 def main(cfg: Config) -> dict[str, float]:
     """Returns and prints the ratios."""
-    ours = [sys.executable, str(Path(rows.__file__)), "--rows", cfg.row, "--shape", cfg.shape, "--steps", str(cfg.steps)]
+    flags = ["--rows", cfg.row, "--shape", cfg.shape, "--steps", str(cfg.steps)]
+    ours = [sys.executable, str(Path(rows.__file__)), *flags]
     pairs = [(last_line(ours), last_line(shlex.split(cfg.other))) for _ in range(cfg.rounds)]
     mine, theirs = (max(lines, key=speed) for lines in zip(*pairs, strict=True))
     if "tokens_per_s" not in theirs:
