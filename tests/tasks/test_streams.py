@@ -159,7 +159,7 @@ def own_number(prompts, completions, number, **columns):
 @pytest.fixture
 def asking(tmp_path, stories):
     """Flags of a stage that samples answers to a stream of prompts, each with its number, scored by a function."""
-    rows = [{"prompt": f"what of {n}?" + " and so on" * (n % 5), "number": n} for n in range(ROWS)]
+    rows = [{"prompt": f"what of {n}?" + " and so" * (n % 2), "number": n} for n in range(ROWS)]
     reward = tmp_path / "reward.py"
     reward.write_text(REWARD)
     return dict(
