@@ -39,6 +39,9 @@ def compiled_and_estimated(config, *, lora):
     held = (state, frozen)
     needed = budget.step_memory(config, state.params, held, rows=ROWS, length=LENGTH)
     assert needed.held == sum(leaf.nbytes for leaf in jax.tree.leaves(held) if isinstance(leaf, jax.Array))
+    assert needed.gradients == sum(leaf.nbytes for leaf in jax.tree.leaves(own))
+    summed = budget.step_memory(config, state.params, held, rows=ROWS, length=LENGTH, accumulate=4)
+    assert summed.gradients == 2 * needed.gradients and summed.activations == needed.activations
     return step.lower(state, batch, frozen).compile().memory_analysis().temp_size_in_bytes, needed
 
 

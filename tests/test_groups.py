@@ -8,12 +8,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracles
 import pytest
+from flax.training.train_state import TrainState
 from numpy.testing import assert_allclose
 
 from experiments import cispo, dapo, dr_grpo, grpo, gspo, rloo
-from rlhf_jax import groups, losses
+from rlhf_jax import group_loop, groups, losses
 from rlhf_jax.batches import Prompts, Tokens
 from rlhf_jax.data import tokens as data_tokens
 from rlhf_jax.data.tokens import bucket, narrowed
@@ -30,12 +32,13 @@ from rlhf_jax.groups import (
 from rlhf_jax.loop import Loop
 from rlhf_jax.masking import constant_mean, sequence_mean
 from rlhf_jax.models import Transformer
-from rlhf_jax.rewards.reward import HostScores
+from rlhf_jax.rewards.reward import HostScores, Reward
 from rlhf_jax.sampling.layout import sampling_copies
 from rlhf_jax.sampling.sampler import numpy_completions
 from rlhf_jax.scored_groups import Scored, all_rounds, group_metrics, has_signal, rows_with_signal
 from rlhf_jax.sharding import make_mesh, shard_batch, shard_params
 from rlhf_jax.tasks.simulated import Sizes, World
+from rlhf_jax.tasks.task import PromptRow
 from rlhf_jax.train import make_state
 
 RNG = np.random.default_rng(0)
@@ -92,6 +95,33 @@ def test_an_iterations_prompts_are_as_wide_as_its_longest_needs():
     found = narrowed(prompts, 64)
     assert found.mask.shape == (4, 64) and found.mask[[0, 2]].sum(axis=1).tolist() == [3, 40]
     assert (found.tokens[found.mask] == 7).all()
+
+
+def test_rounds_ask_the_next_prompts_and_each_answer_is_scored_with_its_own(monkeypatch):
+    asked = Prompts(np.ones((6, 4), np.int32), np.ones((6, 4), bool), np.arange(6))
+    rows = [PromptRow(f"p{n}", {}) for n in range(6)]
+
+    def sample(policy, frozen, prompts, key):
+        numbers = np.asarray(prompts.row, np.int32).repeat(3)[:, None]
+        return numpy_completions(numbers, np.ones((6, 1), bool), np.zeros((6, 1), np.float32))
+
+    def texts(base, rows, prompts, completions):
+        return [rows[n].prompt for n in prompts.row], [f"p{n}" for n in completions.tokens[:, 0]], {}
+
+    def on_texts(prompts, completions, columns, part=None):
+        assert prompts == completions
+        numbers = [int(prompt[1:]) for prompt in prompts]  # the first two groups have no signal
+        return HostScores(np.array([0.0 if number < 2 else place % 3 for place, number in enumerate(numbers)]))
+
+    monkeypatch.setattr(group_loop, "as_texts", texts)
+    numbers, reward = NUMBERS._replace(prompts=2, group_size=3), Reward("own", 1.0, on_texts=on_texts)
+    state = TrainState.create(apply_fn=None, params={}, tx=optax.identity())
+    found = group_loop.answer(
+        group_loop.Programs(sample, lambda models, tokens: {}, None, None), numbers, World(0, sizes=SIZES).base, (asked, rows), [reward],
+        state, Frozen({}, {}, {}), jax.random.key(0),
+    )  # fmt: skip
+    assert found.prompts.row.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert found.scores.tolist() == [0] * 6 + [0, 1, 2] * 2
 
 
 def test_metrics_by_hand():
