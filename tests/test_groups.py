@@ -116,8 +116,9 @@ def test_rounds_ask_the_next_prompts_and_each_answer_is_scored_with_its_own(monk
     monkeypatch.setattr(group_loop, "as_texts", texts)
     numbers, reward = NUMBERS._replace(prompts=2, group_size=3), Reward("own", 1.0, on_texts=on_texts)
     state = TrainState.create(apply_fn=None, params={}, tx=optax.identity())
+    programs = group_loop.Programs(sample, lambda models, tokens: {}, None, None)
     found = group_loop.answer(
-        group_loop.Programs(sample, lambda models, tokens: {}, None, None), numbers, World(0, sizes=SIZES).base, (asked, rows), [reward],
+        programs, numbers, World(0, sizes=SIZES).base, (asked, rows), [reward],
         state, Frozen({}, {}, {}), jax.random.key(0),
     )  # fmt: skip
     assert found.prompts.row.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
