@@ -501,7 +501,7 @@ def train(
     shape = rows, prompts.train.tokens.shape[1] + max_new_tokens
     trained = state.policy.params, state.critic.params
     loop.say_memory(
-        base.config, trained, (state, frozen), shape, accumulate=cfg.accumulate, adapters=bool(frozen.trunk),
+        base.config, trained, (state, frozen), shape, adapters=bool(frozen.trunk),
         sampled=(frozen.over_trunk(state.policy.params), cfg.responses, "--responses"),
     )  # fmt: skip
     with count_compilations() as compilations:

@@ -200,9 +200,7 @@ def train(
         batch = shard_stacked(stack_batches(parts), cfg.accumulate)
         if step == loop.first:
             shape = microbatch_shape(batch, cfg.accumulate)
-            loop.say_memory(
-                base.config, state.params, (state, frozen), shape, accumulate=cfg.accumulate, adapters=bool(frozen)
-            )
+            loop.say_memory(base.config, state.params, (state, frozen), shape, adapters=bool(frozen))
         state, trained = train_step(state, batch, frozen, step, dropout_key)
         metrics: dict[str, Any] = {**trained}
         loop.watch_skipped(step, metrics["skipped"], batch)

@@ -170,9 +170,7 @@ def train(
         batch = shard_microbatches(next(batches), cfg.accumulate, host_rows=True)
         if step == loop.first:
             shape = microbatch_shape(batch, cfg.accumulate)
-            loop.say_memory(
-                base.config, state.params, (state, frozen), shape, accumulate=cfg.accumulate, adapters=bool(frozen)
-            )
+            loop.say_memory(base.config, state.params, (state, frozen), shape, adapters=bool(frozen))
         state, trained = train_step(state, batch, frozen, step)
         metrics: dict[str, Any] = {**trained}
         loop.watch_skipped(step, metrics["skipped"], batch)

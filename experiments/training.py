@@ -75,6 +75,10 @@ class AdapterDropout(Flags):
         return with_lora(frozen, trainable)
 
 
+GRADIENTS = {"adamw": 1, "adafactor": 2, "muon": 3}
+"""What a step of each optimiser makes of the size of a gradient, for `budget.step_memory`."""
+
+
 @dataclass(frozen=True)
 class Training(Flags):
     """The optimiser, and what is saved when."""
@@ -131,6 +135,7 @@ class Training(Flags):
         return Loop(
             run, stage, steps=steps, save_every=self.save_every, keep=self.keep or 3, max_skipped=self.max_skipped,
             show=show, learning_rate=lambda step: schedule(step * updates), log_every=log_every, updates=updates,
+            gradients=max(min(2, self.accumulate), GRADIENTS[self.optimizer]),
         )  # fmt: skip
 
     def check_parts(self, rows: int, what: str) -> None:

@@ -28,7 +28,7 @@ class StepMemory(NamedTuple):
     held: float
     """Weights and the optimiser's state, which are there before."""
     gradients: float
-    """Gradients of what is trained, and their sum where a step has several microbatches."""
+    """Gradients of what is trained, and what else of their size a step makes."""
     activations: float
     """Numbers that the backward pass reads, and logits."""
 
@@ -42,11 +42,13 @@ class StepMemory(NamedTuple):
 
 
 def step_memory(
-    config: ModelConfig, trained: Params, held: Any, *, rows: int, length: int, accumulate: int = 1
+    config: ModelConfig, trained: Params, held: Any, *, rows: int, length: int, gradients: int = 1
 ) -> StepMemory:
-    """The memory of a step on so many rows of `length` tokens: one of `accumulate` microbatches, on all devices.
+    """The memory of a step on so many rows of `length` tokens, those of one microbatch on all devices together.
 
-    `trained` are the parameters that have gradients, `held` all arrays that the step is given.
+    `trained` are the parameters that have gradients, `held` all arrays that the step is given. Of
+    the size of a gradient, in float32, the step has so many trees: one that AdamW reads, two where microbatches are
+    added up or for Adafactor, three for Muon. That of narrower weights stands beside its own type's.
     """
     mesh = current_mesh()
     chunk = min(length, head_chunk(rows))
@@ -62,7 +64,8 @@ def step_memory(
     kept = tokens * itemsize * config.d_model if config.remat else a_layer
     logits = 4 * rows * chunk * config.vocab_size / parts
     activations = config.n_layers * kept + 2 * a_layer + 1.5 * logits
-    return StepMemory(device_bytes(held), min(accumulate, 2) * device_bytes(trained), activations)
+    own, wide = device_bytes(trained), device_bytes(trained, itemsize=4)
+    return StepMemory(device_bytes(held), gradients * wide + (own if own < wide else 0.0), activations)
 
 
 def sampling_memory(config: ModelConfig, params: Params, *, rows: int, length: int) -> float:
@@ -83,11 +86,14 @@ def sampling_memory(config: ModelConfig, params: Params, *, rows: int, length: i
     return copy / tensor + cache / ways
 
 
-def device_bytes(tree: Any) -> float:
-    """Bytes of a pytree's arrays on one device. An array that is there twice counts once."""
+def device_bytes(tree: Any, *, itemsize: int | None = None) -> float:
+    """Bytes of a pytree's arrays on one device, as they are, or at so many a number.
+
+    An array that is there twice counts once.
+    """
     arrays = {id(leaf): leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)}
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * (itemsize or leaf.dtype.itemsize)
         for leaf in arrays.values()
         if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     )

@@ -193,7 +193,7 @@ def train_groups(
     fewer = numbers.prompts % copies == 0 and at_once > copies * numbers.group_size
     flag = "--slots" if fewer else "--groups"
     loop.say_memory(
-        base.config, policy.params, (policy, frozen), shape, accumulate=numbers.accumulate, adapters=adapters,
+        base.config, policy.params, (policy, frozen), shape, adapters=adapters,
         sampled=(frozen.over_trunk(policy.params), at_once, flag),
     )  # fmt: skip
     with count_compilations() as compilations:

@@ -48,17 +48,18 @@ class Loop:
         learning_rate: Callable[[Any], Any] | None = None,
         log_every: int = 1,
         updates: int = 1,
+        gradients: int = 1,
     ) -> None:
         """`save_every` and `log_every` count steps, each with so many `updates` of the parameters.
 
-        The last `keep` checkpoints are kept, and the best one.
+        The last `keep` checkpoints are kept, and the best one. `gradients` is that of `step_memory`.
 
         `max_skipped` steps in a row whose loss or gradient is not finite end the run; 0 allows any number.
         """
         self.run, self.stage, self.steps, self.first = run, stage, steps, 0
         self._save_every, self._keep, self._max_skipped = save_every, keep, max_skipped
         self._show, self._learning_rate, self._log_every = show, learning_rate, log_every
-        self._skipped_in_a_row, self._updates = 0, updates
+        self._skipped_in_a_row, self._updates, self._gradients = 0, updates, gradients
         if learning_rate is not None:
             learning_rate(0)  # its few operations are compiled now, not after the first step
         self._last_step: tuple[int, Any, Any] | None = None
@@ -75,17 +76,16 @@ class Loop:
         held: Any,
         shape: tuple[int, int],
         *,
-        accumulate: int,
         adapters: bool,
         sampled: tuple[Params, int, str] | None = None,
     ) -> None:
         """Says what the stage's steps will take, before they are compiled, and warns where that is not free.
 
-        `shape` is (rows, tokens) of one of `accumulate` microbatches, `held` all arrays that a step is given.
+        `shape` is (rows, tokens) of a microbatch, `held` all arrays that a step is given.
         `sampled` are the weights that sample, how many answers at a time, of as many tokens, and the flag for fewer.
         Small models are left out.
         """
-        needed = step_memory(config, trained, held, rows=shape[0], length=shape[1], accumulate=accumulate)
+        needed = step_memory(config, trained, held, rows=shape[0], length=shape[1], gradients=self._gradients)
         if sampled is not None:
             needed = needed._replace(sampling=sampling_memory(config, sampled[0], rows=sampled[1], length=shape[1]))
         free = free_memory()

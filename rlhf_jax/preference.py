@@ -243,7 +243,7 @@ def train_preferences(
         some = batch(step)
         if step == loop.first:
             shape, held = microbatch_shape(some.answers, accumulate), (state, frozen, reference)
-            loop.say_memory(base.config, state.params, held, shape, accumulate=accumulate, adapters=bool(frozen))
+            loop.say_memory(base.config, state.params, held, shape, adapters=bool(frozen))
         state, trained = train_step(state, some, frozen)
         metrics: dict[str, Any] = {**trained}
         loop.watch_skipped(step, metrics["skipped"], some)

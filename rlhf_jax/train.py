@@ -100,7 +100,8 @@ def microbatches(batch: Any, number: int) -> Any:
 def _applied(state: TrainState, loss: Array, metrics: Metrics, grads: Params) -> tuple[TrainState, Metrics]:
     """The optimiser's step, or none where something is not finite.
 
-    A branch updates the donated state in place. To choose between two states afterwards takes copies of the moments.
+    A branch updates the donated state in place; to choose between two states afterwards takes copies of the moments on
+    a CPU. On a GPU, where the host has to read a branch's condition, it is a choice.
     """
     norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -109,6 +110,8 @@ def _applied(state: TrainState, loss: Array, metrics: Metrics, grads: Params) ->
     def step(state: TrainState, grads: Params) -> TrainState:
         return state.apply_gradients(grads=grads)
 
+    if jax.default_backend() == "gpu":
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), step(state, grads), state), metrics
     return jax.lax.cond(finite, step, lambda state, grads: state, state, grads), metrics
 
 
