@@ -5,7 +5,7 @@ flags' class last, so that `--help` shows them first.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rlhf_jax.ensemble import Combination
 from rlhf_jax.errors import UserError, at_least
@@ -130,12 +130,14 @@ class DataFlags(Flags):
 class StreamFlags(DataFlags):
     """Rows that are read while training goes on."""
 
+    streams_prompts: ClassVar[bool] = False
+    """Whether prompts to train on are streamed, too."""
     streaming: bool = False
-    """Read demonstrations, comparisons and prompts as they are needed, for sets larger than the disk has room for
-    twice. The files of a folder come in a new order each time, and their rows are shuffled in a window. Of the first
-    2560 rows some are held out. Prompts of several files are drawn alike."""
+    """Read demonstrations and comparisons as they are needed, and prompts where answers to them are learned from, for
+    sets larger than the disk has room for twice. The files of a folder come in a new order each time, and their rows
+    are shuffled in a window. Of the first 2560 rows some are held out. Prompts of several files are drawn alike."""
     shuffle_window: int | None = None
-    """Rows of that window, by default 1024."""
+    """Rows of that window, by default 1024; of prompts whole rows are kept, with all columns."""
 
     def __post_init__(self) -> None:
         """Raises UserError for a window of rows that are not streamed."""
@@ -337,6 +339,8 @@ class JudgeFlags(Flags):
 @dataclass(frozen=True)
 class GroupConfig(RunFlags, SamplingFlags, ReferenceFlags, ModelFlags, PromptFlags, StreamFlags, RewardFlags):
     """The model, the prompts and the rewards of a stage without a critic."""
+
+    streams_prompts = True
 
     def __post_init__(self) -> None:
         """Raises UserError for prompts without a reward."""

@@ -46,6 +46,8 @@ from rlhf_jax.types import Params
 class Config(RunFlags, SamplingFlags, ModelFlags, DemonstrationFlags, ComparisonFlags, PromptFlags):
     """Runs SFT, reward model and PPO, then the evaluation."""
 
+    streams_prompts = True
+
     sft: SFT = field(default_factory=SFT)
     reward_model: RewardModel = field(default_factory=RewardModel)
     ppo: PPO = field(default_factory=PPO)

@@ -57,7 +57,7 @@ from rlhf_jax.advantages import gae
 from rlhf_jax.batches import Completions, Experience, Prompts, Tokens
 from rlhf_jax.cli import on_mesh, run_main, run_with_report
 from rlhf_jax.compiled import count_compilations
-from rlhf_jax.data.tokens import SMALLEST_BUCKET, join, take, trimmed
+from rlhf_jax.data.tokens import SMALLEST_BUCKET, join, narrowed, take, trimmed
 from rlhf_jax.diagnostics import explained_variance, sampler_gap
 from rlhf_jax.drawn import DrawnPrompts
 from rlhf_jax.errors import UserError, at_least
@@ -172,6 +172,8 @@ class PPO(Adapters, Training, PPOFlags):
 @dataclass(frozen=True)
 class Config(RunFlags, SamplingFlags, DemonstrationFlags, ReferenceFlags, ModelFlags, PromptFlags, RewardFlags, PPO):
     """PPO from a policy, a reward, and prompts."""
+
+    streams_prompts = True
 
     def __post_init__(self) -> None:
         """Raises UserError for prompts without a reward."""
@@ -494,7 +496,7 @@ def train(
     state = loop.restore(state)
     drawn = DrawnPrompts(
         prompts.train, prompts.rows,
-        lambda step: np.asarray(draw(cfg, len(prompts.train.row), jax.random.fold_in(key, step))), prompts.stream,
+        lambda step, _: np.asarray(draw(cfg, len(prompts.train.row), jax.random.fold_in(key, step))), prompts.stream,
         cfg.responses, seed, loop,
     )  # fmt: skip
     rows = cfg.responses // cfg.minibatches // cfg.accumulate
@@ -509,6 +511,7 @@ def train(
             began = time.perf_counter()
             step_key = jax.random.fold_in(key, step)
             asked, asked_rows = drawn.asked(step)
+            asked = narrowed(asked)
             state, metrics, completions = iteration(state, frozen, asked, step_key, asked_rows)
             completions, metrics = to_host((completions, metrics))  # which waits for the update
             sampled, seconds = int(completions.mask.sum()), time.perf_counter() - began

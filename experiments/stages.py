@@ -114,6 +114,7 @@ def open_task(cfg: Any, run: Run, *, first: str | None = None) -> Task:
         base, run, files, seed=cfg.seed, max_length=cfg.max_length,
         max_new_tokens=cfg.max_new_tokens, eval_batch_size=cfg.eval_batch_size, limit=cfg.limit,
         heldout=cfg.heldout, on_bad_row=cfg.on_bad_row, streaming=getattr(cfg, "streaming", False),
+        stream_prompts=getattr(cfg, "streams_prompts", False),
         shuffle_window=getattr(cfg, "shuffle_window", None), rows_cache=cfg.rows_cache, num_proc=cfg.num_proc,
     )  # fmt: skip
 

@@ -76,7 +76,7 @@ class AdapterDropout(Flags):
 
 
 GRADIENTS = {"adamw": 1, "adafactor": 2, "muon": 3}
-"""What a step of each optimiser makes of the size of a gradient, for `budget.step_memory`."""
+"""Trees of the size of a gradient that a step of each optimiser has, for `budget.step_memory`."""
 
 
 @dataclass(frozen=True)

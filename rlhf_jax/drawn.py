@@ -8,7 +8,7 @@ from jaxtyping import Int
 
 from rlhf_jax.batches import Prompts, RankedAnswers
 from rlhf_jax.data.order import EpochOrder, PromptStream, RankingStream
-from rlhf_jax.data.tokens import narrowed, take
+from rlhf_jax.data.tokens import take
 from rlhf_jax.loop import Loop, set_place
 
 
@@ -42,32 +42,30 @@ class DrawnRankings:
 
 
 class DrawnPrompts:
-    """Prompts to train on, so many a step."""
+    """Prompts to train on, so many at a time."""
 
     def __init__(
         self,
         train: Prompts,
         rows: Sequence[Any],
-        draw: Callable[[int], Int[np.ndarray, " B"]],
+        draw: Callable[[int, int], Int[np.ndarray, " B"]],
         stream: PromptStream | None,
-        a_step: int,
+        count: int,
         seed: int,
         loop: Loop,
     ) -> None:
-        """draw(step) are the numbers of those in memory; a stream goes before them, as in `DrawnRankings`.
+        """draw(step, round) are the `count` numbers of those in memory; a stream goes before them.
 
         Raises UserError where the loop's checkpoint has no place in a stream, or one of other data.
         """
         self._train, self._rows, self._draw = train, rows, draw
-        self._stream = None if stream is None else _begun(stream(a_step, seed), loop)
+        self._stream = None if stream is None else _begun(stream(count, seed), loop)
 
-    def asked(self, step: int) -> tuple[Prompts, Sequence[Any]]:
-        """The prompts of a step, as wide as the longest of them needs, in few widths, and the rows that their `row`
-        numbers. Steps of a stream are asked for one after the other."""
-        prompts, rows = (
-            (take(self._train, self._draw(step)), self._rows) if self._stream is None else next(self._stream)
-        )
-        return narrowed(prompts), rows
+    def asked(self, step: int, number: int = 0) -> tuple[Prompts, Sequence[Any]]:
+        """The prompts of a round of a step, and the rows that their `row` numbers; of a stream the next ones."""
+        if self._stream is None:
+            return take(self._train, self._draw(step, number)), self._rows
+        return next(self._stream)
 
     def data_state(self) -> Any:
         """The position in the stream, for a checkpoint; None in memory, where the prompts follow from the step."""

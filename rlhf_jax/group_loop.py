@@ -15,7 +15,7 @@ from rlhf_jax.actor_critic import own_part
 from rlhf_jax.batches import Completions, Ended, Prompts, Tokens
 from rlhf_jax.compiled import count_compilations
 from rlhf_jax.data.order import EpochOrder
-from rlhf_jax.data.tokens import take, trimmed
+from rlhf_jax.data.tokens import narrowed, take, trimmed
 from rlhf_jax.drawn import DrawnPrompts
 from rlhf_jax.groups import Algorithm, Frozen, Numbers, learn, rollout, sampled_at_once, score
 from rlhf_jax.loop import Loop
@@ -102,28 +102,33 @@ def answer(
     programs: Programs,
     numbers: Numbers,
     base: Pretrained,
-    drawn: tuple[Prompts, Sequence[PromptRow]],
+    draw: Callable[[int], tuple[Prompts, Sequence[PromptRow]]],
+    rounds: int,
     rewards: Sequence[Reward],
     policy: TrainState,
     frozen: Frozen,
     key: PRNGKeyArray,
 ) -> Scored:
-    """Scored groups of one round or more, until enough have a signal. `drawn` are the prompts of all rounds, one after
-    the other, and the rows that they number."""
+    """Scored groups of one round or more, until enough have a signal. draw(round) are its prompts, and their rows.
+
+    Prompts are as wide as the longest of a round needs, in few widths.
+    """
     parts: list[Scored] = []
     signals = 0
-    everything, rows = drawn
-    for number, some in enumerate(np.arange(len(everything.row)).reshape(-1, numbers.prompts)):
-        asked, prompts = (to_host(take(everything, n)) for n in (some, some.repeat(numbers.group_size)))
+    for number in range(rounds):
+        whole, rows = draw(number)
+        repeated = take(whole, np.arange(numbers.prompts).repeat(numbers.group_size))
+        asked, prompts = (to_host(narrowed(some)) for some in (whole, repeated))
         sample = partial(programs.sample, policy, frozen, asked, jax.random.fold_in(key, number))
         texts = partial(as_texts, base, rows)
         completions, found = sample_and_score(sample, programs.stream, rewards, texts, prompts)
         scored = score(rewards, programs.on_tokens, frozen, prompts, completions, found, pad_id=base.pad_id)
-        parts.append(scored)
+        parts.append(scored._replace(prompts=to_host(repeated)))
         signals += int(has_signal(scored.scores, numbers.group_size).sum())
         if signals >= numbers.prompts:
             break
-    return all_rounds(parts)
+    scored = all_rounds(parts)
+    return scored._replace(prompts=narrowed(scored.prompts))
 
 
 def prompt_draw(count: int, number: int, seed: Sequence[int]) -> Callable[[int], Int[np.ndarray, " P"]]:
@@ -158,7 +163,7 @@ def train_groups(
     `split(params, key)` returns (frozen, trainable); `adapters` says that the trainable ones are adapters over the
     frozen ones. `reference` is by default the policy at the start. `watch(policy, number)` measures at `evaluations`
     points. All prompts come before one comes again; each round of an iteration has an order of its own. Of a
-    stream all rounds have the next ones, also where not all rounds are needed.
+    stream each round has the next ones.
     Metrics of answers are of all that were sampled, in all rounds.
     Raises UserError without any reward, and for answers that do not divide over the mesh.
     """
@@ -173,14 +178,13 @@ def train_groups(
     reads = algorithm.kl_in_loss or bool(algorithm.kl_in_reward)
     frozen = shard_params(Frozen(first if reads else {}, own, trunk))
     programs = compile_programs(algorithm, model, numbers, base, rewards)
-    count, rounds = len(sets.train.row), range(algorithm.rounds)
-    draws = [prompt_draw(count, numbers.prompts, [seed, number]) for number in rounds]
+    count = len(sets.train.row)
+    draws = [prompt_draw(count, numbers.prompts, [seed, number]) for number in range(algorithm.rounds)]
     warned: set[str] = set()
     policy = loop.restore(policy)
     drawn = DrawnPrompts(
-        sets.train, sets.rows, lambda step: np.concatenate([draw(step) for draw in draws]), sets.stream,
-        len(rounds) * numbers.prompts, seed, loop,
-    )  # fmt: skip
+        sets.train, sets.rows, lambda step, number: draws[number](step), sets.stream, numbers.prompts, seed, loop
+    )
     learned = answers // numbers.minibatches // numbers.accumulate
     shape = learned, sets.train.tokens.shape[1] + numbers.max_new_tokens
     copies = sampling_copies(base.config, frozen.over_trunk(policy.params))
@@ -200,7 +204,10 @@ def train_groups(
         for step in loop:
             began = time.perf_counter()
             sample_key, update_key = (jax.random.fold_in(key, 2 * step + i) for i in (1, 2))
-            scored = answer(programs, numbers, base, drawn.asked(step), rewards, policy, frozen, sample_key)
+            scored = answer(
+                programs, numbers, base, partial(drawn.asked, step), algorithm.rounds, rewards, policy, frozen,
+                sample_key,
+            )  # fmt: skip
             for name, some in scored.found.items():
                 if some.first_error and name not in warned:
                     loop.run.warn(f"reward {name}: {some.first_error}")

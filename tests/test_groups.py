@@ -18,7 +18,7 @@ from experiments import cispo, dapo, dr_grpo, grpo, gspo, rloo
 from rlhf_jax import group_loop, groups, losses
 from rlhf_jax.batches import Prompts, Tokens
 from rlhf_jax.data import tokens as data_tokens
-from rlhf_jax.data.tokens import bucket, narrowed
+from rlhf_jax.data.tokens import bucket, narrowed, take
 from rlhf_jax.drawn import DrawnPrompts
 from rlhf_jax.errors import UserError
 from rlhf_jax.group_loop import prompt_draw
@@ -88,8 +88,8 @@ def test_an_iterations_prompts_are_as_wide_as_its_longest_needs():
     mask = np.arange(128)[None] >= 128 - np.array([3, 120, 40, 17])[:, None]
     prompts = Prompts(np.where(mask, 7, 0).astype(np.int32), mask, np.arange(4))
     steps = [[0, 3], [0, 2], [2, 3], [1, 0]]
-    drawn = DrawnPrompts(prompts, (), lambda step: np.array(steps[step]), None, 2, 0, object.__new__(Loop))
-    asked = [drawn.asked(step)[0] for step in range(4)]
+    drawn = DrawnPrompts(prompts, (), lambda step, _: np.array(steps[step]), None, 2, 0, object.__new__(Loop))
+    asked = [narrowed(drawn.asked(step)[0]) for step in range(4)]
     assert [some.mask.shape[1] for some in asked] == [bucket(17), 64, 64, 128]
     assert [some.row.tolist() for some in asked] == steps
     found = narrowed(prompts, 64)
@@ -98,7 +98,14 @@ def test_an_iterations_prompts_are_as_wide_as_its_longest_needs():
 
 
 def test_rounds_ask_the_next_prompts_and_each_answer_is_scored_with_its_own(monkeypatch):
-    asked = Prompts(np.ones((6, 4), np.int32), np.ones((6, 4), bool), np.arange(6))
+    mask = np.arange(64)[None] >= 64 - np.array([3, 3, 60, 3, 3, 3])[:, None]
+    asked = Prompts(np.ones((6, 64), np.int32), mask, np.arange(6))
+    drawn = []
+
+    def draw(number):
+        drawn.append(number)
+        return take(asked, slice(2 * number, 2 * number + 2)), rows
+
     rows = [PromptRow(f"p{n}", {}) for n in range(6)]
 
     def sample(policy, frozen, prompts, key):
@@ -118,10 +125,12 @@ def test_rounds_ask_the_next_prompts_and_each_answer_is_scored_with_its_own(monk
     state = TrainState.create(apply_fn=None, params={}, tx=optax.identity())
     programs = group_loop.Programs(sample, lambda models, tokens: {}, None, None)
     found = group_loop.answer(
-        programs, numbers, World(0, sizes=SIZES).base, (asked, rows), [reward],
-        state, Frozen({}, {}, {}), jax.random.key(0),
+        programs, numbers, World(0, sizes=SIZES).base, draw, 3, [reward], state,
+        Frozen({}, {}, {}), jax.random.key(0),
     )  # fmt: skip
+    assert drawn == [0, 1]  # as many as are needed
     assert found.prompts.row.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert found.prompts.mask.sum(axis=1).tolist() == [3] * 6 + [60] * 3 + [3] * 3
     assert found.scores.tolist() == [0] * 6 + [0, 1, 2] * 2
 
 

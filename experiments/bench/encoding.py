@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,8 @@ from rlhf_jax.data.sources import read_source
 from rlhf_jax.data.store import stored
 from rlhf_jax.errors import UserError, at_least
 from rlhf_jax.models.tokenizer import read_tokenizer
+from rlhf_jax.tasks.asked import Asked
+from rlhf_jax.tasks.streams import prompt_opener
 
 TEXTS = ("prompt", "instruction", "question", "chosen")
 
@@ -126,12 +129,18 @@ def soak(cfg: Config, file: str) -> None:
     tokenizer, form = read_tokenizer(Path(cfg.model)), find_format(file, cfg.kind)
     if not cfg.rows:
         raise UserError("--stream needs --rows")
-    ranked, packed = cfg.kind == "comparisons", cfg.kind == "demonstrations"
+    packed = cfg.kind == "demonstrations"
 
     def opened(start: int, one: Any) -> Iterator[tuple[int, Any]]:
         rejects = Rejects("skip")
         rows = read_rows(file, form, rejects, start=start, order=one.order, shard=one.shard)
         yield from ((read.number, ids) for read, ids in encode_rows(rows, tokenizer, cfg.max_length, rejects))
+
+    if cfg.kind == "prompts":  # with their rows, as training has them
+        opened = prompt_opener(
+            partial(read_rows, file, form), tokenizer, cfg.max_length, Asked(), heldout=(), counted=Rejects("skip"),
+            left_out=Rejects("skip"), in_order=False,
+        )  # fmt: skip
 
     def stream() -> Any:
         if not packed:
@@ -158,7 +167,7 @@ def soak(cfg: Config, file: str) -> None:
     again = stream()
     again.set_state(middle)
     same = all(
-        x == y if ranked else np.array_equal(x, y)
+        np.array_equal(x, y) if packed else x == y
         for batch in following
         for x, y in zip(batch, next(again), strict=True)
     )

@@ -90,7 +90,7 @@ class Rejects:
 
     def changes(self) -> dict[str, Any]:
         """The counts of rows that are used, and of those among them that were changed, as JSON values for `add`."""
-        noted = [[source, reason, count.rows, count.lines] for (source, reason), count in self._noted.items()]
+        noted = [[source, reason, count.rows, count.lines] for (source, reason), count in list(self._noted.items())]
         return {"used": self.used, "noted": noted}
 
     def add(self, changes: dict[str, Any]) -> None:
@@ -104,7 +104,7 @@ class Rejects:
 
     def told(self) -> dict[str, Any]:
         """All that another one has to `hear`, as JSON values, where nothing is written to a file."""
-        counts = [[source, reason, count.rows] for (source, reason), count in self._rejected.items()]
+        counts = [[source, reason, count.rows] for (source, reason), count in list(self._rejected.items())]
         return {**self.changes(), "rejected": self._pending, "counts": counts}
 
     def forget(self) -> None:
@@ -153,14 +153,14 @@ class Rejects:
     def counts(self) -> dict[str, int]:
         """Reason -> rejected rows, over all sources."""
         totals: dict[str, int] = {}
-        for (_, reason), count in self._rejected.items():
+        for (_, reason), count in list(self._rejected.items()):
             totals[reason] = totals.get(reason, 0) + count.rows
         return totals
 
     def notes(self) -> dict[str, int]:
         """Reason -> rows that were changed, over all sources."""
         totals: dict[str, int] = {}
-        for (_, reason), count in self._noted.items():
+        for (_, reason), count in list(self._noted.items()):
             totals[reason] = totals.get(reason, 0) + count.rows
         return totals
 
@@ -172,7 +172,7 @@ class Rejects:
         found = {}
         for source in self._sources():
             left_out, changed = (
-                {reason: count.rows for (name, reason), count in counted.items() if name == source}
+                {reason: count.rows for (name, reason), count in list(counted.items()) if name == source}
                 for counted in (self._rejected, self._noted)
             )
             used = self.used.get(source, 0)
@@ -190,7 +190,7 @@ class Rejects:
         for source in self._sources():
             lines.append(f"{source}: {self.used.get(source, 0)} rows used")
             for counted, word in ((self._rejected, "rows left out"), (self._noted, "rows")):
-                for (name, reason), count in counted.items():
+                for (name, reason), count in list(counted.items()):
                     if name == source:
                         some = ", ".join(map(str, count.lines)) + (", …" if count.rows > SHOWN else "")
                         lines.append(f"{source}: {reason}: {count.rows} {word} (lines {some})")

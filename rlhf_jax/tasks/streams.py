@@ -102,14 +102,17 @@ class Streaming:
         self,
         sources: Sequence[Rows],
         asked: Asked,
+        weights: Sequence[float] | None,
         counted: Rejects,
+        left_out: Rejects,
         *,
         heldout: Collection[str],
         length: int,
     ) -> PromptStream:
         """All prompts but those with the openings of the held-out ones, each of at most so many tokens.
 
-        All sources are drawn from alike.
+        Without `weights` all sources are drawn from alike. `left_out` hears of prompts that cannot be encoded so,
+        which stop nobody, `counted` of all other rows.
         """
         opened = [
             prompt_opener(
@@ -119,6 +122,7 @@ class Streaming:
                 asked,
                 heldout=frozenset(heldout),
                 counted=counted,
+                left_out=left_out,
                 in_order=self.in_order,
             )
             for rows in sources
@@ -129,7 +133,7 @@ class Streaming:
             return pad_prompts(ids, length=length, pad_id=self.pad_id), list(texts)
 
         def batches(batch_size: int, seed: int) -> "grain.DatasetIterator[tuple[Prompts, list[PromptRow]]]":
-            return streamed_parts(opened, lay, batch_size=batch_size, seed=seed, window=self.window)
+            return streamed_parts(opened, lay, batch_size=batch_size, seed=seed, weights=weights, window=self.window)
 
         return batches
 
@@ -142,22 +146,25 @@ def opener(
     *,
     counted: Rejects,
     in_order: bool,
+    left_out: Rejects | None = None,
 ) -> Callable[[int, "Pass"], Iterator[tuple[int, Any]]]:
     """open(start, pass) for `loader`: a source's rows, as keep(row, ids) makes them; None leaves one out.
 
     `rows(rejects, …)` is `read_rows` of the source. `counted` hears of rows that cannot be used, in the first pass of
-    the first reader. `in_order`: all passes have one order of files.
+    the first reader, and instead of it `left_out`, if given, of those that cannot be encoded. `in_order`: all passes
+    have one order of files.
     """
     own: Any = copy.deepcopy(tokenizer)  # a thread of its own reads each source
     uncounted = [counted]
 
     def open_source(start: int, one: "Pass") -> Iterator[tuple[int, Any]]:
-        if one.number:
-            rejects = Rejects("skip")
-        else:
-            rejects = uncounted.pop() if uncounted else Rejects(counted.policy)
+        first = not one.number and bool(uncounted)
+        rejects = uncounted.pop() if first else Rejects("skip" if one.number else counted.policy)
+        encoding = rejects if left_out is None else left_out if first else Rejects("skip")
         found = rows(rejects, start=start, order=None if in_order else one.order, shard=one.shard)
-        for read, ids in encode_rows(found, own, max_length, rejects):
+        for read, ids in encode_rows(found, own, max_length, encoding):
+            if left_out is not None:
+                rejects.use(read.row.place)
             kept = keep(read, ids)
             if kept is not None:
                 yield read.number, kept
@@ -210,6 +217,7 @@ def prompt_opener(
     *,
     heldout: Collection[str],
     counted: Rejects,
+    left_out: Rejects,
     in_order: bool,
 ) -> Callable[[int, "Pass"], Iterator[tuple[int, tuple[PromptRow, list[int]]]]]:
     """`opener` of prompts, with the rows that rewards read; without those that begin as the held-out ones do, and
@@ -223,7 +231,7 @@ def prompt_opener(
     def keep(read: Read, ids: list[int]) -> tuple[PromptRow, list[int]]:
         return asked.row(read), ids
 
-    return opener(prompts, tokenizer, length, keep, counted=counted, in_order=in_order)
+    return opener(prompts, tokenizer, length, keep, counted=counted, left_out=left_out, in_order=in_order)
 
 
 class StreamedSource:

@@ -57,6 +57,8 @@ WINDOW = 1024
 """Rows among which a stream is shuffled, where nobody says more."""
 LONGEST, NEW_TOKENS = 1024, 128
 """Tokens of prompt and answer together, and of a sampled answer, where nobody says more."""
+FIRST = " of the first ones, the others as they are needed"
+"""Said of a stream's rows."""
 SECONDS = 10.0
 """Between lines that say how far reading is."""
 
@@ -98,6 +100,7 @@ class TextTask:
         heldout: int,
         on_bad_row: OnBadRow,
         streaming: bool,
+        stream_prompts: bool = False,
         shuffle_window: int | None = None,
         growing: bool = False,
         rows_cache: str | None = None,
@@ -129,19 +132,16 @@ class TextTask:
         self._run, self._sources, self._seed = run, sources, seed
         self._max_length, self._limit, self._budget = max_length, limit, heldout
         self._streaming, self._growing = streaming, growing
+        self._stream_prompts = streaming and stream_prompts
         self._streams = Streaming(
             base.tokenizer, max_length, base.pad_id, seed, window=shuffle_window or WINDOW, heldout=heldout,
             in_order=limit is not None,  # the first rows of a source are those of one order
         )  # fmt: skip
         self._cache, self._processes = open_cache(rows_cache), num_proc or default_processes()
         self._rejects, self._elsewhere = Rejects(on_bad_row), Rejects(on_bad_row)
-        self._only_asked = Rejects(on_bad_row)
+        self._only_asked, self._not_asked = Rejects(on_bad_row), Rejects("skip")
         self._said: set[str] = set()
         self._parts: dict[str, Any] = {}
-
-    @property
-    def _first(self) -> str:
-        return " of the first ones, the others as they are needed" if self._streaming else ""
 
     @property
     def longest_prompt(self) -> int:
@@ -196,10 +196,13 @@ class TextTask:
             parts = self._split(found, self._rng(3))
         if not all(part.ids for part in parts):
             raise UserError(f"{self._name('prompts')}: too few prompts to train on some and hold out others")
-        (train, train_rows), (heldout, heldout_rows) = map(self._lay_prompts, parts)
-        stream = self._stream_prompts(self._sources[kind], parts[1].openings) if self._streaming else None
+        stream, width, first = None, None, ""
+        if self._stream_prompts and kind != "unpaired":
+            stream, width, first = self._prompt_stream(self._sources[kind], parts), self.longest_prompt, FIRST
+        train, train_rows = self._lay_prompts(parts[0], width)
+        heldout, heldout_rows = self._lay_prompts(parts[1])
         self._announce()
-        self._run.say(f"prompts: {len(train_rows)} to train on{self._first}, {len(heldout_rows)} held out")
+        self._run.say(f"prompts: {len(train_rows)} to train on{first}, {len(heldout_rows)} held out")
         return PromptSets(train, take(heldout, slice(None)), None, train_rows, heldout_rows, stream=stream)
 
     def _demonstrations(self) -> Demonstrations:
@@ -256,13 +259,23 @@ class TextTask:
             answers=answers, clamp=source.clamp,
         )  # fmt: skip
 
-    def _stream_prompts(self, source: Source, heldout: Sequence[str]) -> PromptStream:
+    def _prompt_stream(self, source: Source, parts: Sequence[Stored]) -> PromptStream:
+        """All prompts of the files but the held-out ones. A file without one to train on at its beginning is left out."""
+        trained, heldout = (set(part.openings) for part in parts)
+        weights = source.weights if source.kind == "comparisons" and source.weights else (1.0,) * len(source.names)
+        sources = zip(self._streamed_rows(source), self._read(source.kind), source.names, weights, strict=True)
+        kept = []
+        for rows, first, name, weight in sources:
+            if trained.isdisjoint(first.openings):
+                self._run.say(f"{name}: no prompt to train on among its first rows")
+            else:
+                kept.append((rows, weight))
         # Rows of another kind are counted when they are read as what they are.
         own = self._run.first and source.kind == "prompts"
-        counted = self._rejects if own else self._only_asked
         return self._streams.prompts(
-            self._streamed_rows(source), self._asked(), counted, heldout=heldout, length=self.longest_prompt
-        )
+            [rows for rows, _ in kept], self._asked(), [weight for _, weight in kept],
+            self._rejects if own else self._only_asked, self._not_asked, heldout=heldout, length=self.longest_prompt,
+        )  # fmt: skip
 
     def _streamed_rows(self, source: Source) -> list[Rows]:
         return [
@@ -285,7 +298,8 @@ class TextTask:
         if not all(part.ids for part in parts):
             raise UserError(f"{self._name('comparisons')}: too few comparisons to train on some and hold out others")
         self._announce()
-        self._run.say(f"comparisons: {len(parts[0].ids)} to train on{self._first}, {len(parts[1].ids)} held out")
+        first = FIRST if self._streaming else ""
+        self._run.say(f"comparisons: {len(parts[0].ids)} to train on{first}, {len(parts[1].ids)} held out")
         # The preferred one is not always first: nothing may learn the place.
         train, heldout = (part._replace(ids=shuffled(part.ids, rng)) for part in parts)
         return train, heldout
@@ -321,20 +335,23 @@ class TextTask:
         train, heldout = (of_numbers(rows, part) for part in parts)
         return train, heldout
 
-    def _lay_prompts(self, rows: Stored) -> tuple[Prompts, Sequence[PromptRow]]:
+    def _lay_prompts(self, rows: Stored, width: int | None = None) -> tuple[Prompts, Sequence[PromptRow]]:
         """Left-padded prompts in the bucket of the longest, each with its row. What does not fit is said."""
         quiet, asked, length = Rejects("skip"), self._asked(), self.longest_prompt
         # Those of a file of prompts are encoded already.
         encoded = "prompts" in self._sources and not asked.suffix
         prompts, laid = lay_prompts(
             rows, asked, partial(self._encode_again, quiet), encoded=encoded, length=length,
-            width=length if self._streaming else None, pad_id=self.base.pad_id,
+            width=width, pad_id=self.base.pad_id,
         )  # fmt: skip
         for reason, count in {**quiet.notes(), **quiet.counts()}.items():
             self._run.say(f"prompts to answer: {reason}: {count} of {len(rows.ids)}")
         if not laid:
             raise UserError(f"{self._name('prompts')}: no prompt fits into {length} tokens; raise --max-length")
         return prompts, laid
+
+    def _streamed_as_prompts(self, kind: str) -> bool:
+        return self._stream_prompts and kind in ("prompts", "demonstrations")
 
     def _asked(self) -> Asked:
         source = self._sources.get("prompts")
@@ -364,7 +381,7 @@ class TextTask:
 
     def _read_one(self, source: Source, name: str, form: str, *, own: bool) -> Stored:
         """The usable rows of one file; of a stream the first ones. Raises UserError where there are none."""
-        streamed = self._streaming
+        streamed = self._streaming and (source.kind == "comparisons" or self._streamed_as_prompts(source.kind))
         limit = None if own else self._limit
         limit = min(limit or STREAM_HEAD, STREAM_HEAD) if streamed else limit
         # What a stream begins with, it meets and counts again.
@@ -403,12 +420,15 @@ class TextTask:
         if self._run.first:
             read = {name for source in self._sources.values() for name in source.names}
             self._rejects.write_to(self._run.dir / "rejected.jsonl", sources=read)
+            self._only_asked.write_to(self._run.dir / "rejected.jsonl", sources=())
         asked = [f"prompts to answer: {line}" for line in self._only_asked.summary()]
+        reasons = {**self._not_asked.notes(), **self._not_asked.counts()}
+        asked += [f"prompts to answer: {reason}: {count}" for reason, count in reasons.items()]
         for line in [*self._rejects.summary(), *(asked if self._run.first else [])]:
             if line not in self._said:
                 self._run.say(line)
             self._said.add(line)
-        self._run.record(data=self._rejects.by_source())
+        self._run.record(data=self._only_asked.by_source() | self._rejects.by_source())
         if demonstrations is not None:
             self._run.say("a demonstration; what is learned is coloured, or in [[brackets]]:")
             self._run.show(lambda colour: sample(demonstrations, self.base.tokenizer, colour=colour))

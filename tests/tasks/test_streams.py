@@ -199,7 +199,7 @@ def test_every_prompt_comes_but_those_held_out_with_its_own_row(asking, tmp_path
 
 
 def test_prompts_of_streamed_comparisons_are_all_of_them_and_their_rows_are_counted_once(files, tmp_path, capsys):
-    task = task_of(tmp_path, **files, shuffle_window=16)
+    task = task_of(tmp_path, pipeline, **files, shuffle_window=16)
     heldout = {said(task, one)[0] for one in task._compared()[1].ids}
     drawn = [row.prompt for _, rows in islice(task.prompts().stream(4, 0), 60) for row in rows]
     assert set(drawn) == {f"what of {n}?" for n in set(range(ROWS)) - heldout}
@@ -210,6 +210,56 @@ def test_prompts_of_streamed_comparisons_are_all_of_them_and_their_rows_are_coun
     path = files["comparisons"]
     assert f"\n{path}: {ROWS} rows used" in shown
     assert f"prompts to answer: {path}: {ROWS - len(heldout)} rows used" in shown
+
+
+def drawn_numbers(sets, batches=60):
+    return [row.columns["number"] for _, rows in islice(sets.stream(4, 0), batches) for row in rows]
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_left_out_and_said(asking, tmp_path, monkeypatch, capsys):
+    """It stops nobody, as in memory; and held-out prompts are no wider than they need."""
+    monkeypatch.setattr(streams, "STREAM_HEAD", 30)
+    monkeypatch.setattr(text, "STREAM_HEAD", 30)
+    with open(asking["prompts"], "a", encoding="utf-8") as file:
+        file.write(json.dumps({"prompt": "what of this?" + " and so" * 40, "number": 99}) + "\n")
+    task = task_of(tmp_path, grpo, **asking)
+    sets = task.prompts()
+    assert 99 not in drawn_numbers(sets) and sets.heldout.tokens.shape[1] == 32
+    task.finish()
+    assert "prompts to answer: prompt too long for 56 tokens: 1" in capsys.readouterr().out
+    assert not (tmp_path / "task" / "rejected.jsonl").exists()
+
+
+def test_a_file_without_prompts_to_train_on_is_left_out_and_said(asking, tmp_path, capsys):
+    chats = [{"prompt": f"what of {n}?", "completion": "it is good", "number": n} for n in range(ROWS)]
+    texts = lines(tmp_path / "texts.jsonl", [{"text": f"once upon a time there were {n}"} for n in range(20)])
+    bad = lines(tmp_path / "chats.jsonl", [*chats, {"prompt": 3, "completion": "it is good"}])
+    flags = {name: value for name, value in asking.items() if name != "prompts"}
+    task = task_of(tmp_path, ppo, **flags, demonstrations=(bad, texts), on_bad_row="skip")
+    assert len(set(drawn_numbers(task.prompts()))) == ROWS - 6
+    task.finish()
+    assert f"{texts}: no prompt to train on among its first rows" in (shown := capsys.readouterr().out)
+    assert f"prompts to answer: {bad}: 54 rows used" in shown
+    (entry,) = map(json.loads, (tmp_path / "task" / "rejected.jsonl").read_text().splitlines())
+    assert entry["line"] == ROWS + 1
+
+
+def test_prompts_of_streamed_comparisons_have_their_weights(files, tmp_path):
+    other = lines(tmp_path / "other.jsonl", [ranked(n, 2) for n in range(100, 100 + ROWS)])
+    sources = {"comparisons": (files["comparisons"], other), "comparisons_weights": (9.0, 1.0)}
+    task = task_of(tmp_path, pipeline, **{**files, **sources}, shuffle_window=16)
+    drawn = [row.prompt for _, rows in islice(task.prompts().stream(4, 0), 60) for row in rows]
+    assert 0.85 < np.mean([int(prompt.split()[2][:-1]) < 100 for prompt in drawn]) < 0.95
+
+
+def test_prompts_that_are_only_measured_on_are_read_as_a_whole(files, asking, tmp_path, capsys):
+    with open(asking["prompts"], "a", encoding="utf-8") as file:
+        file.write('{"prompt": 3}\n')
+    task = task_of(tmp_path, dpo, **files, prompts=asking["prompts"], on_bad_row="skip")
+    sets = task.prompts()
+    assert sets.stream is None and len(sets.rows) + len(sets.heldout_rows) == ROWS
+    assert "prompts: 54 to train on, 6 held out" in capsys.readouterr().out
+    assert (tmp_path / "task" / "rejected.jsonl").exists()
 
 
 def test_bad_rows_of_streamed_prompts_are_counted(asking, tmp_path, monkeypatch, capsys):
