@@ -131,11 +131,12 @@ def soak(cfg: Config, file: str) -> None:
         raise UserError("--stream needs --rows")
     packed = cfg.kind == "demonstrations"
 
-    def opened(start: int, one: Any) -> Iterator[tuple[int, Any]]:
+    def ids_of(start: int, one: Any) -> Iterator[tuple[int, Any]]:
         rejects = Rejects("skip")
         rows = read_rows(file, form, rejects, start=start, order=one.order, shard=one.shard)
         yield from ((read.number, ids) for read, ids in encode_rows(rows, tokenizer, cfg.max_length, rejects))
 
+    opened: Any = ids_of
     if cfg.kind == "prompts":  # with their rows, as training has them
         opened = prompt_opener(
             partial(read_rows, file, form), tokenizer, cfg.max_length, Asked(), heldout=(), counted=Rejects("skip"),

@@ -260,7 +260,7 @@ class TextTask:
         )  # fmt: skip
 
     def _prompt_stream(self, source: Source, parts: Sequence[Stored]) -> PromptStream:
-        """All prompts of the files but the held-out ones. A file without one to train on at its beginning is left out."""
+        """All prompts of the files but the held-out ones. A file without one to train on at its start is left out."""
         trained, heldout = (set(part.openings) for part in parts)
         weights = source.weights if source.kind == "comparisons" and source.weights else (1.0,) * len(source.names)
         sources = zip(self._streamed_rows(source), self._read(source.kind), source.names, weights, strict=True)
