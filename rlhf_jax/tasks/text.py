@@ -12,7 +12,7 @@ from rlhf_jax.data.encoders import default_processes, encode_many
 from rlhf_jax.data.formats import Text
 from rlhf_jax.data.heldout import split_by_hash, split_by_opening, split_rows
 from rlhf_jax.data.lazy import Lazy, joined
-from rlhf_jax.data.loader import document_batches, mix_once
+from rlhf_jax.data.loader import check_weights, document_batches, mix_once
 from rlhf_jax.data.order import PromptStream, RankingStream
 from rlhf_jax.data.pairs import Examples, labelled
 from rlhf_jax.data.preferences import clamped, pack_rankings, pad_rankings, reordered, shuffled
@@ -260,9 +260,13 @@ class TextTask:
         )  # fmt: skip
 
     def _prompt_stream(self, source: Source, parts: Sequence[Stored]) -> PromptStream:
-        """All prompts of the files but the held-out ones. A file without one to train on at its start is left out."""
+        """All prompts of the files but the held-out ones. A file without one to train on at its start is left out.
+
+        Raises UserError for weights that are not as many as the files.
+        """
         trained, heldout = (set(part.openings) for part in parts)
-        weights = source.weights if source.kind == "comparisons" and source.weights else (1.0,) * len(source.names)
+        given = source.weights if source.kind == "comparisons" else ()
+        weights = check_weights(given or None, source.names)
         sources = zip(self._streamed_rows(source), self._read(source.kind), source.names, weights, strict=True)
         kept = []
         for rows, first, name, weight in sources:

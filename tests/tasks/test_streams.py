@@ -249,6 +249,8 @@ def test_prompts_of_streamed_comparisons_have_their_weights(files, tmp_path):
     sources = {"comparisons": (files["comparisons"], other), "comparisons_weights": (9.0, 1.0)}
     task = task_of(tmp_path, pipeline, **{**files, **sources}, shuffle_window=16)
     drawn = [row.prompt for _, rows in islice(task.prompts().stream(4, 0), 60) for row in rows]
+    with pytest.raises(UserError, match="1 weights for 2 sources"):
+        task_of(tmp_path / "one", pipeline, **{**files, **sources, "comparisons_weights": (1.0,)}).prompts()
     assert 0.85 < np.mean([int(prompt.split()[2][:-1]) < 100 for prompt in drawn]) < 0.95
 
 
